@@ -1,0 +1,71 @@
+# Every target sets up what it needs: a machine with Python (3.10 or newer) and pip is enough.
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to every pip install, e.g.
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# for the CPU build of torch on Linux.
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+SOURCES := adaptive_longformer configuration modeling tests $(wildcard examples benchmarks)
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
+	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+# Two workers on two cores, one thread each.
+TEST := $(OFFLINE) OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all test-oldest lint format gpu clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+		| while IFS='|' read -r target text; do printf '  %-12s %s\n' "$$target" "$$text"; done
+
+# make_venv FOLDER: also on a Debian without python3-venv, where ensurepip is missing.
+define make_venv
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
+		$(PYTHON) -m venv --clear --without-pip $(1) && \
+		$(PYTHON) -m pip --python $(1)/bin/python install pip; }
+endef
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(call make_venv,.venv)
+	.venv/bin/pip install -q $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt
+	$(call make_venv,.venv)
+	.venv/bin/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch .venv/.installed $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(call make_venv,.venv-oldest)
+	.venv-oldest/bin/pip install -q --no-compile $(PIP_ARGS) -c constraints-oldest.txt -e . pytest
+	@touch $@
+
+quickstart: .venv/.installed  ## Convert, verify, time and fine-tune a small Longformer (minutes, no downloads)
+	.venv/bin/adaptive-longformer quickstart
+
+test: lint  ## Lint, types and the tests on the pairwise grid
+	$(TEST) .venv/bin/python -m pytest -q -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+test-all: lint  ## As test, on the full grid (long)
+	ADAPTIVE_LONGFORMER_FULL_GRID=1 $(TEST) .venv/bin/python -m pytest -q -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/.installed  ## The smoke tests on the oldest supported Transformers
+	$(OFFLINE) .venv-oldest/bin/python -m pytest -q tests/smoke $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev  ## Check style, format and types
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+
+format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
+	.venv/bin/ruff check --fix $(SOURCES)
+	.venv/bin/ruff format $(SOURCES)
+
+gpu:  ## GPU tests and benchmarks with the current Python (torch, transformers, pytest installed)
+	$(OFFLINE) PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+	@set -e; for script in $(wildcard benchmarks/*.py); do \
+		echo "== $$script"; $(OFFLINE) PYTHONPATH=. $(PYTHON) $$script; done
+
+clean:  ## Remove the environments, caches and build outputs
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find adaptive_longformer configuration modeling tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""What an installation must be able to do, through the public names and with nothing downloaded.
+
+The file stands alone: the CI copies it away from the source and runs it on the installed sdist.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    LongformerConfig,
+    LongformerForMaskedLM,
+)
+
+import adaptive_longformer
+from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseModel
+
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=37,
+    max_position_embeddings=260,
+)
+
+
+@pytest.fixture
+def input_ids():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, SIZES["vocab_size"], (2, 100), generator=generator)
+
+
+@pytest.fixture
+def longformer():
+    """A Longformer whose every tensor is random: default initialisation hides wrong scales."""
+    config = LongformerConfig(**SIZES, attention_window=[16, 32], pad_token_id=1)
+    model = LongformerForMaskedLM(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_public_names_exist():
+    assert "AdaptiveSparseModel" in adaptive_longformer.__all__
+    for name in adaptive_longformer.__all__:
+        assert getattr(adaptive_longformer, name) is not None
+
+
+@pytest.mark.parametrize("length", [1, 65, 200])
+def test_auto_model_runs_at_any_length(length):
+    model = AutoModel.from_config(AdaptiveSparseConfig(**SIZES, attention_window=32)).eval()
+    assert type(model) is AdaptiveSparseModel
+    with torch.no_grad():
+        hidden = model(input_ids=torch.full((2, length), 7)).last_hidden_state
+    assert hidden.shape == (2, length, SIZES["hidden_size"])
+    assert hidden.isfinite().all()
+
+
+def test_save_and_load_changes_nothing(tmp_path, input_ids):
+    model = AdaptiveSparseModel(AdaptiveSparseConfig(**SIZES, attention_window=32)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(input_ids=input_ids).last_hidden_state
+        assert torch.equal(loaded(input_ids=input_ids).last_hidden_state, expected)
+
+
+def test_converted_longformer_has_the_same_logits(tmp_path, longformer, input_ids):
+    longformer.save_pretrained(tmp_path / "source")
+    adaptive_longformer.convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "target").eval()
+    assert type(converted) is adaptive_longformer.AdaptiveSparseForMaskedLM
+
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 70:] = 0
+    global_attention_mask = torch.zeros_like(input_ids)
+    global_attention_mask[:, [0, 40]] = 1
+    for masks in (
+        {"attention_mask": attention_mask},
+        {"attention_mask": attention_mask, "global_attention_mask": global_attention_mask},
+    ):
+        with torch.no_grad():
+            expected = longformer(input_ids=input_ids, **masks).logits[attention_mask.bool()]
+            logits = converted(input_ids=input_ids, **masks).logits[attention_mask.bool()]
+        assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_converted_folder_loads_with_remote_code(tmp_path, longformer):
+    longformer.save_pretrained(tmp_path / "source")
+    adaptive_longformer.convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    script = """
+import sys
+from transformers import AutoModelForMaskedLM
+assert "adaptive_longformer" not in sys.modules
+model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, type(model).__module__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "target")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    name, module = run.stdout.split()[-2:]
+    assert name == "AdaptiveSparseForMaskedLM"
+    assert module.startswith("adaptive_longformer.")
