@@ -1,0 +1,59 @@
+"""The backends of the attention operator, and how "auto" chooses among them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from adaptive_longformer.attention.blocked import blocked_supports, run_blocked
+from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
+from adaptive_longformer.attention.reference import reference_attention
+
+# Longest input for which dense attention with a mask is preferred, by device: measured for a window of 512 tokens.
+DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
+
+
+class Backend(NamedTuple):
+    """A way to compute a call.
+
+    Attributes:
+        name: what users write in `backend=` and `config.attention_backend`.
+        unsupported: None, or the reason why this backend cannot run the call.
+        run: output and log-sum-exp (None if the backend has none).
+    """
+
+    name: str
+    unsupported: Callable[[AttentionCall], str | None]
+    run: Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("sdpa", sdpa_supports, run_sdpa),
+        Backend("blocked", blocked_supports, run_blocked),
+        Backend("reference", lambda call: None, reference_attention),
+    )
+}
+
+
+def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
+    """The backend that runs a call; "auto" takes the fastest that can.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot run the call (it never falls back).
+    """
+    if name == "auto":
+        if (
+            call.query.shape[2] <= DENSE_CROSSOVER.get(call.query.device.type, 0)
+            and sdpa_supports(call) is None
+        ):
+            return BACKENDS["sdpa"]
+        return BACKENDS["blocked"]
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, one of {['auto', *BACKENDS]} is allowed")
+    reason = BACKENDS[name].unsupported(call)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run this call: {reason}")
+    return BACKENDS[name]

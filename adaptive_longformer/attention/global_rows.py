@@ -1,0 +1,524 @@
+"""The rows of global queries: few queries, each against every key.
+
+Three ways to the same rows. With the layer's own projections, or with separate ones that are already applied, it is
+ordinary attention of G queries. With separate projections that are not applied (`GlobalProjections`) and
+G * heads < hidden_size they are absorbed:
+
+    score = q . (W_k x + b_k) = (W_k^T q) . x + q . b_k            output = W_v (sum p x) + b_v sum p
+
+so that the keys and the values are the hidden states themselves and all tokens are projected not once.
+Each way is one operator with a hand-written backward pass: the number of global tokens is looked up inside, so that
+torch.compile sees fixed shapes, and without any global token all gradients are zeros instead of missing.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from adaptive_longformer.attention.call import GlobalProjections
+from adaptive_longformer.attention.dropout import column_keys, dropped, row_keys
+
+# Scores of one chunk of global rows; bounds the memory when very many tokens are global.
+_MAX_SCORES = 2**24
+
+
+def pack_global_tokens(global_mask: torch.Tensor) -> torch.Tensor:
+    """Positions of the global tokens, int64 [batch, most global tokens of a row], filled up with `length`.
+
+    Reads the largest count back from the device.
+    """
+    width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
+    order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
+    return order.where(global_mask.gather(1, order), global_mask.shape[1])
+
+
+def merge_global_rows(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    global_qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | GlobalProjections | None,
+    *,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE with the rows of global queries replaced by attention to every key."""
+    options = (attention_mask, global_mask, is_causal, scale, dropout_p, dropout_seed)
+    if isinstance(global_qkv, GlobalProjections):
+        return absorbed_global_rows(output, lse, *global_qkv, *options)
+    if global_qkv is not None:
+        query, key, value = global_qkv
+    return global_rows(output, lse, query, key, value, *options)
+
+
+class _Rows:
+    """The queries at the packed positions and their masks; shared by the operators below."""
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        length: int,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor,
+        is_causal: bool,
+        dropout_p: float,
+        dropout_seed: torch.Tensor | None,
+    ) -> None:
+        self.positions = pack_global_tokens(global_mask)
+        self.valid = self.positions < length  # [batch, G]
+        self.safe_positions = self.positions.clamp(max=max(length - 1, 0))
+        self.attention_mask = attention_mask
+        self.is_causal = is_causal
+        self.dropout_p = dropout_p
+        self.count = self.positions.shape[1]
+        self.batch, self.heads, self.length = batch, heads, length
+        self.batch_index = torch.arange(batch, device=global_mask.device)[:, None]
+        if dropout_p > 0:
+            assert dropout_seed is not None
+            rows = row_keys(dropout_seed, batch, heads, length)
+            index = self.safe_positions[:, None].expand(batch, heads, self.count)
+            self.row_keys = rows.gather(2, index)[..., None]
+            self.column_keys = column_keys(dropout_seed, length)
+
+    def chunks(self) -> Iterator[slice]:
+        step = max(1, _MAX_SCORES // max(1, self.batch * self.heads * self.length))
+        for start in range(0, self.count, step):
+            yield slice(start, min(start + step, self.count))
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, length, width] -> [batch, heads, G, width]"""
+        index = self.safe_positions[:, None, :, None].expand(
+            -1, tensor.shape[1], -1, tensor.shape[3]
+        )
+        return tensor.gather(2, index)
+
+    def scatter_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes [batch, heads, G, ...] into [batch, heads, length, ...] at the valid positions."""
+        batch, slot = self.valid.nonzero(as_tuple=True)
+        target[batch, :, self.positions[batch, slot]] = rows[batch, :, slot].to(target.dtype)
+
+    def forward(
+        self, query, key, value, chunk: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities, the same with dropout, and LSE of a chunk of (scaled) queries [batch, heads, g, width]."""
+        scores = query @ key.transpose(-1, -2)  # [batch, heads, g, length]
+        if self.attention_mask is not None:
+            scores.masked_fill_(~self.attention_mask[:, None, None, :], -torch.inf)
+        if self.is_causal:
+            later = (
+                torch.arange(self.length, device=scores.device)
+                > self.safe_positions[:, None, chunk, None]
+            )
+            scores.masked_fill_(later, -torch.inf)
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
+        return probabilities, self.drop(probabilities, chunk), lse.squeeze(-1)
+
+    def drop(self, tensor: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """The tensor [batch, heads, g, length] with dropout applied."""
+        if self.dropout_p == 0:
+            return tensor
+        drop = dropped(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
+        return tensor.masked_fill(drop, 0.0) / (1 - self.dropout_p)
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@torch.library.custom_op("adaptive_longformer::global_rows", mutates_args=())
+def global_rows(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = query.shape
+    rows = _Rows(
+        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
+    )
+    output, lse = output.clone(), lse.clone()
+    if rows.count == 0:
+        return output, lse
+    query_rows, key, value = _precise(rows.gather(query)) * scale, _precise(key), _precise(value)
+    results, sums = [], []
+    for chunk in rows.chunks():
+        _, dropped_probabilities, chunk_lse = rows.forward(
+            query_rows[:, :, chunk], key, value, chunk
+        )
+        results.append(dropped_probabilities @ value)
+        sums.append(chunk_lse)
+    rows.scatter_(output, torch.cat(results, dim=2))
+    rows.scatter_(lse, torch.cat(sums, dim=2))
+    return output, lse
+
+
+@global_rows.register_fake
+def _(output, lse, *_):
+    return torch.empty_like(output), torch.empty_like(lse)
+
+
+@torch.library.custom_op("adaptive_longformer::global_rows_backward", mutates_args=())
+def _global_rows_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = query.shape
+    rows = _Rows(
+        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
+    )
+    grad_local = grad_output.masked_fill(global_mask[:, None, :, None], 0.0)
+    grad_lse_local = grad_lse.masked_fill(global_mask[:, None], 0.0)
+    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    if rows.count == 0:
+        return grad_local, grad_lse_local, *grads
+    query_rows, exact_key, exact_value = (
+        _precise(rows.gather(query)) * scale,
+        _precise(key),
+        _precise(value),
+    )
+    grad_rows = _precise(rows.gather(grad_output)) * rows.valid[:, None, :, None]
+    grad_lse_rows = _precise(rows.gather(grad_lse[..., None])) * rows.valid[:, None, :, None]
+    grad_query_rows = []
+    for chunk in rows.chunks():
+        probabilities, dropped_probabilities, _ = rows.forward(
+            query_rows[:, :, chunk], exact_key, exact_value, chunk
+        )
+        grad = grad_rows[:, :, chunk]
+        grads[2] += dropped_probabilities.transpose(-1, -2) @ grad
+        grad_scores = _softmax_backward(
+            probabilities,
+            rows.drop(grad @ exact_value.transpose(-1, -2), chunk),
+            grad_lse_rows[:, :, chunk],
+        )
+        grad_query_rows.append(grad_scores @ exact_key * scale)
+        grads[1] += grad_scores.transpose(-1, -2) @ query_rows[:, :, chunk]
+    rows.scatter_(grads[0], torch.cat(grad_query_rows, dim=2))
+    return grad_local, grad_lse_local, *grads
+
+
+def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tensor:
+    """Gradient of the scores from those of the probabilities and of the LSE [..., 1]."""
+    inner = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
+    return probabilities * (grad_probabilities - inner + grad_lse)
+
+
+@_global_rows_backward.register_fake
+def _(grad_output, grad_lse, query, key, value, *_):
+    return tuple(torch.empty_like(tensor) for tensor in (grad_output, grad_lse, query, key, value))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors = [value for value in inputs[2:] if isinstance(value, torch.Tensor)]
+    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs[2:]]
+    ctx.plain = [value for value in inputs[2:] if not isinstance(value, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+
+
+def _saved_inputs(ctx) -> list:
+    tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
+    return [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
+
+
+def _backward(ctx, grad_output, grad_lse):
+    grads = _global_rows_backward(grad_output, grad_lse, *_saved_inputs(ctx))
+    return *grads, None, None, None, None, None, None
+
+
+global_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("adaptive_longformer::absorbed_global_rows", mutates_args=())
+def absorbed_global_rows(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    hidden_states: torch.Tensor,
+    query_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = output.shape
+    rows = _Rows(
+        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
+    )
+    output, lse = output.clone(), lse.clone()
+    if rows.count == 0:
+        return output, lse
+    layer = _AbsorbedLayer(
+        rows,
+        hidden_states,
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        value_weight,
+        value_bias,
+        scale,
+    )
+    results, sums = [], []
+    for chunk in rows.chunks():
+        _, dropped_probabilities, chunk_lse = rows.forward(
+            layer.query[:, :, chunk], layer.key, layer.value, chunk
+        )
+        results.append(layer.read(dropped_probabilities))
+        sums.append(chunk_lse + layer.score_offset[:, :, chunk])
+    rows.scatter_(output, torch.cat(results, dim=2))
+    rows.scatter_(lse, torch.cat(sums, dim=2))
+    return output, lse
+
+
+@absorbed_global_rows.register_fake
+def _(output, lse, *_):
+    return torch.empty_like(output), torch.empty_like(lse)
+
+
+class _AbsorbedLayer:
+    """Queries, keys and values of global rows; the keys are the hidden states while that is cheaper."""
+
+    def __init__(
+        self,
+        rows: _Rows,
+        hidden_states,
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        value_weight,
+        value_bias,
+        scale,
+    ) -> None:
+        self.rows, self.scale = rows, scale
+        self.states = _precise(hidden_states)  # [batch, length, hidden_size]
+        self.is_absorbed = rows.count * rows.heads < self.states.shape[-1]
+
+        def by_head(parameter):
+            return None if parameter is None else _precise(parameter).unflatten(0, (rows.heads, -1))
+
+        self.query_weight, self.key_weight, self.value_weight = map(
+            by_head, (query_weight, key_weight, value_weight)
+        )
+        self.query_bias, self.key_bias, self.value_bias = map(
+            by_head, (query_bias, key_bias, value_bias)
+        )
+        self.row_states = self.states[
+            rows.batch_index, rows.safe_positions
+        ]  # [batch, G, hidden_size]
+        projected = self._project(self.row_states, self.query_weight, self.query_bias)
+        self.projected_query = projected * scale  # [batch, heads, G, head_dim]
+        self.score_offset = torch.zeros((), device=projected.device, dtype=projected.dtype).expand(
+            projected.shape[:3]
+        )
+        if self.is_absorbed:
+            self.query = self.projected_query @ self.key_weight  # [batch, heads, G, hidden_size]
+            self.key = self.value = self.states[:, None]
+            if self.key_bias is not None:
+                self.score_offset = (self.projected_query * self.key_bias[:, None]).sum(dim=-1)
+        else:
+            self.query = self.projected_query
+            self.key = self._project(self.states, self.key_weight, self.key_bias)
+            self.value = self._project(self.states, self.value_weight, self.value_bias)
+
+    @staticmethod
+    def _project(states, weight, bias) -> torch.Tensor:
+        """[batch, n, hidden_size] -> [batch, heads, n, head_dim]"""
+        flat_bias = None if bias is None else bias.flatten()
+        projected = torch.nn.functional.linear(states, weight.flatten(0, 1), flat_bias)
+        return projected.unflatten(-1, weight.shape[:2]).transpose(1, 2)
+
+    def read(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Output rows [batch, heads, g, head_dim] of probabilities (with dropout)."""
+        context = probabilities @ self.value
+        if not self.is_absorbed:
+            return context
+        result = context @ self.value_weight.transpose(-1, -2)
+        if self.value_bias is not None:
+            result = result + probabilities.sum(dim=-1, keepdim=True) * self.value_bias[:, None]
+        return result
+
+    def backward(
+        self, grad_rows: torch.Tensor, grad_lse_rows: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Gradients of hidden_states and of the six parameters (None where there is no bias)."""
+        grad_states = torch.zeros_like(self.states)
+        grad_projected = torch.zeros_like(self.projected_query)
+        grad_key_weight, grad_value_weight = (
+            torch.zeros_like(self.key_weight),
+            torch.zeros_like(self.value_weight),
+        )
+        grad_key_bias = None if self.key_bias is None else torch.zeros_like(self.key_bias)
+        grad_value_bias = None if self.value_bias is None else torch.zeros_like(self.value_bias)
+        grad_key = None if self.is_absorbed else torch.zeros_like(self.key)
+        grad_value = None if self.is_absorbed else torch.zeros_like(self.value)
+        for chunk in self.rows.chunks():
+            probabilities, with_dropout, _ = self.rows.forward(
+                self.query[:, :, chunk], self.key, self.value, chunk
+            )
+            grad, query = grad_rows[:, :, chunk], self.query[:, :, chunk]
+            if self.is_absorbed:
+                grad_context = grad @ self.value_weight  # [batch, heads, g, hidden_size]
+                context = with_dropout @ self.value
+                grad_value_weight += torch.einsum("bhgd,bhge->hde", grad, context)
+                grad_probabilities = grad_context @ self.value.transpose(-1, -2)
+                if self.value_bias is not None:
+                    mass = with_dropout.sum(dim=-1, keepdim=True)
+                    grad_value_bias += (grad * mass).sum(dim=(0, 2))
+                    grad_probabilities += (grad * self.value_bias[:, None]).sum(
+                        dim=-1, keepdim=True
+                    )
+                grad_states += torch.einsum("bhgn,bhge->bne", with_dropout, grad_context)
+            else:
+                grad_value += with_dropout.transpose(-1, -2) @ grad
+                grad_probabilities = grad @ self.value.transpose(-1, -2)
+            grad_scores = _softmax_backward(
+                probabilities, self.rows.drop(grad_probabilities, chunk), grad_lse_rows[:, :, chunk]
+            )
+            grad_query = grad_scores @ self.key
+            if self.is_absorbed:
+                grad_states += torch.einsum("bhgn,bhge->bne", grad_scores, query)
+                grad_key_weight += torch.einsum(
+                    "bhgd,bhge->hde", self.projected_query[:, :, chunk], grad_query
+                )
+                grad_projected[:, :, chunk] = grad_query @ self.key_weight.transpose(-1, -2)
+                if self.key_bias is not None:
+                    offset_grad = grad_scores.sum(
+                        dim=-1, keepdim=True
+                    )  # zero but for a gradient of the LSE
+                    grad_key_bias += (offset_grad * self.projected_query[:, :, chunk]).sum(
+                        dim=(0, 2)
+                    )
+                    grad_projected[:, :, chunk] += offset_grad * self.key_bias[:, None]
+            else:
+                grad_projected[:, :, chunk] = grad_query
+                grad_key += grad_scores.transpose(-1, -2) @ query
+        if not self.is_absorbed:
+            grad_states += self._project_backward(
+                grad_key, self.states, self.key_weight, grad_key_weight, grad_key_bias
+            )
+            grad_states += self._project_backward(
+                grad_value, self.states, self.value_weight, grad_value_weight, grad_value_bias
+            )
+        grad_query_weight = torch.zeros_like(self.query_weight)
+        grad_query_bias = None if self.query_bias is None else torch.zeros_like(self.query_bias)
+        grad_row_states = self._project_backward(
+            grad_projected * self.scale,
+            self.row_states,
+            self.query_weight,
+            grad_query_weight,
+            grad_query_bias,
+        )
+        index = self.rows.safe_positions[..., None].expand_as(grad_row_states)
+        grad_states.scatter_add_(1, index, grad_row_states * self.rows.valid[..., None])
+        return [
+            grad_states,
+            grad_query_weight,
+            grad_query_bias,
+            grad_key_weight,
+            grad_key_bias,
+            grad_value_weight,
+            grad_value_bias,
+        ]
+
+    @staticmethod
+    def _project_backward(grad, states, weight, grad_weight, grad_bias) -> torch.Tensor:
+        """Adds to the parameters' gradients in place; returns that of the states."""
+        grad_weight += torch.einsum("bhnd,bne->hde", grad, states)
+        if grad_bias is not None:
+            grad_bias += grad.sum(dim=(0, 2))
+        return grad.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+
+
+@torch.library.custom_op("adaptive_longformer::absorbed_global_rows_backward", mutates_args=())
+def _absorbed_global_rows_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    hidden_states: torch.Tensor,
+    query_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    batch, heads, length, _ = grad_output.shape
+    rows = _Rows(
+        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
+    )
+    inputs = (
+        hidden_states,
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        value_weight,
+        value_bias,
+    )
+    local = [
+        grad_output.masked_fill(global_mask[:, None, :, None], 0.0),
+        grad_lse.masked_fill(global_mask[:, None], 0.0),
+    ]
+    if rows.count == 0:
+        return local + [torch.zeros_like(tensor) for tensor in inputs if tensor is not None]
+    layer = _AbsorbedLayer(rows, *inputs, scale)
+    valid = rows.valid[:, None, :, None]
+    grads = layer.backward(
+        _precise(rows.gather(grad_output)) * valid,
+        _precise(rows.gather(grad_lse[..., None])) * valid,
+    )
+    return local + [
+        grad.reshape(tensor.shape).to(tensor.dtype)
+        for grad, tensor in zip(grads, inputs, strict=True)
+        if tensor is not None and grad is not None
+    ]
+
+
+@_absorbed_global_rows_backward.register_fake
+def _(grad_output, grad_lse, *inputs):
+    tensors = [grad_output, grad_lse, *(tensor for tensor in inputs[:7] if tensor is not None)]
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+def _absorbed_backward(ctx, grad_output, grad_lse):
+    inputs = _saved_inputs(ctx)
+    grads = iter(_absorbed_global_rows_backward(grad_output, grad_lse, *inputs))
+    local = (next(grads), next(grads))
+    return *local, *(None if tensor is None else next(grads) for tensor in inputs[:7]), *(None,) * 6
+
+
+absorbed_global_rows.register_autograd(_absorbed_backward, setup_context=_setup_context)

@@ -1,0 +1,33 @@
+"""Attention patterns: which keys a query may attend to, as rules and as lists of blocks."""
+
+from adaptive_longformer.patterns.block_layout import (
+    BlockLayout,
+    EntryFlag,
+    TransposedLayout,
+    block_layout,
+    split_window,
+)
+from adaptive_longformer.patterns.fixed import Fixed
+from adaptive_longformer.patterns.full import Full
+from adaptive_longformer.patterns.global_tokens import GlobalTokens
+from adaptive_longformer.patterns.pattern import Pattern, Union, pattern_from_spec
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.patterns.strided import Strided
+
+__all__ = [
+    "BlockLayout",
+    "EntryFlag",
+    "Fixed",
+    "Full",
+    "GlobalTokens",
+    "Pattern",
+    "RandomBlocks",
+    "SlidingWindow",
+    "Strided",
+    "TransposedLayout",
+    "Union",
+    "block_layout",
+    "pattern_from_spec",
+    "split_window",
+]

@@ -1,0 +1,336 @@
+"""Ragged lists of key blocks, one list per query block: the format that every sparse backend shares."""
+
+from dataclasses import dataclass, replace
+from enum import IntFlag
+from functools import lru_cache
+
+import torch
+
+from adaptive_longformer.patterns.full import Full
+from adaptive_longformer.patterns.global_tokens import GlobalTokens
+from adaptive_longformer.patterns.pattern import Pattern, pattern_from_spec, union
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+MIN_BLOCK_SIZE = 8
+MAX_BLOCK_SIZE = 128
+_EVERYWHERE = 2**31 - 1
+
+
+class EntryFlag(IntFlag):
+    """What a kernel must do for one entry of a list.
+
+    The token mask of an entry is the window for WINDOW, the pattern outside the window for PATTERN, and
+    everything outside the window for ROUTED; FULL says that this mask is known to be all True for the whole
+    tile, so that no mask code needs to run. CAUSAL marks a tile the diagonal crosses, PADDED one that holds
+    padding, GLOBAL_PACK a block of packed global keys; backends set these three on their own copies.
+    """
+
+    FULL = 1
+    WINDOW = 2
+    CAUSAL = 4
+    PADDED = 8
+    GLOBAL_PACK = 16
+    ROUTED = 32
+    PATTERN = 64
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """For every query block the list of key blocks that it reads.
+
+    A key j is visible to a query i iff the list of i's block has an entry for j's block whose token mask
+    lets (i, j) through. No pair (i, j) is let through by two entries: each key counts once in the softmax.
+
+    Attributes:
+        key_blocks: int32 [batch or 1, heads or 1, num_query_blocks, max_entries], ids of key blocks; what
+            lies at or beyond the row's count is padding and is never read.
+        counts: int32 [batch or 1, heads or 1, num_query_blocks], entries used per row.
+        flags: int32, shape of key_blocks, `EntryFlag` bits.
+        bias: float, shape of key_blocks, or None: added to all scores of the entry. WINDOW entries take none.
+        query_block_size, key_block_size: in tokens, 8 to 128.
+        length: tokens in the sequence; the last block may be incomplete.
+        window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without holes.
+        pattern: what the PATTERN entries mean.
+    """
+
+    key_blocks: torch.Tensor
+    counts: torch.Tensor
+    flags: torch.Tensor
+    query_block_size: int
+    key_block_size: int
+    length: int
+    window: SlidingWindow | None = None
+    pattern: Pattern | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def num_query_blocks(self) -> int:
+        return -(-self.length // self.query_block_size)
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.length // self.key_block_size)
+
+    @property
+    def used(self) -> torch.Tensor:
+        """Boolean, shape of key_blocks: which entries are not padding."""
+        position = torch.arange(self.key_blocks.shape[-1], device=self.counts.device)
+        return position < self.counts[..., None]
+
+    def validate(self) -> None:
+        """Checks shapes, ids and uniqueness; meant to be called once, on a layout made by hand.
+
+        Raises:
+            ValueError: names the attribute, its value and what is allowed.
+        """
+        for argument in ("query_block_size", "key_block_size"):
+            value = getattr(self, argument)
+            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE:
+                raise ValueError(
+                    f"BlockLayout: {argument} is {value}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} is allowed"
+                )
+        if self.key_blocks.ndim != 4 or self.key_blocks.shape[2] != self.num_query_blocks:
+            raise ValueError(
+                f"BlockLayout: key_blocks has shape {tuple(self.key_blocks.shape)}, "
+                f"[batch or 1, heads or 1, {self.num_query_blocks}, max_entries] is needed"
+            )
+        expected = {"counts": self.key_blocks.shape[:3], "flags": self.key_blocks.shape}
+        if self.bias is not None:
+            expected["bias"] = self.key_blocks.shape
+        for argument, shape in expected.items():
+            if getattr(self, argument).shape != shape:
+                raise ValueError(
+                    f"BlockLayout: {argument} has shape {tuple(getattr(self, argument).shape)}, {tuple(shape)} is needed"
+                )
+        if (
+            self.counts.numel()
+            and not 0
+            <= int(self.counts.min())
+            <= int(self.counts.max())
+            <= self.key_blocks.shape[3]
+        ):
+            raise ValueError(
+                f"BlockLayout: counts go from {int(self.counts.min())} to {int(self.counts.max())}, "
+                f"0 to max_entries = {self.key_blocks.shape[3]} is allowed"
+            )
+        ids = self.key_blocks[self.used]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_key_blocks:
+            raise ValueError(
+                f"BlockLayout: key_blocks has ids from {int(ids.min())} to {int(ids.max())}, "
+                f"0 to {self.num_key_blocks - 1} is allowed"
+            )
+        # A window entry and one other entry of the same block complement each other; more would count keys twice.
+        is_window = (self.flags & EntryFlag.WINDOW) != 0
+        for kind, members in (("WINDOW", is_window), ("ROUTED or PATTERN", ~is_window)):
+            hits = torch.zeros(
+                *self.counts.shape, self.num_key_blocks, dtype=torch.int32, device=ids.device
+            )
+            hits.scatter_add_(
+                -1, self.key_blocks.long().where(self.used, 0), (members & self.used).int()
+            )
+            if hits.numel() and int(hits.max()) > 1:
+                raise ValueError(
+                    f"BlockLayout: key_blocks lists a block twice as {kind} for one query block, once is allowed"
+                )
+
+    def select(self, keep: torch.Tensor) -> "BlockLayout":
+        """The layout with only the used entries where `keep` (boolean, shape of key_blocks) is True, in the same order."""
+        keep = keep & self.used
+        counts = keep.sum(dim=-1, dtype=torch.int32)
+        width = int(counts.max()) if counts.numel() else 0
+        order = torch.argsort(keep.int(), dim=-1, descending=True, stable=True)[..., :width]
+        return replace(
+            self,
+            key_blocks=self.key_blocks.gather(-1, order),
+            flags=self.flags.gather(-1, order),
+            bias=None if self.bias is None else self.bias.gather(-1, order),
+            counts=counts,
+        )
+
+    def transpose(self) -> "TransposedLayout":
+        """For every key block the query blocks that read it, built by one stable sort on the layout's device."""
+        shape = self.key_blocks.shape
+        rows = shape[0] * shape[1]
+        # The padding goes to a sentinel after the last key block of all rows, behind the end of the lists.
+        row = torch.arange(rows, device=self.key_blocks.device).view(shape[0], shape[1], 1, 1)
+        sort_key = row * self.num_key_blocks + self.key_blocks.long()
+        sort_key = sort_key.where(self.used, rows * self.num_key_blocks).flatten()
+        sort_key, entry = torch.sort(sort_key, stable=True)
+        starts = torch.searchsorted(
+            sort_key,
+            torch.arange(
+                rows * self.num_key_blocks + 1, device=sort_key.device, dtype=sort_key.dtype
+            ),
+        )
+        return TransposedLayout(
+            starts=starts.int(),
+            query_blocks=(entry // shape[3] % shape[2]).int(),
+            entries=entry,
+        )
+
+
+@dataclass(frozen=True)
+class TransposedLayout:
+    """A `BlockLayout` read by key block, in compressed rows.
+
+    Attributes:
+        starts: int32 [batch * heads * num_key_blocks + 1] (batch, heads as in the layout, 1 where shared); the
+            query blocks that read key block c are `query_blocks[starts[c]:starts[c + 1]]`, in ascending order.
+        query_blocks: int32 [number of entries, padding at the end].
+        entries: int64, as query_blocks: index of the entry in the flattened key_blocks, flags and bias.
+    """
+
+    starts: torch.Tensor
+    query_blocks: torch.Tensor
+    entries: torch.Tensor
+
+
+def split_window(pattern: Pattern) -> tuple[SlidingWindow | None, Pattern | None]:
+    """Splits a pattern into the window without holes that is computed as a band, and the rest.
+
+    With several such windows in a union the widest stays a window; those inside it vanish. Full attention is
+    a window that reaches everywhere. Global tokens are not part of the result: the operator moves them into
+    the global mask.
+    """
+    if any(isinstance(part, Full) for part in pattern.parts):
+        return SlidingWindow(_EVERYWHERE), None
+    parts = [part for part in pattern.parts if not isinstance(part, GlobalTokens)]
+    windows = [part for part in parts if isinstance(part, SlidingWindow) and part.is_contiguous]
+    if not windows:
+        return None, union(tuple(parts))
+    window = max(windows, key=lambda part: part.left + part.right)
+    rest = [
+        part
+        for part in parts
+        if not (part in windows and part.left <= window.left and part.right <= window.right)
+    ]
+    return window, union(tuple(rest))
+
+
+def block_layout(
+    pattern: Pattern,
+    length: int,
+    *,
+    query_block_size: int = 64,
+    key_block_size: int = 64,
+    num_heads: int = 1,
+    device: torch.device | str = "cpu",
+) -> BlockLayout:
+    """The lists of key blocks that a fixed pattern touches; cached.
+
+    Args:
+        pattern: global tokens in it are left out (the operator packs them).
+        length: tokens in the sequence.
+        query_block_size, key_block_size: in tokens.
+        num_heads: only matters for patterns that differ by head; the lists of all others are shared.
+        device: where the tensors of the layout live.
+
+    Note:
+        The cost is O(length) for a window and O(length^2) bit operations for other patterns, paid once.
+    """
+    return _cached_layout(
+        pattern.spec, length, query_block_size, key_block_size, num_heads, torch.device(device)
+    )
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _cached_layout(
+    spec: str,
+    length: int,
+    query_block_size: int,
+    key_block_size: int,
+    num_heads: int,
+    device: torch.device,
+) -> BlockLayout:
+    window, rest = split_window(pattern_from_spec(spec))
+    sizes = (length, query_block_size, key_block_size)
+    pieces = []
+    if rest is not None:
+        pieces.append(
+            _pattern_entries(rest, window, *sizes, num_heads if rest.varies_by_head else 1)
+        )
+    if window is not None:
+        pieces.append(_window_entries(window, *sizes))
+    if not pieces:
+        raise ValueError(
+            f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the lists"
+        )
+    heads = max(blocks.shape[0] for blocks, _ in pieces)
+    blocks = torch.cat([blocks.expand(heads, -1, -1) for blocks, _ in pieces], dim=-1)
+    flags = torch.cat([flags.expand(heads, -1, -1) for _, flags in pieces], dim=-1)
+    merged = BlockLayout(
+        key_blocks=blocks[None],
+        counts=torch.full((1, *blocks.shape[:2]), blocks.shape[2], dtype=torch.int32),
+        flags=flags[None],
+        query_block_size=query_block_size,
+        key_block_size=key_block_size,
+        length=length,
+        window=window,
+        pattern=rest,
+    )
+    merged = merged.select(merged.flags != 0)
+    return replace(
+        merged,
+        key_blocks=merged.key_blocks.to(device),
+        counts=merged.counts.to(device),
+        flags=merged.flags.to(device),
+    )
+
+
+def _window_entries(
+    window: SlidingWindow, length: int, query_block_size: int, key_block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key blocks and flags [1, num_query_blocks, width] of a window; flag 0 where there is no entry."""
+    start = torch.arange(-(-length // query_block_size))[:, None] * query_block_size
+    end = (start + query_block_size).clamp(max=length) - 1
+    first = (start - window.left).clamp(min=0) // key_block_size
+    last = (end + window.right).clamp(max=length - 1) // key_block_size
+    width = int((last - first).max()) + 1 if length else 0
+    blocks = first + torch.arange(width)
+    key_start = blocks * key_block_size
+    key_end = (key_start + key_block_size).clamp(max=length) - 1
+    full = (key_start >= end - window.left) & (key_end <= start + window.right)
+    flags = torch.where(full, int(EntryFlag.WINDOW | EntryFlag.FULL), int(EntryFlag.WINDOW))
+    return blocks.int()[None], torch.where(blocks <= last, flags, 0).int()[None]
+
+
+def _pattern_entries(
+    pattern: Pattern,
+    window: SlidingWindow | None,
+    length: int,
+    query_block_size: int,
+    key_block_size: int,
+    heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key blocks and flags [heads, num_query_blocks, num_key_blocks] of any pattern, one row of tiles at a time."""
+    num_key_blocks = -(-length // key_block_size)
+    key = torch.arange(length)
+    head = torch.arange(heads)[:, None, None]
+    rows = []
+    for start in range(0, length, query_block_size):
+        query = torch.arange(start, min(start + query_block_size, length))[:, None]
+        allowed = pattern.allowed(query, key, head, length)
+        if window is not None:
+            allowed = allowed & ~window.allowed(query, key, head, length)
+        allowed = allowed.expand(heads, query.shape[0], length)
+        filler = num_key_blocks * key_block_size - length
+        touched = torch.nn.functional.pad(allowed, (0, filler), value=False)
+        covered = torch.nn.functional.pad(allowed, (0, filler), value=True)
+        touched = (
+            touched.view(heads, query.shape[0], num_key_blocks, key_block_size)
+            .any(dim=3)
+            .any(dim=1)
+        )
+        covered = (
+            covered.view(heads, query.shape[0], num_key_blocks, key_block_size)
+            .all(dim=3)
+            .all(dim=1)
+        )
+        rows.append(
+            torch.where(covered, int(EntryFlag.FULL), 0)
+            + torch.where(touched, int(EntryFlag.PATTERN), 0)
+        )
+    flags = torch.stack(rows, dim=1).int()
+    flags = flags.where((flags & EntryFlag.PATTERN) != 0, 0)
+    return torch.arange(num_key_blocks, dtype=torch.int32).expand_as(flags), flags

@@ -1,0 +1,40 @@
+"""Global tokens: they see every token and every token sees them."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaptive_longformer.patterns.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class GlobalTokens(Pattern):
+    """Tokens at fixed positions that see every token and are seen by every token.
+
+    The operator adds them to `global_mask`, so that they are treated like tokens marked there
+    (`global_qkv` applies to their rows). Positions beyond the sequence are ignored; negative
+    positions are not allowed. Source: Beltagy et al. 2020, section 3.1.
+    """
+
+    name: ClassVar[str] = "global_tokens"
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", tuple(self.positions))
+        for value in self.positions:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"GlobalTokens: positions has {value!r}, whole numbers >= 0 are needed"
+                )
+        super().__post_init__()
+
+    def mask(self, length: int, device: torch.device) -> torch.Tensor:
+        """Boolean tensor [length], True at the global positions."""
+        index = torch.arange(length, device=device)
+        positions = torch.tensor(self.positions, dtype=index.dtype, device=device)
+        return (index[:, None] == positions).any(dim=1)
+
+    def allowed(self, query_index, key_index, head_index, length):
+        is_global = self.mask(length, query_index.device)
+        return is_global[query_index] | is_global[key_index]

@@ -1,0 +1,68 @@
+"""Sliding window: every query sees its neighbours."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaptive_longformer.patterns.pattern import Pattern, check_positive
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Pattern):
+    """Keys from `left` positions before the query to `right` positions after it, the query included.
+
+    Args:
+        left: keys before the query, in tokens (>= 0).
+        right: keys after the query, in tokens (>= 0); the same as `left` if not given.
+        dilation: only every `dilation`-th neighbour is seen, so that the window reaches `left * dilation`
+            tokens back and `right * dilation` ahead; one number, or one per head.
+
+    Note:
+        Both are radii. Longformer's `attention_window=512` is `SlidingWindow(256)`: 513 keys with the
+        query itself. Source: Beltagy et al. 2020, section 3.1.
+    """
+
+    name: ClassVar[str] = "sliding_window"
+    left: int
+    right: int | None = None
+    dilation: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if self.right is None:
+            object.__setattr__(self, "right", self.left)
+        for argument, value in (("left", self.left), ("right", self.right)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"SlidingWindow: {argument} is {value!r}, a whole number >= 0 is needed"
+                )
+        if isinstance(self.dilation, tuple):
+            if not self.dilation:
+                raise ValueError("SlidingWindow: dilation is empty, one number per head is needed")
+            for value in self.dilation:
+                check_positive("SlidingWindow", dilation=value)
+            if len(set(self.dilation)) == 1:
+                object.__setattr__(self, "dilation", self.dilation[0])
+        else:
+            check_positive("SlidingWindow", dilation=self.dilation)
+        super().__post_init__()
+
+    def allowed(self, query_index, key_index, head_index, length):
+        offset = key_index - query_index
+        if self.dilation == 1:
+            return (offset >= -self.left) & (offset <= self.right)
+        if isinstance(self.dilation, tuple):
+            dilation = torch.tensor(self.dilation, device=offset.device)[head_index]
+        else:
+            dilation = self.dilation
+        near = (offset >= -self.left * dilation) & (offset <= self.right * dilation)
+        return near & (offset % dilation == 0)
+
+    @property
+    def varies_by_head(self) -> bool:
+        return isinstance(self.dilation, tuple)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the window has no holes, so that it can be computed as a band."""
+        return self.dilation == 1
