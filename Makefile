@@ -27,17 +27,20 @@ endef
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(call make_venv,.venv)
-	.venv/bin/pip install -q $(PIP_ARGS) -c constraints.txt -e .
+	@echo "Installing into .venv (some minutes the first time)"
+	@.venv/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -e .
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt
 	$(call make_venv,.venv)
-	.venv/bin/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@echo "Installing into .venv (some minutes the first time)"
+	@.venv/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch .venv/.installed $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(call make_venv,.venv-oldest)
-	.venv-oldest/bin/pip install -q --no-compile $(PIP_ARGS) -c constraints-oldest.txt -e . pytest
+	@echo "Installing into .venv-oldest (some minutes the first time)"
+	@.venv-oldest/bin/pip install -qq --no-compile $(PIP_ARGS) -c constraints-oldest.txt -e . pytest
 	@touch $@
 
 quickstart: .venv/.installed  ## Convert, verify, time and fine-tune a small Longformer (minutes, no downloads)
