@@ -1,0 +1,33 @@
+"""Long-document Transformers with adaptive sparse attention.
+
+Importing the package makes its models known to Transformers' Auto classes, and its attention to other models as
+`attn_implementation="adaptive_sparse"`.
+"""
+
+from adaptive_longformer.attention.functional import explain_backends, sparse_attention
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForMultipleChoice,
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseForSequenceClassification,
+    AdaptiveSparseForTokenClassification,
+    AdaptiveSparseModel,
+    AdaptiveSparsePreTrainedModel,
+)
+from adaptive_longformer.modeling.registration import register_with_transformers
+
+register_with_transformers()
+
+__all__ = [
+    "AdaptiveSparseConfig",
+    "AdaptiveSparseForMaskedLM",
+    "AdaptiveSparseForMultipleChoice",
+    "AdaptiveSparseForQuestionAnswering",
+    "AdaptiveSparseForSequenceClassification",
+    "AdaptiveSparseForTokenClassification",
+    "AdaptiveSparseModel",
+    "AdaptiveSparsePreTrainedModel",
+    "explain_backends",
+    "sparse_attention",
+]

@@ -1,0 +1,229 @@
+"""The configuration of the adaptive_sparse encoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from adaptive_longformer.attention.backends import BACKENDS
+from adaptive_longformer.configuration.presets import preset
+from adaptive_longformer.patterns.fixed import Fixed
+from adaptive_longformer.patterns.full import Full
+from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.patterns.strided import Strided
+
+ALLOWED = {
+    "attention_backend": ("auto", *BACKENDS),
+    "attention_pattern": (
+        "longformer",
+        "sliding_window",
+        "full",
+        "strided",
+        "fixed",
+        "random_blocks",
+    ),
+    "default_global_tokens": ("auto", "none", "first", "question", "after_separator"),
+    "position_style": ("roberta", "bert"),
+    "head_style": ("roberta", "bert"),
+}
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "attention_stride",
+    "num_random_blocks",
+    "block_size",
+)
+PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+@strict
+class AdaptiveSparseConfig(PreTrainedConfig):
+    """Everything that defines an adaptive_sparse encoder.
+
+    Args:
+        vocab_size: rows of the word embedding table.
+        hidden_size: width of the residual stream, a multiple of `num_attention_heads`.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads per layer.
+        intermediate_size: width of the feed-forward layer.
+        hidden_act: activation of the feed-forward layer.
+        hidden_dropout_prob: dropout after embeddings, attention and feed-forward.
+        attention_probs_dropout_prob: dropout of the attention probabilities.
+        classifier_dropout: dropout of the task heads; None: `hidden_dropout_prob`.
+        max_position_embeddings: rows of the position table. RoBERTa's style spends the first
+            `pad_token_id + 1` of them; see `max_sequence_length`.
+        type_vocab_size: rows of the token type table.
+        initializer_range: standard deviation of fresh weights.
+        layer_norm_eps: epsilon of every LayerNorm.
+        pad_token_id, bos_token_id, eos_token_id, sep_token_id, cls_token_id: special tokens.
+        tie_word_embeddings: whether the masked language head shares the word embeddings.
+        attention_pattern: "longformer" (sliding window and global tokens), "sliding_window" and "full"
+            (both ignore global tokens), "strided", "fixed" (Sparse Transformer), "random_blocks"
+            (random blocks and sliding window); the last three also take global tokens.
+        attention_window: keys seen around each query, in tokens, half on each side (Longformer's
+            convention: 512 means 256 before and 256 after). One even number, or one per layer.
+        attention_dilation: only every so-manieth neighbour is in the window; one number, or one per layer.
+        attention_stride: stride of the patterns "strided" and "fixed", in tokens.
+        num_random_blocks: blocks each query block draws in "random_blocks".
+        block_size: tokens per block in "random_blocks".
+        default_global_tokens: which tokens are global when no `global_attention_mask` is given. "none",
+            "first" (first valid token), "question" (before the first separator), "after_separator", or
+            "auto": "question" for question answering, "first" for every other model.
+        separate_global_projections: Longformer's query_global, key_global and value_global.
+        attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that fits.
+        max_global_tokens: at most this many global tokens per sequence, the first ones; None: no limit.
+        position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`, "bert"
+            numbers the slots from 0.
+        head_style: task heads as RoBERTa or as BERT builds them.
+        zero_padded_rows: whether the attention output of padding is 0, as in Longformer.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, the value and what is allowed.
+        StrictDataclassFieldValidationError: a value has the wrong type.
+    """
+
+    model_type = "adaptive_sparse"
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 4098
+    type_vocab_size: int = 1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    sep_token_id: int | None = 2
+    cls_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+    attention_pattern: str = "longformer"
+    attention_window: int | list[int] = 512
+    attention_dilation: int | list[int] = 1
+    attention_stride: int = 128
+    num_random_blocks: int = 3
+    block_size: int = 64
+    default_global_tokens: str = "auto"
+    separate_global_projections: bool = False
+    attention_backend: str = "auto"
+    max_global_tokens: int | None = None
+    position_style: str = "roberta"
+    head_style: str = "roberta"
+    zero_padded_rows: bool = True
+
+    def __post_init__(self, **kwargs) -> None:
+        super().__post_init__(**kwargs)
+        # Before @strict's own run of it, which would wrap the ValueError in an exception that is none.
+        self.validate_adaptive_sparse()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "AdaptiveSparseConfig":
+        """The configuration of a named size, such as "base", with some values replaced.
+
+        Args:
+            name: a name of `adaptive_longformer.configuration.presets.Preset`.
+            overrides: fields of the configuration.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        return cls(**{**preset(name), **overrides})
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The longest sequence the position table serves, in tokens."""
+        return self.max_position_embeddings - self.position_offset
+
+    @property
+    def position_offset(self) -> int:
+        """The row of the position table that belongs to the first token."""
+        if self.position_style == "bert":
+            return 0
+        assert self.pad_token_id is not None
+        return self.pad_token_id + 1
+
+    @property
+    def uses_global_tokens(self) -> bool:
+        """Whether the pattern takes global tokens at all."""
+        return self.attention_pattern not in ("full", "sliding_window")
+
+    def pattern(self, layer_idx: int) -> Pattern:
+        """The attention pattern of one layer, without its global tokens."""
+        if self.attention_pattern == "full":
+            return Full()
+        if self.attention_pattern == "strided":
+            return Strided(self.attention_stride)
+        if self.attention_pattern == "fixed":
+            return Fixed(self.attention_stride, summary_size=min(8, self.attention_stride))
+        radius = _of_layer(self.attention_window, layer_idx) // 2
+        window = SlidingWindow(radius, dilation=_of_layer(self.attention_dilation, layer_idx))
+        if self.attention_pattern == "random_blocks":
+            return RandomBlocks(self.num_random_blocks, self.block_size, seed=layer_idx) | window
+        return window
+
+    def validate_adaptive_sparse(self) -> None:
+        """Raises ValueError unless all values make sense together."""
+        for name, allowed in ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}"
+                )
+        for name in POSITIVE:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}, a whole number >= 1 is needed")
+        for name in PROBABILITIES:
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}, a probability 0 <= p < 1 is needed")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, "
+                f"a multiple of num_attention_heads = {self.num_attention_heads} is needed"
+            )
+        if self.max_global_tokens is not None and self.max_global_tokens < 0:
+            raise ValueError(
+                f"max_global_tokens is {self.max_global_tokens}, None or >= 0 is needed"
+            )
+        self._check_per_layer(
+            "attention_window", "an even number >= 2", lambda v: v >= 2 and v % 2 == 0
+        )
+        self._check_per_layer("attention_dilation", "a whole number >= 1", lambda v: v >= 1)
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, None or 0 <= id < vocab_size = {self.vocab_size} is needed"
+            )
+        if self.position_style == "roberta":
+            if self.pad_token_id is None:
+                raise ValueError(
+                    "pad_token_id is None, position_style 'roberta' counts positions from it and needs a token id"
+                )
+            if self.max_sequence_length < 1:
+                raise ValueError(
+                    f"max_position_embeddings is {self.max_position_embeddings}, position_style 'roberta' "
+                    f"needs at least pad_token_id + 2 = {self.pad_token_id + 2}"
+                )
+
+    def _check_per_layer(self, name: str, needed: str, is_allowed) -> None:
+        value = getattr(self, name)
+        if isinstance(value, list) and len(value) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name} has {len(value)} values, one number or "
+                f"num_hidden_layers = {self.num_hidden_layers} values are needed"
+            )
+        for number in value if isinstance(value, list) else [value]:
+            if not is_allowed(number):
+                raise ValueError(f"{name} is {value}, {needed} is needed (for every layer)")
+
+
+def _of_layer(value: int | list[int], layer_idx: int) -> int:
+    return value[layer_idx] if isinstance(value, list) else value

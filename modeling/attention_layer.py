@@ -1,0 +1,110 @@
+"""The attention layer: projections around the sparse attention operator."""
+
+import torch
+from torch import nn
+
+from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
+from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+
+
+class AdaptiveSparseAttention(nn.Module):
+    """Multi-head attention in the pattern of its layer, and the output projection.
+
+    With `config.separate_global_projections` the rows of global tokens attend through their own query, key and
+    value projections (Beltagy et al. 2020, section 3.1).
+    """
+
+    is_causal = False
+
+    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.pattern = config.pattern(layer_idx)
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
+        self.dropout_p = float(config.attention_probs_dropout_prob)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.has_global_projections = config.separate_global_projections
+        if self.has_global_projections:
+            self.query_global = nn.Linear(config.hidden_size, config.hidden_size)
+            self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
+            self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        global_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends and projects.
+
+        Args:
+            hidden_states: [batch, length, hidden_size].
+            attention_mask: bool [batch, length], True where a token is not padding; None: all are.
+            global_mask: bool [batch, length], True where a token is global; None: none is.
+            output_attentions: whether to compute the dense probabilities as well (O(length^2) memory).
+
+        Returns:
+            The output [batch, length, hidden_size], and the attention probabilities before dropout
+            [batch, heads, length, length], whose rows sum to 1, or None.
+        """
+        query, key, value = (
+            self._split_heads(projection(hidden_states))
+            for projection in (self.query, self.key, self.value)
+        )
+        dropout_p = self.dropout_p if self.training else 0.0
+        if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
+            # The operator then gives these projections gradients of zero, which DDP waits for.
+            global_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
+        where = {
+            "attention_mask": attention_mask,
+            "global_mask": global_mask,
+            "global_qkv": self._global_projections(hidden_states),
+            "scale": self.scale,
+        }
+        context = sparse_attention(
+            query,
+            key,
+            value,
+            self.pattern,
+            dropout_p=dropout_p,
+            dropout_seed=random_seed(query.device) if dropout_p else None,
+            backend=self.config.attention_backend,
+            **where,
+        )
+        context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
+        if attention_mask is not None and self.config.zero_padded_rows:
+            context = context.masked_fill(~attention_mask[..., None], 0.0)
+        probabilities = None
+        if output_attentions:
+            probabilities = attention_probabilities(query, key, self.pattern, **where)
+        return self.output(context), probabilities
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _global_projections(self, hidden_states: torch.Tensor) -> GlobalQKV | None:
+        if not self.has_global_projections:
+            return None
+        modules = (self.query_global, self.key_global, self.value_global)
+        # A wrapped projection (LoRA, quantised) is more than its weight and bias: call it.
+        if any(type(module) is not nn.Linear for module in modules):
+            query, key, value = (self._split_heads(module(hidden_states)) for module in modules)
+            return query, key, value
+        weights = [tensor for module in modules for tensor in (module.weight, module.bias)]
+        return GlobalProjections(hidden_states, *weights)
+
+
+def random_seed(device: torch.device) -> torch.Tensor:
+    """A seed for dropout from torch's default generator of the device: int64 scalar tensor.
+
+    Drawn inside the layer, so that activation checkpointing, which restores the generator, draws it again.
+    """
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -1,0 +1,156 @@
+"""The checks at the model's edge, and the one place where masks become boolean."""
+
+from typing import Any
+
+import torch
+from transformers.utils.import_utils import is_tracing
+
+_MASK_HINTS = {
+    2: " (2 marked global tokens in the original Longformer code: keep 1 in attention_mask and mark those "
+    "tokens with 1 in global_attention_mask)",
+    -1: " (-1 marked padding in the original Longformer code: use 0)",
+}
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def can_read_values(tensor: torch.Tensor, validate: bool) -> bool:
+    """Whether looking at the values is free (CPU, not traced) or was asked for."""
+    return validate or (tensor.device.type == "cpu" and not is_tracing(tensor))
+
+
+def boolean_mask(
+    name: str, mask: torch.Tensor | None, shape: tuple[int, int], validate: bool
+) -> torch.Tensor | None:
+    """A mask of 0 and 1 of any type as bool, checked.
+
+    Args:
+        name: the argument, for the error.
+        mask: [batch, length] of 0 and 1 (bool, whole or floating point), or None.
+        shape: what [batch, length] must be.
+        validate: also read the values when that needs a device synchronisation.
+
+    Raises:
+        ValueError: wrong type, shape or values.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"{name} is a {type(mask).__name__}, a torch.Tensor is needed")
+    if tuple(mask.shape) != shape:
+        hint = (
+            ""
+            if mask.ndim == 2
+            else " (which pairs may attend is said by config.attention_pattern)"
+        )
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}, (batch_size, sequence_length) = {shape} is needed{hint}"
+        )
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype.is_complex:
+        raise ValueError(
+            f"{name} has dtype {mask.dtype}, bool, whole or floating point numbers are needed"
+        )
+    if can_read_values(mask, validate):
+        wrong = (mask != 0) & (mask != 1)
+        if wrong.any():
+            value = mask[wrong][0].item()
+            raise ValueError(
+                f"{name} has the value {value}, allowed are 0 and 1{_MASK_HINTS.get(value, '')}"
+            )
+    return mask > 0
+
+
+def check_indices(
+    name: str, indices: torch.Tensor, size: int, meaning: str, validate: bool
+) -> None:
+    """Raises ValueError unless all indices are whole numbers in [0, size).
+
+    Args:
+        name: the argument, for the error.
+        indices: [batch, length].
+        size: rows of the table they look up.
+        meaning: the configuration's name for `size`.
+        validate: also read the values when that needs a device synchronisation.
+    """
+    if indices.dtype not in _INTEGERS:
+        raise ValueError(f"{name} has dtype {indices.dtype}, torch.int64 or torch.int32 is needed")
+    if indices.numel() and can_read_values(indices, validate):
+        low, high = (value.item() for value in indices.aminmax())
+        if low < 0 or high >= size:
+            value = low if low < 0 else high
+            raise ValueError(
+                f"{name} has the value {value}, 0 <= value < {meaning} = {size} is needed"
+            )
+
+
+def check_tokens(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> tuple[int, int]:
+    """The batch size and the length of the input.
+
+    Raises:
+        ValueError: not exactly one input, wrong shape, or length 0.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(
+            f"{given} of input_ids and inputs_embeds were given, exactly one is needed"
+        )
+    if input_ids is not None:
+        name, shape, needed = "input_ids", input_ids.shape, "(batch_size, sequence_length)"
+        fits = len(shape) == 2
+    else:
+        assert inputs_embeds is not None
+        name, shape = "inputs_embeds", inputs_embeds.shape
+        needed = f"(batch_size, sequence_length, hidden_size = {hidden_size})"
+        fits = len(shape) == 3 and shape[2] == hidden_size
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(shape)}, {needed} is needed")
+    if shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, a sequence_length of at least 1 is needed"
+        )
+    return shape[0], shape[1]
+
+
+def check_choices(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> tuple[int, int]:
+    """The batch size and the number of choices of a multiple choice input.
+
+    Raises:
+        ValueError: the input has no dimension for the choices.
+    """
+    for name, tensor, needed in (
+        ("input_ids", input_ids, ("batch_size", "num_choices", "sequence_length")),
+        (
+            "inputs_embeds",
+            inputs_embeds,
+            ("batch_size", "num_choices", "sequence_length", "hidden_size"),
+        ),
+    ):
+        if tensor is not None:
+            if tensor.ndim != len(needed) or tensor.shape[1] == 0:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, ({', '.join(needed)}) with at least one choice is needed"
+                )
+            return tensor.shape[0], tensor.shape[1]
+    raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
+
+
+def check_length(length: int, max_sequence_length: int) -> None:
+    """Raises ValueError if the position table is too short, and says how to extend it."""
+    if length > max_sequence_length:
+        raise ValueError(
+            f"the sequence has {length} tokens, at most config.max_sequence_length = {max_sequence_length} are "
+            f"allowed. Truncate it, or extend the model: "
+            f"adaptive-longformer convert SOURCE TARGET --max-positions {length}"
+        )
+
+
+def check_extra_arguments(extra: dict[str, Any], known: frozenset[str]) -> None:
+    """Raises TypeError on arguments that the model would silently ignore; None and False are harmless."""
+    for name, value in extra.items():
+        if name not in known and value is not None and value is not False:
+            raise TypeError(f"forward() got an unexpected argument {name!r}")

@@ -1,0 +1,728 @@
+"""The adaptive_sparse encoder and its task heads. Tensors are [batch, length, hidden_size] unless said."""
+
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
+from adaptive_longformer.modeling.input_checks import (
+    boolean_mask,
+    can_read_values,
+    check_choices,
+    check_extra_arguments,
+    check_indices,
+    check_length,
+    check_tokens,
+)
+from adaptive_longformer.modeling.losses import (
+    choice_loss,
+    classification_loss,
+    span_loss,
+    token_loss,
+)
+
+_KNOWN_ARGUMENTS = frozenset(("num_items_in_batch", "output_attentions", "output_hidden_states"))
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def first_valid_token(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The hidden state of every sequence's first token that is not padding: [batch, hidden_size].
+
+    Note:
+        BERT, RoBERTa and Longformer read slot 0, which under left padding is a pad; this does not.
+    """
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    is_valid = attention_mask.to(hidden_states.device) > 0
+    index = is_valid.int().argmax(dim=1)  # the first of equal maxima
+    return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+
+
+class AdaptiveSparseEmbeddings(nn.Module):
+    """The sum of word, position and token type embeddings, normalised."""
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings,
+            config.hidden_size,
+            padding_idx=config.pad_token_id if config.position_style == "roberta" else None,
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            position_ids = self._position_ids(input_ids, inputs_embeds)
+        if token_type_ids is None:
+            token_type_ids = position_ids.new_zeros(1, 1)
+        embeddings = inputs_embeds + self.position_embeddings(position_ids)
+        embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.layer_norm(embeddings))
+
+    def _position_ids(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of the position table, [batch or 1, length].
+
+        RoBERTa's style gives padding the row pad_token_id and counts the other tokens from there; embeddings
+        show no padding, so that with them every slot counts.
+        """
+        if self.config.position_style == "roberta" and input_ids is not None:
+            is_token = (input_ids != self.config.pad_token_id).long()
+            return is_token.cumsum(dim=1) * is_token + self.config.pad_token_id
+        slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        return (slots + self.config.position_offset)[None]
+
+
+class AdaptiveSparseLayer(GradientCheckpointingLayer):
+    """One post-norm Transformer layer."""
+
+    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = AdaptiveSparseAttention(config, layer_idx)
+        self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        global_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> torch.Tensor:
+        attended, _ = self.attention(hidden_states, attention_mask, global_mask, output_attentions)
+        hidden_states = self.attention_layer_norm(self.dropout(attended) + hidden_states)
+        if not self.chunk_size:
+            return self._feed_forward(hidden_states)
+        chunks = hidden_states.split(self.chunk_size, dim=1)
+        return torch.cat([self._feed_forward(chunk) for chunk in chunks], dim=1)
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        transformed = self.output(self.activation(self.intermediate(hidden_states)))
+        return self.output_layer_norm(self.dropout(transformed) + hidden_states)
+
+
+class AdaptiveSparsePooler(nn.Module):
+    """A dense layer and tanh on the first token that is not padding."""
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.tanh(self.dense(first_valid_token(hidden_states, attention_mask)))
+
+
+class AdaptiveSparsePreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, shared by all models."""
+
+    config: AdaptiveSparseConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
+    _can_compile_fullgraph = True
+    _supports_context_parallel = False
+    _can_record_outputs = {
+        "hidden_states": AdaptiveSparseLayer,
+        "attentions": AdaptiveSparseAttention,
+    }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a model, as in Transformers.
+
+        Raises:
+            ValueError: the source is of another model_type; the message gives the command that converts it.
+                (Transformers would load the weights whose names happen to fit and warn.)
+        """
+        if pretrained_model_name_or_path is not None:
+            cls._refuse_other_model_types(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _refuse_other_model_types(cls, source: str | os.PathLike, kwargs: dict) -> None:
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name)}
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
+        except OSError:
+            return  # no config there (such as an adapter's folder): Transformers says what is missing
+        model_type = config.get("model_type", cls.config_class.model_type)
+        if model_type != cls.config_class.model_type:
+            raise ValueError(
+                f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
+                f"{cls.config_class.model_type!r} is needed. Convert it first, then load TARGET:\n"
+                f"    adaptive-longformer convert {source} TARGET"
+            )
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Always "eager", Transformers' name for attention that can return its probabilities.
+
+        Raises:
+            ValueError: another implementation is asked for. The backend of these models is chosen by
+                `config.attention_backend`.
+        """
+        if requested_attention not in (None, "eager", "adaptive_sparse"):
+            raise ValueError(
+                f"attn_implementation is {requested_attention!r}, allowed are 'eager' and 'adaptive_sparse' "
+                f"(the same here). Choose how {type(self).__name__} computes by config.attention_backend"
+            )
+        return "eager"
+
+    @property
+    def supports_context_parallel(self) -> bool:
+        """False: a shard of the sequence does not see the window and the global tokens of the others."""
+        return False
+
+
+class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
+    """The encoder, with or without a pooler.
+
+    Args:
+        config: the configuration; it is not changed.
+        add_pooling_layer: whether to build the pooler.
+        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+    """
+
+    def __init__(
+        self,
+        config: AdaptiveSparseConfig,
+        add_pooling_layer: bool = True,
+        auto_global_tokens: str = "first",
+    ) -> None:
+        config.validate_adaptive_sparse()  # values may have been set after the configuration was made
+        super().__init__(config)
+        self.embeddings = AdaptiveSparseEmbeddings(config)
+        self.layers = nn.ModuleList(
+            AdaptiveSparseLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.pooler = AdaptiveSparsePooler(config) if add_pooling_layer else None
+        self.auto_global_tokens = auto_global_tokens
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes a batch of sequences of any length up to `config.max_sequence_length`.
+
+        Args:
+            input_ids: [batch, length] token ids; or give `inputs_embeds`.
+            attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
+            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that all attend
+                to. None: `config.default_global_tokens`.
+            token_type_ids: [batch, length] segment numbers.
+            position_ids: [batch, length] rows of the position table.
+            inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
+            validate: also check values whose reading makes the host wait for the device (they are always
+                checked on the CPU, except while compiling).
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
+
+        Returns:
+            last_hidden_state [batch, length, hidden_size], pooler_output [batch, hidden_size] or None, and on
+            request hidden_states and attentions (each [batch, heads, length, length], rows summing to 1).
+
+        Raises:
+            ValueError: an argument has a wrong shape, type or value, or the sequence is too long.
+        """
+        check_extra_arguments(kwargs, _KNOWN_ARGUMENTS)
+        batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
+        shape = (batch_size, length)
+        attention_mask = boolean_mask("attention_mask", attention_mask, shape, validate)
+        global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
+
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        attention_mask, global_mask = self._resolve_masks(
+            hidden_states, attention_mask, global_mask, input_ids, token_type_ids
+        )
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, global_mask, output_attentions)
+        pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _check_indices(
+        self,
+        batch_size: int,
+        length: int,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        validate: bool,
+    ) -> None:
+        if position_ids is None:
+            check_length(length, self.config.max_sequence_length)
+        for name, indices, size, meaning in (
+            ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
+            ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),
+            (
+                "position_ids",
+                position_ids,
+                self.config.max_position_embeddings,
+                "max_position_embeddings",
+            ),
+        ):
+            if indices is not None:
+                if tuple(indices.shape) not in ((batch_size, length), (1, length)):
+                    raise ValueError(
+                        f"{name} has shape {tuple(indices.shape)}, "
+                        f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
+                    )
+                check_indices(name, indices, size, meaning, validate)
+
+    def _resolve_masks(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The masks for the layers, on their device; where it is free to see, None in place of a mask without effect."""
+        config, device = self.config, hidden_states.device
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(device)
+        if not config.uses_global_tokens:
+            global_mask = None
+        elif global_mask is not None:
+            global_mask = global_mask.to(device)
+        else:
+            valid = attention_mask
+            if valid is None:
+                valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=device)
+            strategy = config.default_global_tokens
+            global_mask = default_global_mask(
+                self.auto_global_tokens if strategy == "auto" else strategy,
+                valid,
+                input_ids=input_ids,
+                token_type_ids=token_type_ids,
+                sep_token_id=config.sep_token_id,
+            )
+        if global_mask is not None and config.max_global_tokens is not None:
+            global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
+        if can_read_values(hidden_states, validate=False):
+            if attention_mask is not None and attention_mask.all():
+                attention_mask = None
+            if global_mask is not None and not global_mask.any():
+                global_mask = None
+        return attention_mask, global_mask
+
+
+class AdaptiveSparseLMHead(nn.Module):
+    """Predicts the token at every position: dense, activation, LayerNorm, decoder.
+
+    RoBERTa's head always has the exact gelu, BERT's the activation of the configuration.
+    """
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = F.gelu if config.head_style == "roberta" else ACT2FN[config.hidden_act]
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
+
+
+class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
+    """The encoder with a masked language modelling head."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseModel(config, add_pooling_layer=False)
+        self.lm_head = AdaptiveSparseLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Predicts masked tokens; the other arguments are those of `AdaptiveSparseModel.forward`.
+
+        Args:
+            labels: [batch, length] token ids; -100 is ignored.
+
+        Returns:
+            logits [batch, length, vocab_size], and the loss if there are labels.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            validate,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AdaptiveSparseClassificationHead(nn.Module):
+    """RoBERTa's sequence classification head, on the first token that is not padding."""
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        pooled = self.dropout(first_valid_token(hidden_states, attention_mask))
+        return self.out_proj(self.dropout(torch.tanh(self.dense(pooled))))
+
+
+class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
+    """The encoder with a head that classifies (or scores) whole sequences, as `config.head_style` says."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AdaptiveSparseModel(config, add_pooling_layer=config.head_style == "bert")
+        if config.head_style == "bert":
+            self.dropout = nn.Dropout(_classifier_dropout(config))
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        else:
+            self.classifier = AdaptiveSparseClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Classifies sequences; the other arguments are those of `AdaptiveSparseModel.forward`.
+
+        Args:
+            labels: [batch] class numbers or regression targets, or [batch, num_labels] floats for several
+                labels at once; see `config.problem_type`.
+
+        Returns:
+            logits [batch, num_labels], and the loss if there are labels.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            validate,
+            **kwargs,
+        )
+        if self.config.head_style == "bert":
+            logits = self.classifier(self.dropout(outputs.pooler_output))
+        else:
+            logits = self.classifier(outputs.last_hidden_state, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
+    """The encoder with a head that classifies every token."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AdaptiveSparseModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Classifies tokens; the other arguments are those of `AdaptiveSparseModel.forward`.
+
+        Args:
+            labels: [batch, length] class numbers; -100 is ignored.
+
+        Returns:
+            logits [batch, length, num_labels], and the loss if there are labels.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            validate,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
+    """The encoder with a head that scores every token as the start and as the end of the answer.
+
+    By default the question's tokens are global: those before the first separator, or of token type 0.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseModel(
+            config, add_pooling_layer=False, auto_global_tokens="question"
+        )
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """Finds answers; the other arguments are those of `AdaptiveSparseModel.forward`.
+
+        Args:
+            start_positions, end_positions: [batch] slots of the answer; those beyond the input are ignored.
+
+        Returns:
+            start_logits and end_logits [batch, length], and the loss if both positions are given.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            validate,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
+    """The encoder with a head that scores each of several choices, every choice a sequence of its own."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """Scores choices; the arguments are those of `AdaptiveSparseModel.forward`, with a dimension more.
+
+        Args:
+            input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids:
+                [batch, num_choices, length].
+            inputs_embeds: [batch, num_choices, length, hidden_size].
+            labels: [batch] number of the right choice.
+
+        Returns:
+            logits [batch, num_choices], and the loss if there are labels.
+
+        Raises:
+            ValueError: an input has no dimension for the choices, or see `AdaptiveSparseModel.forward`.
+        """
+        batch_size, num_choices = check_choices(input_ids, inputs_embeds)
+        flat = [
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (
+                input_ids,
+                attention_mask,
+                global_attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+            )
+        ]
+        outputs = self.model(*flat, validate, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        logits = logits.view(batch_size, num_choices)
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else choice_loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _classifier_dropout(config: AdaptiveSparseConfig) -> float:
+    if config.classifier_dropout is None:
+        return config.hidden_dropout_prob
+    return config.classifier_dropout
+
+
+__all__ = [
+    "AdaptiveSparseForMaskedLM",
+    "AdaptiveSparseForMultipleChoice",
+    "AdaptiveSparseForQuestionAnswering",
+    "AdaptiveSparseForSequenceClassification",
+    "AdaptiveSparseForTokenClassification",
+    "AdaptiveSparseModel",
+    "AdaptiveSparsePreTrainedModel",
+]

@@ -1,0 +1,53 @@
+"""Makes the models known to Transformers' Auto classes, and our attention to other models."""
+
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
+)
+from transformers.masking_utils import AttentionMaskInterface
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.attention_interface import (
+    NAME,
+    adaptive_sparse_attention_forward,
+    adaptive_sparse_mask,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForMultipleChoice,
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseForSequenceClassification,
+    AdaptiveSparseForTokenClassification,
+    AdaptiveSparseModel,
+)
+from adaptive_longformer.modeling.peft_targets import register_peft_targets
+
+AUTO_MODELS = {
+    AutoModel: AdaptiveSparseModel,
+    AutoModelForMaskedLM: AdaptiveSparseForMaskedLM,
+    AutoModelForMultipleChoice: AdaptiveSparseForMultipleChoice,
+    AutoModelForPreTraining: AdaptiveSparseForMaskedLM,
+    AutoModelForQuestionAnswering: AdaptiveSparseForQuestionAnswering,
+    AutoModelForSequenceClassification: AdaptiveSparseForSequenceClassification,
+    AutoModelForTextEncoding: AdaptiveSparseModel,
+    AutoModelForTokenClassification: AdaptiveSparseForTokenClassification,
+}
+
+
+def register_with_transformers() -> None:
+    """Registers configuration, models, attention and PEFT's default targets; calling it again does no harm."""
+    AutoConfig.register(AdaptiveSparseConfig.model_type, AdaptiveSparseConfig, exist_ok=True)
+    for auto_model, model in AUTO_MODELS.items():
+        auto_model.register(AdaptiveSparseConfig, model, exist_ok=True)
+    AttentionInterface.register(NAME, adaptive_sparse_attention_forward)
+    # Without a mask function of the same name Transformers would drop the padding mask silently.
+    AttentionMaskInterface.register(NAME, adaptive_sparse_mask)
+    register_peft_targets()
