@@ -1,0 +1,33 @@
+"""BERT, read with a sliding window and, if asked, longer position tables."""
+
+from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
+from adaptive_longformer.conversion.tables import Table, bert_encoder
+
+BERT = Family(
+    model_type="bert",
+    class_prefix="Bert",
+    table=Table(
+        "bert.",
+        [
+            *bert_encoder("bert."),
+            ("cls.predictions.transform.dense.{parameter}", "lm_head.dense.{parameter}"),
+            ("cls.predictions.transform.LayerNorm.{parameter}", "lm_head.layer_norm.{parameter}"),
+            ("cls.predictions.bias", "lm_head.decoder.bias"),
+            ("cls.predictions.decoder.{parameter}", "lm_head.decoder.{parameter}"),
+            ("classifier.{parameter}", "classifier.{parameter}"),
+            ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
+        ],
+    ),
+    fields=(*SHARED_FIELDS, "classifier_dropout"),
+    constants={
+        "attention_pattern": "longformer",
+        "separate_global_projections": False,
+        "head_style": "bert",
+        "position_style": "bert",
+        "zero_padded_rows": False,
+    },
+    default_global_tokens=dict.fromkeys(HEADS, "auto"),
+    tokenizer_class="BertTokenizer",
+    # Pre-training checkpoints hold the masked-language head and next-sentence prediction.
+    other_heads={"ForPreTraining": "ForMaskedLM"},
+)

@@ -1,0 +1,105 @@
+"""The command `adaptive-longformer convert`."""
+
+import argparse
+import sys
+
+from transformers.utils import logging as transformers_logging
+
+from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `convert` and its arguments."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        description=(
+            "Convert a Longformer, RoBERTa or BERT checkpoint with equal logits; with --reverse, back."
+        ),
+    )
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
+    parser.add_argument("target", metavar="TARGET", help="folder to write")
+    parser.add_argument(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="tokens the result can read, up to 131072 (default: as the source)",
+    )
+    parser.add_argument(
+        "--attention-window",
+        type=int,
+        metavar="W",
+        help=(
+            "tokens each token sees around itself, both sides together (default: Longformer's own; "
+            "RoBERTa and BERT: twice their longest input)"
+        ),
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run both models and refuse a result whose logits differ",
+    )
+    parser.add_argument(
+        "--reverse", action="store_true", help="convert one of our checkpoints back to its source"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that is at TARGET"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print what was done."""
+    # Two models are loaded to verify; their load reports would bury the result.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    progress = _ProgressLine()
+    try:
+        report = convert_checkpoint(
+            args.source,
+            args.target,
+            max_positions=args.max_positions,
+            attention_window=args.attention_window,
+            verify=args.verify,
+            reverse=args.reverse,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    finally:
+        progress.end()
+    sys.stdout.write(_summary(report))
+    return 0
+
+
+class _ProgressLine:
+    """One line per stage on stderr, rewritten in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        on_terminal = sys.stderr.isatty()
+        if stage != self._stage:
+            self.end()
+            self._stage = stage
+        elif not on_terminal and done < total:
+            return
+        text = f"{stage}: {100 * done // max(1, total)} %"
+        sys.stderr.write(f"\r{text}" if on_terminal else f"{text}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Finish the line of a stage."""
+        if self._stage and sys.stderr.isatty():
+            sys.stderr.write("\n")
+        self._stage = ""
+
+
+def _summary(report: ConversionReport) -> str:
+    lines = [
+        f"{report.source} ({report.source_model_type}) -> {report.target} ({report.architecture})",
+        f"parameters: {report.num_parameters:,}   size: {report.size_bytes / 1e6:,.1f} MB",
+    ]
+    if report.max_logit_difference is not None:
+        lines.append(f"max |logit difference|: {report.max_logit_difference:.3g}")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,234 @@
+"""Taking over a checkpoint of another family, and giving it back."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptive_longformer.conversion.checkpoint import (
+    Checkpoint,
+    check_room,
+    disk_full,
+    read_json,
+    save_tensors,
+    write_json,
+    write_weights,
+)
+from adaptive_longformer.conversion.families import FAMILIES, TARGET_CLASS_PREFIX
+from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
+from adaptive_longformer.conversion.model_card import model_card
+from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
+from adaptive_longformer.conversion.remote_code import write_remote_code
+from adaptive_longformer.conversion.source import companion_files, locate
+from adaptive_longformer.conversion.staging import check_target, staged_folder
+from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion
+from adaptive_longformer.conversion.verify import TOLERANCE, check_finite, measure_agreement
+
+Progress = Callable[[str, int, int], None]
+
+# What configuration, model card and file headers may take beside weights and tokenizer.
+_SMALL_FILES = 1_000_000
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: the source as it was named.
+        target: the folder that was written.
+        source_model_type: the family on the other side, such as "longformer".
+        architecture: the class that loads the result.
+        num_parameters: how many numbers the weights are.
+        size_bytes: how much room the folder takes.
+        max_logit_difference: the largest difference found by `verify`; None if it was not asked for.
+        notes: what the user should know, one sentence each.
+    """
+
+    source: str
+    target: str
+    source_model_type: str
+    architecture: str
+    num_parameters: int
+    size_bytes: int
+    max_logit_difference: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    max_positions: int | None = None,
+    attention_window: int | list[int] | None = None,
+    verify: bool = False,
+    reverse: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a Longformer, RoBERTa or BERT checkpoint to ours, with equal logits, or back.
+
+    The target is written to a temporary folder beside it and moved to its place at the end: after an
+    error there is nothing at the target, or what was there before.
+
+    Args:
+        source: a checkpoint folder, or a model id on the hub.
+        target: the folder to write.
+        max_positions: how many tokens the result can read, at least what the source can and at most
+            131072; the position table is extended by repeating it. None: as many as the source.
+        attention_window: tokens each token sees around itself, both sides together, even; one number
+            or one per layer. None: Longformer's own; for RoBERTa and BERT twice their longest input,
+            which makes the logits equal.
+        verify: run both models on random token ids and refuse a result whose logits differ by more
+            than 1e-5 * max(1, max|logit|).
+        reverse: the source is one of our checkpoints and goes back to the family it came from.
+        overwrite: replace a checkpoint that is at the target.
+        progress: called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        What was done, with notes on everything that is not simply equal.
+
+    Raises:
+        FileNotFoundError: no such source.
+        FileExistsError: something is at the target.
+        ValueError: an argument is not allowed, the source is of another family or damaged, or the
+            logits differ.
+        OSError: the disk is full or not writable.
+    """
+    report_progress = progress or _no_progress
+    if reverse and (max_positions is not None or attention_window is not None):
+        name = "max_positions" if max_positions is not None else "attention_window"
+        raise ValueError(f"{name}: not allowed together with reverse")
+    if isinstance(max_positions, bool) or not isinstance(max_positions, int | None):
+        raise ValueError(f"max_positions: {max_positions!r} is not allowed; give a whole number")
+    folder = locate(source, {"adaptive_sparse"} if reverse else FAMILIES)
+    target_folder = check_target(target, folder, overwrite)
+    if reverse:
+        plan = plan_reversal(folder)
+    else:
+        plan = plan_conversion(folder, max_positions, attention_window)
+    if verify:
+        check_finite(Checkpoint(folder))
+
+    with staged_folder(target_folder) as staging:
+        companions = companion_files(folder)
+        needed = plan.num_bytes + sum(file.stat().st_size for file in companions) + _SMALL_FILES
+        check_room(staging, needed)
+        try:
+            _write(plan, staging, companions, report_progress)
+        except OSError as error:
+            if error.errno == errno.ENOSPC and "bytes needed" not in str(error):
+                raise disk_full(staging, needed) from error
+            raise
+        difference = _verify(plan, folder, staging, reverse, report_progress) if verify else None
+        if not reverse:
+            _write_model_card(plan, staging, str(source), folder, target_folder.name, difference)
+        size = sum(file.stat().st_size for file in staging.iterdir())
+    return ConversionReport(
+        source=str(source),
+        target=str(target_folder),
+        source_model_type=plan.source_model_type,
+        architecture=plan.target_class.__name__,
+        num_parameters=plan.num_parameters,
+        size_bytes=size,
+        max_logit_difference=difference,
+        notes=plan.notes,
+    )
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _write(plan: Plan, staging: Path, companions: list[Path], progress: Progress) -> None:
+    write_weights(staging, plan.tensors, plan.load, progress)
+    write_json(staging / "config.json", plan.config)
+    for file in companions:
+        shutil.copyfile(file, staging / file.name)
+    tokenizer_config = staging / "tokenizer_config.json"
+    if plan.model_max_length is not None and tokenizer_config.is_file():
+        content = read_json(tokenizer_config)
+        if "model_max_length" in content:
+            content["model_max_length"] = plan.model_max_length
+            write_json(tokenizer_config, content)
+    if plan.target_class.__name__.startswith(TARGET_CLASS_PREFIX):
+        write_remote_code(staging)
+        write_json(staging / NAMES_FILE, plan.names or {})
+        if plan.extra and plan.load_extra:
+            save_tensors(
+                staging / EXTRA_FILE,
+                {name: plan.load_extra(name).contiguous() for name in plan.extra},
+            )
+
+
+def _verify(
+    plan: Plan, folder: Path, staging: Path, reverse: bool, progress: Progress
+) -> float | None:
+    """Return the largest difference between the logits; raise ValueError if it is too large."""
+    head = plan.target_class.__name__
+    if not plan.complete:
+        plan.notes.append(
+            "the head is not in the checkpoint: the encoder's output was verified instead"
+        )
+    source = _load(plan.source_class, folder, plan.complete)
+    converted = _load(plan.target_class, staging, plan.complete)
+    ours, theirs = (source, converted) if reverse else (converted, source)
+    windows = ours.config.attention_window
+    usable = min(ours.config.max_sequence_length, _max_length(theirs.config, plan))
+    agreement = measure_agreement(
+        source,
+        converted,
+        head=_head(head) if plan.complete else "Model",
+        max_length=min(usable, plan.exact_length or usable),
+        windows=windows if isinstance(windows, list) else [windows],
+        with_pooler=plan.complete,
+        takes_global_attention_mask=FAMILIES[plan.source_model_type].takes_global_attention_mask,
+        progress=progress,
+    )
+    if not agreement.relative <= TOLERANCE:
+        raise ValueError(
+            f"verify: the logits differ by {agreement.difference:.3g} at most, allowed is "
+            f"{TOLERANCE * max(1.0, agreement.largest):.3g}; nothing was written"
+        )
+    return agreement.difference
+
+
+def _max_length(config: Any, plan: Plan) -> int:
+    return config.max_position_embeddings - FAMILIES[plan.source_model_type].position_offset(config)
+
+
+def _head(class_name: str) -> str:
+    return "For" + class_name.split("For", 1)[1] if "For" in class_name else "Model"
+
+
+def _load(model_class: Any, folder: Path, with_head: bool) -> Any:
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return model if with_head else model.base_model
+
+
+def _write_model_card(
+    plan: Plan, staging: Path, source: str, folder: Path, name: str, difference: float | None
+) -> None:
+    if difference is None:
+        parity = "not measured (`--verify` measures it)"
+    else:
+        parity = f"largest difference between logits {difference:.2g} (float32, random token ids)"
+    if plan.exact_length is not None:
+        parity += f"; equal up to {plan.exact_length} tokens"
+    card = model_card(
+        name=name,
+        source=source,
+        source_folder=folder,
+        source_model_type=plan.source_model_type,
+        source_class=plan.source_class.__name__,
+        target_class=plan.target_class.__name__,
+        config=plan.target_class.config_class.from_dict(dict(plan.config)),
+        num_parameters=plan.num_parameters,
+        parity=parity,
+        notes=plan.notes,
+    )
+    (staging / "README.md").write_text(card, encoding="utf-8")

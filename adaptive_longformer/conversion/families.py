@@ -1,0 +1,52 @@
+"""The families that can be converted, and which class of ours takes over which class of theirs."""
+
+import transformers
+
+from adaptive_longformer.conversion.bert import BERT
+from adaptive_longformer.conversion.family import HEADS, Family
+from adaptive_longformer.conversion.longformer import LONGFORMER
+from adaptive_longformer.conversion.roberta import ROBERTA
+from adaptive_longformer.modeling import modeling_adaptive_sparse
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LONGFORMER, ROBERTA, BERT)}
+TARGET_CLASS_PREFIX = "AdaptiveSparse"
+
+
+def source_class(family: Family, head: str) -> type:
+    """Return the Transformers class of a source with a head."""
+    return getattr(transformers, family.class_prefix + head)
+
+
+def target_class(head: str) -> type:
+    """Return our class with a head."""
+    return getattr(modeling_adaptive_sparse, TARGET_CLASS_PREFIX + head)
+
+
+def head_of(class_prefix: str, architecture: str, other_heads: dict[str, str]) -> str:
+    """Return the head that a class name stands for.
+
+    Raises:
+        ValueError: the class has a head that we have not.
+    """
+    head = architecture.removeprefix(class_prefix)
+    head = other_heads.get(head, head)
+    if not architecture.startswith(class_prefix) or head not in HEADS:
+        allowed = ", ".join(class_prefix + head for head in (*HEADS, *other_heads))
+        raise ValueError(
+            f"source: architecture {architecture!r} cannot be converted; supported are {allowed}"
+        )
+    return head
+
+
+def head_from_tensors(names: set[str]) -> str:
+    """Guess the head of a checkpoint whose configuration names none from our names of its tensors."""
+    if "qa_outputs.weight" in names:
+        return "ForQuestionAnswering"
+    if "classifier.out_proj.weight" in names:
+        return "ForSequenceClassification"
+    if "classifier.weight" in names:
+        pooled = "model.pooler.dense.weight" in names
+        return "ForSequenceClassification" if pooled else "ForTokenClassification"
+    if "lm_head.dense.weight" in names:
+        return "ForMaskedLM"
+    return "Model"

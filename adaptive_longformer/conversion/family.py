@@ -1,0 +1,95 @@
+"""What a converter has to know about one family of source models."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from adaptive_longformer.conversion.tables import Table
+
+HEADS = (
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+
+# Configuration fields that have the same name and meaning in every family and in ours.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of source models: its names, its configuration, its tensors.
+
+    Attributes:
+        model_type: the source's `model_type`.
+        class_prefix: what the source's class names start with ("Longformer").
+        table: the names of the tensors.
+        fields: configuration fields that are copied, in both directions.
+        constants: fields of our configuration that make our model compute what the source does.
+        default_global_tokens: what the source does per head when the user gives no global mask.
+        tokenizer_class: the tokenizer of a checkpoint that does not name one.
+        takes_global_attention_mask: whether the source's forward has that argument.
+        other_heads: names of source classes that hold one of our heads and more.
+    """
+
+    model_type: str
+    class_prefix: str
+    table: Table
+    fields: tuple[str, ...]
+    constants: dict[str, Any]
+    default_global_tokens: dict[str, str]
+    tokenizer_class: str
+    takes_global_attention_mask: bool = False
+    other_heads: dict[str, str] = field(default_factory=dict)
+
+    def position_offset(self, config: PreTrainedConfig) -> int:
+        """Return how many rows of the position table come before that of the first token."""
+        if self.constants["position_style"] == "bert":
+            return 0
+        if config.pad_token_id is None:
+            raise ValueError(
+                "source: pad_token_id is null in config.json, but it gives the positions"
+            )
+        return config.pad_token_id + 1
+
+    def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
+        """Return the fields of the AdaptiveSparseConfig that equals a source configuration."""
+        fields = {name: getattr(config, name, None) for name in self.fields}
+        if "attention_window" in fields:
+            fields["attention_window"] = _one_value_if_equal(fields["attention_window"])
+        else:
+            # Twice the longest input: every token sees every other one, as in the source.
+            usable = config.max_position_embeddings - self.position_offset(config)
+            fields["attention_window"] = 2 * usable
+        fields.update(self.constants, default_global_tokens=self.default_global_tokens[head])
+        return fields
+
+
+def _one_value_if_equal(window: int | list[int]) -> int | list[int]:
+    if isinstance(window, list | tuple) and len(set(window)) == 1:
+        return window[0]
+    return window

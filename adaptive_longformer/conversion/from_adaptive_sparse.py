@@ -1,0 +1,229 @@
+"""From one of our checkpoints back to the family it came from: what will be written."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
+from adaptive_longformer.conversion.families import (
+    FAMILIES,
+    TARGET_CLASS_PREFIX,
+    head_of,
+    source_class,
+    target_class,
+)
+from adaptive_longformer.conversion.family import Family
+from adaptive_longformer.conversion.plan import (
+    EXTRA_FILE,
+    NAMES_FILE,
+    Plan,
+    check_against_model,
+)
+from adaptive_longformer.conversion.positions import is_tiled
+from adaptive_longformer.conversion.source import check_family
+from adaptive_longformer.conversion.tables import TARGET_PREFIX
+from adaptive_longformer.conversion.to_adaptive_sparse import (
+    POSITION_EMBEDDINGS,
+    read_source_config,
+)
+
+
+def plan_reversal(folder: Path) -> Plan:
+    """Decide what one of our checkpoints becomes in its source's family.
+
+    A checkpoint that was only converted comes back bit for bit, names included; one that was
+    fine-tuned comes back under the family's usual names.
+    """
+    raw = read_json(folder / "config.json")
+    check_family(raw.get("model_type"), {AdaptiveSparseConfig.model_type})
+    config = _read_config(raw)
+    family = _family(config)
+    head = head_of(TARGET_CLASS_PREFIX, (config.architectures or ["AdaptiveSparseModel"])[0], {})
+    checkpoint = Checkpoint(folder)
+    notes: list[str] = []
+
+    tensors, ours, extra = _name_tensors(family, head, config, folder, checkpoint, notes)
+    reversed_raw = _source_config(family, head, config)
+    rows = _source_rows(family, config, reversed_raw, checkpoint, ours)
+    for name, our_name in ours.items():
+        if _full_name(our_name) == POSITION_EMBEDDINGS:
+            tensors[name] = tensors[name].new_empty(rows, tensors[name].shape[1])
+    if rows != config.max_position_embeddings:
+        kept = rows - family.position_offset(config)
+        notes.append(f"the position table was cut back to the source's {kept} tokens")
+    if read_source_config(reversed_raw).max_position_embeddings != rows:
+        reversed_raw["max_position_embeddings"] = rows
+    source_config = read_source_config(reversed_raw)
+    full_names = {
+        (family.table.to_source(_full_name(our_name)) or name): tensors[name]
+        for name, our_name in ours.items()
+    }
+    missing = check_against_model(
+        source_class(family, head), source_config, full_names, family.table.source_prefix, str
+    )
+    missing = [name for name in missing if not _is_duplicate(family, name, full_names)]
+    if missing:
+        notes.append(f"no {', '.join(missing)} in this checkpoint: newly initialised at loading")
+    _note_what_is_lost(family, config, source_config, notes)
+    extra_file = Checkpoint(folder, [folder / EXTRA_FILE]) if extra else None
+
+    def load(name: str) -> torch.Tensor:
+        if extra_file is not None and name in extra_file.tensors:
+            return extra_file.load(name)
+        tensor = checkpoint.load(ours[name])
+        return tensor[:rows] if _full_name(ours[name]) == POSITION_EMBEDDINGS else tensor
+
+    if extra_file is not None:
+        tensors.update(extra_file.tensors)
+    return Plan(
+        source_model_type=family.model_type,
+        source_class=target_class(head),
+        target_class=source_class(family, head),
+        config=reversed_raw,
+        tensors=tensors,
+        load=load,
+        complete=not missing,
+        exact_length=_exact_length(family, config, rows),
+        model_max_length=rows - family.position_offset(config)
+        if rows != config.max_position_embeddings
+        else None,
+        notes=notes,
+    )
+
+
+def _read_config(raw: dict[str, Any]) -> AdaptiveSparseConfig:
+    try:
+        return AdaptiveSparseConfig.from_dict(copy.deepcopy(raw))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"source: config.json is damaged: {error}") from error
+
+
+def _family(config: AdaptiveSparseConfig) -> Family:
+    source_config = getattr(config, "source_config", None) or {}
+    if source_config.get("model_type") in FAMILIES:
+        return FAMILIES[source_config["model_type"]]
+    if config.separate_global_projections:
+        return FAMILIES["longformer"]
+    return FAMILIES["bert" if config.head_style == "bert" else "roberta"]
+
+
+def _full_name(name: str) -> str:
+    """Return our name with the prefix of the base model, which a bare base model leaves out."""
+    in_base = name.startswith(("embeddings.", "layers.", "pooler."))
+    return TARGET_PREFIX + name if in_base else name
+
+
+def _name_tensors(
+    family: Family,
+    head: str,
+    config: AdaptiveSparseConfig,
+    folder: Path,
+    checkpoint: Checkpoint,
+    notes: list[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, str], bool]:
+    """Return the tensors under the source's names, which of ours they are, and whether extras follow."""
+    recorded: dict[str, list[str]] = {}
+    extra = False
+    if (folder / NAMES_FILE).is_file():
+        record = read_json(folder / NAMES_FILE)
+        # A record of another head or family was left behind by something else.
+        if record.get("architecture") == TARGET_CLASS_PREFIX + head:
+            for source_name, our_name in record["tensors"].items():
+                recorded.setdefault(our_name, []).append(source_name)
+            extra = (folder / EXTRA_FILE).is_file()
+    prefix = family.table.source_prefix
+    tensors, ours, dropped = {}, {}, []
+    for our_name, tensor in checkpoint.tensors.items():
+        usual = family.table.to_source(_full_name(our_name))
+        if usual is None:
+            dropped.append(our_name)
+            continue
+        if head == "Model" and not recorded:
+            usual = usual.removeprefix(prefix)
+        for name in recorded.get(_full_name(our_name), [usual]):
+            tensors[name], ours[name] = tensor, our_name
+    if dropped:
+        notes.append(f"no place in {family.class_prefix}, left out: {', '.join(sorted(dropped))}")
+    return tensors, ours, extra
+
+
+def _source_config(family: Family, head: str, config: AdaptiveSparseConfig) -> dict[str, Any]:
+    """Return the source's config.json with what was changed since the conversion."""
+    original = getattr(config, "source_config", None)
+    if not original or original.get("model_type") != family.model_type:
+        original = {"model_type": family.model_type}
+    raw = copy.deepcopy(original)
+    source_config = read_source_config(raw)
+    expected = family.target_fields(source_config, head) | {
+        "max_position_embeddings": source_config.max_position_embeddings
+    }
+    expected.update(getattr(config, "conversion_overrides", None) or {})
+    # Through JSON, as the numbers of labels are strings there.
+    now, then = json.loads(config.to_json_string(use_diff=False)), _as_json(expected)
+    for name in family.fields:
+        if now.get(name) != then.get(name):
+            raw[name] = now.get(name)
+    dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    if raw.get(dtype) not in (None, now.get("dtype")):
+        raw[dtype] = now["dtype"]
+    architecture = family.class_prefix + head
+    recorded = raw.get("architectures") or []
+    heads = {head, *(other for other, ours in family.other_heads.items() if ours == head)}
+    known = recorded and recorded[0] in {family.class_prefix + name for name in heads}
+    if not known and (recorded or original == {"model_type": family.model_type}):
+        raw["architectures"] = [architecture]
+    return raw
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields))
+
+
+def _source_rows(
+    family: Family,
+    config: AdaptiveSparseConfig,
+    raw: dict[str, Any],
+    checkpoint: Checkpoint,
+    ours: dict[str, str],
+) -> int:
+    """Return how many rows of the position table go back: all, unless the tail only repeats."""
+    source_rows = read_source_config(raw).max_position_embeddings
+    rows = config.max_position_embeddings
+    names = [name for name in ours.values() if _full_name(name) == POSITION_EMBEDDINGS]
+    if "source_config" not in config.to_dict() or source_rows >= rows or not names:
+        return rows
+    table = checkpoint.load(names[0])
+    return source_rows if is_tiled(table, source_rows, family.position_offset(config)) else rows
+
+
+def _is_duplicate(family: Family, name: str, tensors: dict[str, torch.Tensor]) -> bool:
+    """Tell whether a missing tensor is another name of one that is there."""
+    ours = family.table.to_target(name)
+    if ours is None:
+        return False
+    usual = family.table.to_source(ours)
+    return usual in tensors and usual != name
+
+
+def _exact_length(family: Family, config: AdaptiveSparseConfig, rows: int) -> int | None:
+    if family.takes_global_attention_mask:
+        return None
+    windows = config.attention_window
+    narrowest = min(windows) if isinstance(windows, list) else windows
+    return min(narrowest // 2 + 1, rows - family.position_offset(config))
+
+
+def _note_what_is_lost(
+    family: Family, config: AdaptiveSparseConfig, source_config: Any, notes: list[str]
+) -> None:
+    dilated = config.attention_dilation not in (1, [1] * config.num_hidden_layers)
+    if config.attention_pattern != "longformer" or dilated:
+        notes.append(
+            f"attention_pattern {config.attention_pattern!r} with attention_dilation "
+            f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"
+        )

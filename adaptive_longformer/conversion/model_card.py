@@ -1,0 +1,73 @@
+"""The README.md of a converted checkpoint."""
+
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+_TEMPLATE = Path(__file__).with_name("model_card.md")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PIPELINES = {
+    "Model": "feature-extraction",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+}
+
+
+def model_card(
+    *,
+    name: str,
+    source: str,
+    source_folder: Path,
+    source_model_type: str,
+    source_class: str,
+    target_class: str,
+    config: Any,
+    num_parameters: int,
+    parity: str,
+    notes: list[str],
+) -> str:
+    """Fill the template: where the weights come from, what they compute, how to load them.
+
+    Args:
+        name: the folder's name.
+        source: what the user named as the source: a hub id or a folder.
+        config: the AdaptiveSparseConfig of the result.
+        parity: what is known about the difference between the logits.
+    """
+    head = target_class.removeprefix("AdaptiveSparse")
+    is_hub_id = bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    front_matter = f"base_model: {source}\n" if is_hub_id else ""
+    link = f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{Path(source).name}`"
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=name,
+        pipeline_tag=_PIPELINES[head],
+        front_matter=front_matter + _license(source_folder),
+        source_model_type=source_model_type,
+        source_class=source_class,
+        source_link=link,
+        target_class=target_class,
+        auto_class=f"AutoModel{head.removeprefix('Model')}",
+        num_parameters=f"{num_parameters:,}",
+        dtype=str(config.dtype).removeprefix("torch."),
+        max_sequence_length=config.max_sequence_length,
+        pattern=f"{config.attention_pattern}, window {config.attention_window} tokens",
+        global_tokens=config.default_global_tokens,
+        parity=parity,
+        notes="".join(f"- {note}\n" for note in notes) or "None.\n",
+    )
+
+
+def _license(folder: Path) -> str:
+    """Return the license line of the source's own card, if it has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    front_matter = re.match(
+        r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S
+    )
+    line = front_matter and re.search(r"^license: *\S.*$", front_matter[1], re.M)
+    return f"{line[0]}\n" if line else ""

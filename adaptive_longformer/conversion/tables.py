@@ -1,0 +1,101 @@
+"""Reversible tables of parameter names: which tensor of a source becomes which tensor of ours."""
+
+import re
+from collections.abc import Sequence
+
+TARGET_PREFIX = "model."
+
+_PLACEHOLDERS = {"layer": r"\d+", "parameter": "weight|bias"}
+
+# Checkpoints that were converted from TensorFlow still call LayerNorm's parameters so.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+class Table:
+    """An ordered list of rows (source name, target name), read in both directions.
+
+    `{layer}` stands for a layer index and `{parameter}` for `weight` or `bias`. Two rows may lead to
+    the same target name when the source stores one tensor under two names; the first one is the
+    name that a conversion back writes.
+
+    Args:
+        source_prefix: the source's name for its base model, with the dot ("longformer."). A
+            checkpoint of the bare base model leaves it out, as ours leaves out "model.".
+        rows: pairs of full names, base model prefix included.
+    """
+
+    def __init__(self, source_prefix: str, rows: Sequence[tuple[str, str]]):
+        self.source_prefix = source_prefix
+        self.rows = tuple(rows)
+        self._to_target = [(_compile(source), target) for source, target in self.rows]
+        self._to_source = [(_compile(target), source) for source, target in self.rows]
+
+    def to_target(self, name: str) -> str | None:
+        """Return our full name of a source tensor, or None if it has no place in our model."""
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        found = _first(self._to_target, name)
+        return found or _first(self._to_target, self.source_prefix + name)
+
+    def to_source(self, name: str) -> str | None:
+        """Return the source's full name of one of our tensors, or None if it has none."""
+        return _first(self._to_source, name) or _first(self._to_source, TARGET_PREFIX + name)
+
+
+def bert_encoder(prefix: str) -> list[tuple[str, str]]:
+    """Return the rows of the encoder that BERT introduced and RoBERTa and Longformer kept."""
+    layer = prefix + "encoder.layer.{layer}."
+    ours = "model.layers.{layer}."
+    return [
+        (prefix + "embeddings.word_embeddings.weight", "model.embeddings.word_embeddings.weight"),
+        (
+            prefix + "embeddings.position_embeddings.weight",
+            "model.embeddings.position_embeddings.weight",
+        ),
+        (
+            prefix + "embeddings.token_type_embeddings.weight",
+            "model.embeddings.token_type_embeddings.weight",
+        ),
+        (prefix + "embeddings.LayerNorm.{parameter}", "model.embeddings.layer_norm.{parameter}"),
+        (layer + "attention.self.query.{parameter}", ours + "attention.query.{parameter}"),
+        (layer + "attention.self.key.{parameter}", ours + "attention.key.{parameter}"),
+        (layer + "attention.self.value.{parameter}", ours + "attention.value.{parameter}"),
+        (layer + "attention.output.dense.{parameter}", ours + "attention.output.{parameter}"),
+        (
+            layer + "attention.output.LayerNorm.{parameter}",
+            ours + "attention_layer_norm.{parameter}",
+        ),
+        (layer + "intermediate.dense.{parameter}", ours + "intermediate.{parameter}"),
+        (layer + "output.dense.{parameter}", ours + "output.{parameter}"),
+        (layer + "output.LayerNorm.{parameter}", ours + "output_layer_norm.{parameter}"),
+        (prefix + "pooler.dense.{parameter}", "model.pooler.dense.{parameter}"),
+    ]
+
+
+def roberta_heads() -> list[tuple[str, str]]:
+    """Return the rows of the task heads that RoBERTa introduced and Longformer kept."""
+    return [
+        ("lm_head.dense.{parameter}", "lm_head.dense.{parameter}"),
+        ("lm_head.layer_norm.{parameter}", "lm_head.layer_norm.{parameter}"),
+        ("lm_head.bias", "lm_head.decoder.bias"),
+        ("lm_head.decoder.{parameter}", "lm_head.decoder.{parameter}"),
+        ("classifier.dense.{parameter}", "classifier.dense.{parameter}"),
+        ("classifier.out_proj.{parameter}", "classifier.out_proj.{parameter}"),
+        ("classifier.{parameter}", "classifier.{parameter}"),
+        ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
+    ]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    expression = re.escape(pattern)
+    for name, values in _PLACEHOLDERS.items():
+        expression = expression.replace(re.escape("{" + name + "}"), f"(?P<{name}>{values})")
+    return re.compile(expression)
+
+
+def _first(rows: list[tuple[re.Pattern[str], str]], name: str) -> str | None:
+    for pattern, replacement in rows:
+        match = pattern.fullmatch(name)
+        if match:
+            return replacement.format(**match.groupdict())
+    return None

@@ -1,0 +1,288 @@
+"""From a source checkpoint to ours: what will be written."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
+from adaptive_longformer.conversion.families import (
+    FAMILIES,
+    TARGET_CLASS_PREFIX,
+    head_from_tensors,
+    head_of,
+    source_class,
+    target_class,
+)
+from adaptive_longformer.conversion.family import Family
+from adaptive_longformer.conversion.plan import Plan, check_against_model
+from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
+from adaptive_longformer.conversion.remote_code import AUTO_MAP
+from adaptive_longformer.conversion.source import check_family
+from adaptive_longformer.conversion.tables import TARGET_PREFIX
+
+WORD_EMBEDDINGS = "model.embeddings.word_embeddings.weight"
+POSITION_EMBEDDINGS = "model.embeddings.position_embeddings.weight"
+DECODER = "lm_head.decoder.weight"
+
+
+def plan_conversion(
+    folder: Path, max_positions: int | None, attention_window: int | list[int] | None
+) -> Plan:
+    """Decide what a source checkpoint becomes; reads headers, compares duplicated tensors."""
+    raw = read_json(folder / "config.json")
+    check_family(raw.get("model_type"), FAMILIES)
+    family = FAMILIES[raw["model_type"]]
+    config = read_source_config(raw)
+    _check_is_encoder(raw)
+    checkpoint = Checkpoint(folder)
+    notes: list[str] = []
+
+    names = {name: family.table.to_target(name) for name in checkpoint.tensors}
+    head = _head(family, raw, {name for name in names.values() if name}, notes)
+    fields, overrides, exact_length = _target_fields(
+        family, config, head, max_positions, attention_window, notes
+    )
+    fields.update(_special_tokens(family, folder, raw, config))
+    chosen, extra = _choose_tensors(checkpoint, names, config, overrides, notes)
+    fields.update(overrides)
+
+    tensors = {name: checkpoint.tensors[source] for name, source in chosen.items()}
+    offset = family.position_offset(config)
+    source_rows, num_rows = config.max_position_embeddings, fields["max_position_embeddings"]
+    table = tensors.get(POSITION_EMBEDDINGS)
+    if table is not None and table.shape[0] != source_rows:
+        raise ValueError(
+            f"source: tensor {chosen[POSITION_EMBEDDINGS]} has {table.shape[0]} rows, "
+            f"but config.json says max_position_embeddings = {source_rows}"
+        )
+    if table is not None:
+        tensors[POSITION_EMBEDDINGS] = table.new_empty(num_rows, table.shape[1])
+    target_config = AdaptiveSparseConfig(
+        **fields,
+        architectures=[TARGET_CLASS_PREFIX + head],
+        auto_map=dict(AUTO_MAP),
+        tokenizer_class=raw.get("tokenizer_class") or family.tokenizer_class,
+        dtype=raw.get("dtype") or raw.get("torch_dtype") or _dtype(tensors),
+        source_config=copy.deepcopy(raw),
+        conversion_overrides=overrides,
+    )
+    missing = check_against_model(
+        target_class(head),
+        target_config,
+        tensors,
+        TARGET_PREFIX,
+        lambda name: chosen.get(name) or family.table.to_source(name) or name,
+    )
+    if missing:
+        notes.append(
+            f"the source has no {', '.join(missing)}: newly initialised at loading, as the source's"
+        )
+
+    # The bare base model has no prefix in front of its names, as save_pretrained would write it.
+    bare = head == "Model" and all(name.startswith(TARGET_PREFIX) for name in chosen)
+    written = {name.removeprefix(TARGET_PREFIX) if bare else name: name for name in chosen}
+
+    def load(name: str) -> torch.Tensor:
+        tensor = checkpoint.load(chosen[written[name]])
+        if written[name] == POSITION_EMBEDDINGS:
+            return tile_positions(tensor, num_rows, offset)
+        return tensor
+
+    return Plan(
+        source_model_type=family.model_type,
+        source_class=source_class(family, head),
+        target_class=target_class(head),
+        config=json.loads(target_config.to_json_string()),
+        tensors={short: tensors[full] for short, full in written.items()},
+        load=load,
+        extra={name: checkpoint.tensors[name] for name in extra},
+        load_extra=checkpoint.load,
+        names={
+            "model_type": family.model_type,
+            "architecture": TARGET_CLASS_PREFIX + head,
+            "tensors": {name: ours for name, ours in names.items() if name not in extra},
+        },
+        exact_length=exact_length,
+        complete=not missing,
+        model_max_length=target_config.max_sequence_length if num_rows != source_rows else None,
+        notes=notes,
+    )
+
+
+def read_source_config(raw: dict[str, Any]) -> PreTrainedConfig:
+    """Return the Transformers configuration of a source's config.json."""
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"source: config.json is damaged: {error}") from error
+
+
+def _dtype(tensors: dict[str, torch.Tensor]) -> str:
+    tensor = tensors.get(WORD_EMBEDDINGS)
+    return str(tensor.dtype if tensor is not None else torch.float32).removeprefix("torch.")
+
+
+def _check_is_encoder(raw: dict[str, Any]) -> None:
+    for name in ("is_decoder", "add_cross_attention"):
+        if raw.get(name):
+            raise ValueError(
+                f"source: {name} = true in config.json; only encoders can be converted"
+            )
+    style = raw.get("position_embedding_type", "absolute")
+    if style != "absolute":
+        raise ValueError(
+            f"source: position_embedding_type {style!r} cannot be converted; supported is 'absolute'"
+        )
+
+
+def _head(family: Family, raw: dict[str, Any], names: set[str], notes: list[str]) -> str:
+    architectures = raw.get("architectures")
+    if architectures:
+        return head_of(family.class_prefix, architectures[0], family.other_heads)
+    head = head_from_tensors(names)
+    notes.append(
+        f"config.json names no architecture; its tensors are those of {family.class_prefix}{head}"
+    )
+    return head
+
+
+def _target_fields(
+    family: Family,
+    config: PreTrainedConfig,
+    head: str,
+    max_positions: int | None,
+    attention_window: int | list[int] | None,
+    notes: list[str],
+) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+    """Return our fields, those among them the user chose, and up to which length logits are equal."""
+    fields = family.target_fields(config, head)
+    overrides: dict[str, Any] = {}
+    offset = family.position_offset(config)
+    usable = config.max_position_embeddings - offset
+    exact_length = None if family.takes_global_attention_mask else usable
+    if max_positions is not None:
+        if not usable <= max_positions <= MAX_POSITIONS:
+            raise ValueError(
+                f"max_positions: {max_positions} is not allowed; the source reads {usable} tokens, "
+                f"allowed are {usable} to {MAX_POSITIONS}"
+            )
+        if max_positions != usable:
+            overrides["max_position_embeddings"] = max_positions + offset
+            notes.append(
+                f"the position table was extended from {usable} to {max_positions} tokens by "
+                "repeating it: fine-tune before trusting inputs longer than the source's"
+            )
+    if attention_window is not None:
+        before = _windows(fields["attention_window"], config)
+        if isinstance(attention_window, list) and len(attention_window) != len(before):
+            raise ValueError(
+                f"attention_window: {len(attention_window)} values are not allowed; "
+                f"give one number or one for each of the {len(before)} layers"
+            )
+        after = _windows(attention_window, config)
+        for window in after:
+            if isinstance(window, bool) or not isinstance(window, int) or window < 2 or window % 2:
+                raise ValueError(
+                    f"attention_window: {window!r} is not allowed; "
+                    "it counts both sides, so it must be an even number, at least 2"
+                )
+        overrides["attention_window"] = attention_window
+        # An input of n tokens sees no window edge while n - 1 <= window / 2.
+        changed = [
+            min(pair) // 2 + 1 for pair in zip(before, after, strict=True) if len({*pair}) > 1
+        ]
+        if changed and min(changed) < usable:
+            exact_length = min(changed)
+            notes.append(
+                f"attention_window {attention_window} instead of {fields['attention_window']}: "
+                f"logits equal the source's only up to {exact_length} tokens"
+            )
+    elif not family.takes_global_attention_mask:
+        notes.append(
+            f"attention_window {fields['attention_window']}, twice the source's {usable} tokens: "
+            f"logits equal the source's up to {usable} tokens; --attention-window makes it smaller "
+            "(less time and memory, other logits)"
+        )
+    return fields, overrides, exact_length
+
+
+def _windows(attention_window: int | list[int], config: PreTrainedConfig) -> list[int]:
+    if isinstance(attention_window, list):
+        return attention_window
+    return [attention_window] * config.num_hidden_layers
+
+
+def _special_tokens(
+    family: Family, folder: Path, raw: dict[str, Any], config: PreTrainedConfig
+) -> dict[str, Any]:
+    """Return the ids of separator and first token, from the configuration or the tokenizer."""
+    if family.constants["position_style"] == "bert":
+        vocabulary = _special_token_ids(folder)
+        found = {"sep_token_id": vocabulary.get("[SEP]"), "cls_token_id": vocabulary.get("[CLS]")}
+    else:
+        end = config.eos_token_id
+        found = {
+            "sep_token_id": end[0] if isinstance(end, list) else end,
+            "cls_token_id": config.bos_token_id,
+        }
+    return found | {name: raw[name] for name in found if isinstance(raw.get(name), int)}
+
+
+def _special_token_ids(folder: Path) -> dict[str, int]:
+    """Return token -> id of a BERT tokenizer, as far as its files tell."""
+    if (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        return {token: index for index, token in enumerate(lines) if token.startswith("[")}
+    if (folder / "tokenizer.json").is_file():
+        added = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        return {token["content"]: token["id"] for token in added}
+    return {}
+
+
+def _choose_tensors(
+    checkpoint: Checkpoint,
+    names: dict[str, str | None],
+    config: PreTrainedConfig,
+    overrides: dict[str, Any],
+    notes: list[str],
+) -> tuple[dict[str, str], list[str]]:
+    """Choose for each of our tensors the source tensor it is made of.
+
+    Where a source stores one tensor under two names the values are compared: duplicates are dropped
+    (and only their names kept), and if they differ Transformers uses the one the layer itself owns,
+    which is the later row of the table.
+
+    Returns:
+        Our name -> source name, and the source names that have no place; `names` is updated.
+    """
+    chosen: dict[str, str] = {}
+    extra: list[str] = []
+    for source, ours in names.items():
+        if ours is None:
+            extra.append(source)
+        elif ours not in chosen:
+            chosen[ours] = source
+        elif not checkpoint.equal(source, chosen[ours]):
+            unused = source if chosen[ours].endswith("decoder.bias") else chosen[ours]
+            chosen[ours] = source if unused != source else chosen[ours]
+            extra.append(unused)
+    if config.tie_word_embeddings and DECODER in chosen and WORD_EMBEDDINGS in chosen:
+        if checkpoint.equal(chosen[DECODER], chosen[WORD_EMBEDDINGS]):
+            names[chosen.pop(DECODER)] = WORD_EMBEDDINGS
+        else:
+            overrides["tie_word_embeddings"] = False
+            notes.append(
+                f"{chosen[DECODER]} differs from the word embeddings although config.json ties them: "
+                "kept apart, as Transformers does"
+            )
+    if extra:
+        notes.append(
+            f"no place in our model, only kept for a conversion back: {', '.join(sorted(extra))}"
+        )
+    return chosen, extra

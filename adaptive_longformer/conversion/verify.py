@@ -1,0 +1,122 @@
+"""Measuring how far the logits of a converted model are from those of its source."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adaptive_longformer.conversion.checkpoint import Checkpoint
+
+# Relative to max(1, largest logit), in float32.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest difference between two models' outputs, beside their largest value."""
+
+    difference: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of max(1, largest value)."""
+        return self.difference / max(1.0, self.largest)
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity."""
+    for name in checkpoint.tensors:
+        tensor = checkpoint.load(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"source: tensor {name} holds NaN or infinite values")
+
+
+def measure_agreement(
+    source: nn.Module,
+    converted: nn.Module,
+    *,
+    head: str,
+    max_length: int,
+    windows: list[int],
+    takes_global_attention_mask: bool,
+    with_pooler: bool = True,
+    progress: Callable[[str, int, int], None],
+) -> Agreement:
+    """Run both models on random token ids and return the worst disagreement found.
+
+    Two rows per batch, the second padded on the right; a few lengths around the window; without a
+    global mask (each model's own default) and, where the source takes one, with a random one.
+    """
+    lengths = _lengths(max_length, max(windows))
+    worst, largest = 0.0, 0.0
+    for step, length in enumerate(lengths):
+        for inputs in _inputs(source.config, head, length, takes_global_attention_mask):
+            with torch.no_grad():
+                expected = outputs_of(source, inputs, with_pooler)
+                found = outputs_of(converted, inputs, with_pooler)
+            for one, other in zip(expected, found, strict=True):
+                difference = (one - other).abs().max().item()
+                # A NaN would lose every comparison.
+                worst = max(worst, difference if difference == difference else float("inf"))
+                largest = max(largest, one.abs().max().item())
+        progress("verifying", step + 1, len(lengths))
+    return Agreement(worst, largest)
+
+
+def outputs_of(
+    model: nn.Module, inputs: dict[str, torch.Tensor], with_pooler: bool = True
+) -> list[torch.Tensor]:
+    """Return a model's logits, or what a model without a head puts out."""
+    output = model(**inputs)
+    names = ["logits", "start_logits", "end_logits", "last_hidden_state"]
+    if with_pooler:
+        names.append("pooler_output")
+    return [output[name] for name in names if output.get(name) is not None]
+
+
+def _lengths(max_length: int, window: int) -> list[int]:
+    wanted = (1, 17, window // 2 + 2, window + 1, 2 * window + 3, max_length)
+    # The whole length of a long model takes minutes on a CPU and shows nothing new.
+    limit = min(max_length, max(1024, 2 * window + 3))
+    return sorted({min(length, limit) for length in wanted})
+
+
+def _inputs(
+    config, head: str, length: int, takes_global_attention_mask: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(length)
+    reserved = [config.pad_token_id, getattr(config, "sep_token_id", None), config.eos_token_id]
+    usable = [token for token in range(config.vocab_size) if token not in reserved]
+    choice = torch.randint(len(usable), (2, length), generator=generator)
+    input_ids = torch.tensor(usable)[choice]
+    attention_mask = torch.ones_like(input_ids)
+    valid = max(1, length - length // 3)
+    attention_mask[1, valid:] = 0
+    input_ids[1, valid:] = config.pad_token_id if config.pad_token_id is not None else 0
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if config.type_vocab_size > 1:
+        shape = input_ids.shape
+        inputs["token_type_ids"] = torch.randint(config.type_vocab_size, shape, generator=generator)
+    if takes_global_attention_mask:
+        global_mask = (torch.rand(input_ids.shape, generator=generator) < 0.05).long()
+        global_mask[:, 0] = 1
+        yield _as_choices({**inputs, "global_attention_mask": global_mask * attention_mask}, head)
+        if head in ("ForQuestionAnswering", "ForMultipleChoice"):
+            # Question, two separators, text, separator: what the source insists on.
+            if valid < 8:
+                return
+            for row, end in enumerate((length, valid)):
+                input_ids[row, [3, 4, end - 1]] = config.sep_token_id
+        elif head == "Model":
+            # Without a head of its own the default depends on the head around it.
+            inputs["global_attention_mask"] = torch.zeros_like(input_ids)
+    yield _as_choices(inputs, head)
+
+
+def _as_choices(inputs: dict[str, torch.Tensor], head: str) -> dict[str, torch.Tensor]:
+    """Make two documents the two choices of one example, if the head wants choices."""
+    if head != "ForMultipleChoice":
+        return inputs
+    return {name: tensor.unsqueeze(0) for name, tensor in inputs.items()}
