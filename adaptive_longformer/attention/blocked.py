@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.dropout import column_keys, dropped, row_keys
+from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
@@ -454,8 +454,9 @@ class _Problem:
             start += width
         return scores
 
-    def drop(self, tile: _Tile, prepared: "_Prepared") -> torch.Tensor:
-        return dropped(self.row_keys[tile.at][..., None], prepared.column_words, self.dropout_p)
+    def keep(self, tile: _Tile, prepared: "_Prepared") -> torch.Tensor:
+        """Which weights of a tile dropout keeps, see `keep_words`."""
+        return keep_words(self.row_keys[tile.at][..., None], prepared.column_words, self.dropout_p)
 
 
 @dataclass
@@ -520,7 +521,7 @@ def blocked_attention(
         total = weights.sum(dim=-1, keepdim=True)
         lse[tile.at] = (row_max + total.log()).squeeze(-1)
         if dropout_p > 0:
-            weights.masked_fill_(problem.drop(tile, prepared), 0.0)
+            zero_dropped_(weights, problem.keep(tile, prepared))
             total = total * (1 - dropout_p)
         result = (weights.to(problem.matmul_dtype) @ prepared.value).to(problem.dtype)
         output[tile.at] = result / total.masked_fill_(total == 0, 1.0)
@@ -582,14 +583,15 @@ def _blocked_attention_backward(
         grad_tile = grad_output[tile.at]
         delta = (grad_tile.to(dtype) * output[tile.at].to(dtype)).sum(dim=-1, keepdim=True)
         delta -= grad_lse[tile.at][..., None]
-        grad_tile = grad_tile.to(matmul_dtype)
-        weights = problem.scores(tile, prepared, query_tile).sub_(lse[tile.at][..., None]).exp_()
+        grad_tile = (grad_tile / (1 - dropout_p)).to(matmul_dtype)
+        weights = problem.scores(tile, prepared, query_tile)
+        weights.sub_(lse[tile.at][..., None]).exp_()
         grad_scores = (grad_tile @ prepared.value.transpose(-1, -2)).to(dtype)
         applied = weights
         if dropout_p > 0:
-            drop = problem.drop(tile, prepared)
-            grad_scores.masked_fill_(drop, 0.0).mul_(1 / (1 - dropout_p))
-            applied = weights.masked_fill(drop, 0.0).mul_(1 / (1 - dropout_p))
+            keep = problem.keep(tile, prepared)
+            zero_dropped_(grad_scores, keep)
+            applied = zero_dropped_(weights.clone(), keep)
         grad_value_tile = applied.transpose(-1, -2).to(matmul_dtype) @ grad_tile
         grad_scores.sub_(delta).mul_(weights)
         low_grad_scores = grad_scores.to(matmul_dtype)

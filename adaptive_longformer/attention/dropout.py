@@ -5,7 +5,7 @@ one word per query row and one per key, which are hashed well once, and a cheap 
 
     x = row_key[b, h, i] ^ column_key[j]
     x = x * MULTIPLIER_1;  x = x ^ (x >> 15);  x = x * MULTIPLIER_2          (int32, wrapping, arithmetic shift)
-    keep iff x >= round(p * 2**32) - 2**31                                    (signed comparison)
+    keep iff (x >> 1) >= round(p * 2**31) - 2**30                             (signed comparison)
 """
 
 import torch
@@ -31,15 +31,32 @@ def column_keys(seed: torch.Tensor, length: int) -> torch.Tensor:
     return mix(mix(torch.arange(length, device=seed.device) + first) ^ second).to(torch.int32)
 
 
-def dropped(rows: torch.Tensor, columns: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Which pairs are dropped: bool [..., queries, keys] from rows [..., queries, 1] and columns [..., 1, keys]."""
+def keep_words(rows: torch.Tensor, columns: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """-1 where a pair is kept, 0 where it is dropped: int32 [..., queries, keys].
+
+    Args:
+        rows: words of the queries, int32 [..., queries, 1].
+        columns: words of the keys, int32 [..., 1, keys].
+        dropout_p: probability of a drop, in [0, 1).
+    """
     word = rows ^ columns
     word.mul_(MULTIPLIER_1)
     word.bitwise_xor_(word >> 15)
     word.mul_(_MULTIPLIER_2_SIGNED)
-    return word < threshold(dropout_p)
+    # The sign of the difference, in arithmetic that cannot overflow, is many times faster than a comparison.
+    word.bitwise_right_shift_(1)
+    word.neg_().add_(threshold(dropout_p) - 1)
+    return word.bitwise_right_shift_(31)
 
 
 def threshold(dropout_p: float) -> int:
-    """The int32 below which a word means dropped."""
-    return min(round(dropout_p * 2**32) - 2**31, 2**31 - 1)
+    """Words, as signed 31-bit numbers, below this one mean dropped."""
+    return round(dropout_p * 2**31) - 2**30
+
+
+def zero_dropped_(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Sets the dropped weights to zero in place; keep as `keep_words` gives it, of the same shape."""
+    if weights.dtype == torch.float32:
+        weights.view(torch.int32).bitwise_and_(keep)
+        return weights
+    return weights.masked_fill_(keep == 0, 0.0)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from adaptive_longformer.attention.call import GlobalProjections
-from adaptive_longformer.attention.dropout import column_keys, dropped, row_keys
+from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 
 # Scores of one chunk of global rows; bounds the memory when very many tokens are global.
 _MAX_SCORES = 2**24
@@ -124,8 +124,8 @@ class _Rows:
         """The tensor [batch, heads, g, length] with dropout applied."""
         if self.dropout_p == 0:
             return tensor
-        drop = dropped(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
-        return tensor.masked_fill(drop, 0.0) / (1 - self.dropout_p)
+        keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
+        return zero_dropped_(tensor / (1 - self.dropout_p), keep)
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -191,9 +191,10 @@ def _global_rows_backward(
     )
     grad_local = grad_output.masked_fill(global_mask[:, None, :, None], 0.0)
     grad_lse_local = grad_lse.masked_fill(global_mask[:, None], 0.0)
-    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    inputs = (query, key, value)
     if rows.count == 0:
-        return grad_local, grad_lse_local, *grads
+        return grad_local, grad_lse_local, *(torch.zeros_like(tensor) for tensor in inputs)
+    grads = [torch.zeros_like(_precise(tensor)) for tensor in inputs]
     query_rows, exact_key, exact_value = (
         _precise(rows.gather(query)) * scale,
         _precise(key),
@@ -216,7 +217,7 @@ def _global_rows_backward(
         grad_query_rows.append(grad_scores @ exact_key * scale)
         grads[1] += grad_scores.transpose(-1, -2) @ query_rows[:, :, chunk]
     rows.scatter_(grads[0], torch.cat(grad_query_rows, dim=2))
-    return grad_local, grad_lse_local, *grads
+    return grad_local, grad_lse_local, *(grad.to(query.dtype) for grad in grads)
 
 
 def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tensor:

@@ -6,7 +6,7 @@ Everything else in this package equals this file, in value and in gradient.
 import torch
 
 from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
-from adaptive_longformer.attention.dropout import column_keys, dropped, row_keys
+from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
 
 MIN_WEIGHT = 1e-6
@@ -25,8 +25,8 @@ def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor
         assert call.dropout_seed is not None
         batch, heads, length, _ = call.query.shape
         rows = row_keys(call.dropout_seed, batch, heads, length)[..., None]
-        drop = dropped(rows, column_keys(call.dropout_seed, length), call.dropout_p)
-        probabilities = probabilities.masked_fill(drop, 0.0) / (1 - call.dropout_p)
+        keep = keep_words(rows, column_keys(call.dropout_seed, length), call.dropout_p)
+        probabilities = probabilities.masked_fill(keep == 0, 0.0) / (1 - call.dropout_p)
     output = probabilities @ call.value
     if value_global is not None:
         assert call.global_mask is not None
