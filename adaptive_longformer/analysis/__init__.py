@@ -1,0 +1,1 @@
+"""Sparsity reports, attention maps, plots."""
