@@ -14,7 +14,14 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
-from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
+from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.operator import (
+    fake_backward,
+    fake_forward,
+    like_projection,
+    register_autograd,
+    run_operator,
+)
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
@@ -28,7 +35,6 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 # Scores per tile: 4 MB of float32 stay in a CPU's cache (measured best of 0.5 to 8 MB); a GPU wants large launches.
 _TILE_SCORES = {"cpu": 2**20, "cuda": 2**25}
 _TILE_ROWS = {"cpu": 128, "cuda": 512}
-_DEFAULT_BLOCK_SIZE = 64
 
 
 def blocked_supports(call: AttentionCall) -> str | None:
@@ -38,45 +44,7 @@ def blocked_supports(call: AttentionCall) -> str | None:
 
 def run_blocked(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
-    layout = call.layout
-    output, lse = blocked_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.pattern.spec if call.pattern is not None else "",
-        layout.key_blocks if layout is not None else None,
-        layout.counts if layout is not None else None,
-        layout.flags if layout is not None else None,
-        layout.query_block_size if layout is not None else _DEFAULT_BLOCK_SIZE,
-        layout.key_block_size if layout is not None else _DEFAULT_BLOCK_SIZE,
-        layout.window.spec if layout is not None and layout.window is not None else "",
-        layout.pattern.spec if layout is not None and layout.pattern is not None else "",
-        call.entry_bias,
-        call.span.length if call.span is not None else None,
-        call.span.ramp if call.span is not None else 1.0,
-        call.attention_mask,
-        call.global_mask,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.dropout_seed,
-    )
-    if call.global_mask is None:
-        return output, lse
-    return merge_global_rows(
-        output,
-        lse,
-        call.query,
-        call.key,
-        call.value,
-        call.global_qkv,
-        attention_mask=call.attention_mask,
-        global_mask=call.global_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-    )
+    return run_operator(blocked_attention, call)
 
 
 @dataclass
@@ -471,13 +439,6 @@ class _Prepared:
     positions: torch.Tensor | None
 
 
-def _like_projection(tensor: torch.Tensor, dtype: torch.dtype, fill_zero: bool) -> torch.Tensor:
-    """An [batch, heads, length, head_dim] tensor stored as [batch, length, heads, head_dim], as a projection gives it."""
-    batch, heads, length, head_dim = tensor.shape
-    make = torch.zeros if fill_zero else torch.empty
-    return make(batch, length, heads, head_dim, dtype=dtype, device=tensor.device).transpose(1, 2)
-
-
 @torch.library.custom_op("adaptive_longformer::blocked_attention", mutates_args=())
 def blocked_attention(
     query: torch.Tensor,
@@ -506,7 +467,7 @@ def blocked_attention(
         layout_pattern, entry_bias, span_length, span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p,
         dropout_seed,
     )  # fmt: skip
-    output = _like_projection(query, query.dtype, fill_zero=False)
+    output = like_projection(query, query.dtype, fill_zero=False)
     lse = torch.empty(query.shape[:3], dtype=problem.dtype, device=query.device)
     for tile in problem.tiles():
         prepared = problem.prepare(tile)
@@ -528,12 +489,7 @@ def blocked_attention(
     return output, lse
 
 
-@blocked_attention.register_fake
-def _(query, *_):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return _like_projection(query, query.dtype, False), query.new_empty(
-        query.shape[:3], dtype=lse_dtype
-    )
+blocked_attention.register_fake(fake_forward)
 
 
 @torch.library.custom_op("adaptive_longformer::blocked_attention_backward", mutates_args=())
@@ -569,8 +525,8 @@ def _blocked_attention_backward(
         dropout_seed,
     )  # fmt: skip
     dtype, matmul_dtype = problem.dtype, problem.matmul_dtype
-    grad_query = _like_projection(query, query.dtype, fill_zero=False)
-    grad_key, grad_value = _like_projection(key, dtype, True), _like_projection(value, dtype, True)
+    grad_query = like_projection(query, query.dtype, fill_zero=False)
+    grad_key, grad_value = like_projection(key, dtype, True), like_projection(value, dtype, True)
     grads = _Accumulators(problem, grad_key, grad_value)
     # Rows that see nothing have an LSE of -inf; with 0 instead, their weights come out as exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -699,37 +655,5 @@ class _Accumulators:
         return self.grad_key.to(key.dtype), self.grad_value.to(value.dtype), grad_bias, grad_span
 
 
-@_blocked_attention_backward.register_fake
-def _(grad_output, grad_lse, output, lse, query, key, value, *rest):
-    entry_bias, span_length = rest[8], rest[9]
-    return (
-        _like_projection(query, query.dtype, False),
-        _like_projection(key, key.dtype, False),
-        _like_projection(value, value.dtype, False),
-        key.new_zeros(0) if entry_bias is None else torch.empty_like(entry_bias),
-        key.new_zeros(0) if span_length is None else torch.empty_like(span_length),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-    ctx.plain = [value for value in inputs if not isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*output, *(value for value in inputs if isinstance(value, torch.Tensor)))
-
-
-def _backward(ctx, grad_output, grad_lse):
-    output, lse, *tensors = ctx.saved_tensors
-    tensor, plain = iter(tensors), iter(ctx.plain)
-    inputs = [next(tensor) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
-    entry_bias, span_length = inputs[11], inputs[12]
-    grad_query, grad_key, grad_value, grad_bias, grad_span = _blocked_attention_backward(
-        grad_output, grad_lse, output, lse, *inputs
-    )
-    grads: list[torch.Tensor | None] = [None] * len(inputs)
-    grads[:3] = [grad_query, grad_key, grad_value]
-    grads[11] = grad_bias if entry_bias is not None else None
-    grads[12] = grad_span if span_length is not None else None
-    return tuple(grads)
-
-
-blocked_attention.register_autograd(_backward, setup_context=_setup_context)
+_blocked_attention_backward.register_fake(fake_backward)
+register_autograd(blocked_attention, _blocked_attention_backward)
