@@ -15,6 +15,7 @@ import torch
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
+from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
@@ -471,13 +472,6 @@ class _Prepared:
     positions: torch.Tensor | None
 
 
-def _like_projection(tensor: torch.Tensor, dtype: torch.dtype, fill_zero: bool) -> torch.Tensor:
-    """An [batch, heads, length, head_dim] tensor stored as [batch, length, heads, head_dim], as a projection gives it."""
-    batch, heads, length, head_dim = tensor.shape
-    make = torch.zeros if fill_zero else torch.empty
-    return make(batch, length, heads, head_dim, dtype=dtype, device=tensor.device).transpose(1, 2)
-
-
 @torch.library.custom_op("adaptive_longformer::blocked_attention", mutates_args=())
 def blocked_attention(
     query: torch.Tensor,
@@ -506,7 +500,7 @@ def blocked_attention(
         layout_pattern, entry_bias, span_length, span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p,
         dropout_seed,
     )  # fmt: skip
-    output = _like_projection(query, query.dtype, fill_zero=False)
+    output = like_projection(query)
     lse = torch.empty(query.shape[:3], dtype=problem.dtype, device=query.device)
     for tile in problem.tiles():
         prepared = problem.prepare(tile)
@@ -531,9 +525,7 @@ def blocked_attention(
 @blocked_attention.register_fake
 def _(query, *_):
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return _like_projection(query, query.dtype, False), query.new_empty(
-        query.shape[:3], dtype=lse_dtype
-    )
+    return like_projection(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op("adaptive_longformer::blocked_attention_backward", mutates_args=())
@@ -569,8 +561,11 @@ def _blocked_attention_backward(
         dropout_seed,
     )  # fmt: skip
     dtype, matmul_dtype = problem.dtype, problem.matmul_dtype
-    grad_query = _like_projection(query, query.dtype, fill_zero=False)
-    grad_key, grad_value = _like_projection(key, dtype, True), _like_projection(value, dtype, True)
+    grad_query = like_projection(query)
+    grad_key, grad_value = (
+        like_projection(key, dtype, zero=True),
+        like_projection(value, dtype, zero=True),
+    )
     grads = _Accumulators(problem, grad_key, grad_value)
     # Rows that see nothing have an LSE of -inf; with 0 instead, their weights come out as exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -703,9 +698,9 @@ class _Accumulators:
 def _(grad_output, grad_lse, output, lse, query, key, value, *rest):
     entry_bias, span_length = rest[8], rest[9]
     return (
-        _like_projection(query, query.dtype, False),
-        _like_projection(key, key.dtype, False),
-        _like_projection(value, value.dtype, False),
+        like_projection(query),
+        like_projection(key),
+        like_projection(value),
         key.new_zeros(0) if entry_bias is None else torch.empty_like(entry_bias),
         key.new_zeros(0) if span_length is None else torch.empty_like(span_length),
     )

@@ -10,7 +10,7 @@ from adaptive_longformer.attention.call import (
     GlobalQKV,
 )
 from adaptive_longformer.attention.reference import dense_probabilities
-from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
+from adaptive_longformer.patterns.block_layout import BlockLayout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
 from adaptive_longformer.patterns.pattern import Pattern, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow

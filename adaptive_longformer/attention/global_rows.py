@@ -17,6 +17,7 @@ import torch
 
 from adaptive_longformer.attention.call import GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
+from adaptive_longformer.attention.memory_format import like_projection
 
 # Scores of one chunk of global rows; bounds the memory when very many tokens are global.
 _MAX_SCORES = 2**24
@@ -127,6 +128,14 @@ class _Rows:
         keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
         return zero_dropped_(tensor / (1 - self.dropout_p), keep)
 
+    def readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keys, values or states [batch, ..., length, width] in float32 at least, zero in padding: NaN * 0 is NaN."""
+        tensor = _precise(tensor)
+        if self.attention_mask is None:
+            return tensor
+        padding = ~self.attention_mask[..., None]
+        return tensor.masked_fill(padding if tensor.ndim == 3 else padding[:, None], 0.0)
+
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -150,10 +159,17 @@ def global_rows(
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    output, lse = output.clone(), lse.clone()
+    output, lse = (
+        like_projection(output).copy_(output),
+        lse.clone(memory_format=torch.contiguous_format),
+    )
     if rows.count == 0:
         return output, lse
-    query_rows, key, value = _precise(rows.gather(query)) * scale, _precise(key), _precise(value)
+    query_rows, key, value = (
+        _precise(rows.gather(query)) * scale,
+        rows.readable(key),
+        rows.readable(value),
+    )
     results, sums = [], []
     for chunk in rows.chunks():
         _, dropped_probabilities, chunk_lse = rows.forward(
@@ -168,7 +184,7 @@ def global_rows(
 
 @global_rows.register_fake
 def _(output, lse, *_):
-    return torch.empty_like(output), torch.empty_like(lse)
+    return like_projection(output), lse.new_empty(lse.shape)
 
 
 @torch.library.custom_op("adaptive_longformer::global_rows_backward", mutates_args=())
@@ -189,16 +205,16 @@ def _global_rows_backward(
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    grad_local = grad_output.masked_fill(global_mask[:, None, :, None], 0.0)
-    grad_lse_local = grad_lse.masked_fill(global_mask[:, None], 0.0)
+    local = _local_gradients(grad_output, grad_lse, global_mask)
     inputs = (query, key, value)
     if rows.count == 0:
-        return grad_local, grad_lse_local, *(torch.zeros_like(tensor) for tensor in inputs)
-    grads = [torch.zeros_like(_precise(tensor)) for tensor in inputs]
+        return *local, *(like_projection(tensor, zero=True) for tensor in inputs)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    grads = [like_projection(tensor, precise, zero=True) for tensor in inputs]
     query_rows, exact_key, exact_value = (
         _precise(rows.gather(query)) * scale,
-        _precise(key),
-        _precise(value),
+        rows.readable(key),
+        rows.readable(value),
     )
     grad_rows = _precise(rows.gather(grad_output)) * rows.valid[:, None, :, None]
     grad_lse_rows = _precise(rows.gather(grad_lse[..., None])) * rows.valid[:, None, :, None]
@@ -217,7 +233,16 @@ def _global_rows_backward(
         grad_query_rows.append(grad_scores @ exact_key * scale)
         grads[1] += grad_scores.transpose(-1, -2) @ query_rows[:, :, chunk]
     rows.scatter_(grads[0], torch.cat(grad_query_rows, dim=2))
-    return grad_local, grad_lse_local, *(grad.to(query.dtype) for grad in grads)
+    return *local, *(grad.to(query.dtype) for grad in grads)
+
+
+def _local_gradients(
+    grad_output: torch.Tensor, grad_lse: torch.Tensor, global_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What reaches the rows of ordinary queries."""
+    local = like_projection(grad_output).copy_(grad_output)
+    local.masked_fill_(global_mask[:, None, :, None], 0.0)
+    return local, grad_lse.masked_fill(global_mask[:, None], 0.0).contiguous()
 
 
 def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tensor:
@@ -228,7 +253,8 @@ def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tens
 
 @_global_rows_backward.register_fake
 def _(grad_output, grad_lse, query, key, value, *_):
-    return tuple(torch.empty_like(tensor) for tensor in (grad_output, grad_lse, query, key, value))
+    local = like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)
+    return *local, *(like_projection(tensor) for tensor in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -273,7 +299,10 @@ def absorbed_global_rows(
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    output, lse = output.clone(), lse.clone()
+    output, lse = (
+        like_projection(output).copy_(output),
+        lse.clone(memory_format=torch.contiguous_format),
+    )
     if rows.count == 0:
         return output, lse
     layer = _AbsorbedLayer(
@@ -301,7 +330,7 @@ def absorbed_global_rows(
 
 @absorbed_global_rows.register_fake
 def _(output, lse, *_):
-    return torch.empty_like(output), torch.empty_like(lse)
+    return like_projection(output), lse.new_empty(lse.shape)
 
 
 class _AbsorbedLayer:
@@ -320,7 +349,7 @@ class _AbsorbedLayer:
         scale,
     ) -> None:
         self.rows, self.scale = rows, scale
-        self.states = _precise(hidden_states)  # [batch, length, hidden_size]
+        self.states = rows.readable(hidden_states)  # [batch, length, hidden_size]
         self.is_absorbed = rows.count * rows.heads < self.states.shape[-1]
 
         def by_head(parameter):
@@ -490,20 +519,21 @@ def _absorbed_global_rows_backward(
         value_weight,
         value_bias,
     )
-    local = [
-        grad_output.masked_fill(global_mask[:, None, :, None], 0.0),
-        grad_lse.masked_fill(global_mask[:, None], 0.0),
-    ]
+    local = _local_gradients(grad_output, grad_lse, global_mask)
     if rows.count == 0:
-        return local + [torch.zeros_like(tensor) for tensor in inputs if tensor is not None]
+        return [*local] + [
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in inputs
+            if tensor is not None
+        ]
     layer = _AbsorbedLayer(rows, *inputs, scale)
     valid = rows.valid[:, None, :, None]
     grads = layer.backward(
         _precise(rows.gather(grad_output)) * valid,
         _precise(rows.gather(grad_lse[..., None])) * valid,
     )
-    return local + [
-        grad.reshape(tensor.shape).to(tensor.dtype)
+    return [*local] + [
+        grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
         for grad, tensor in zip(grads, inputs, strict=True)
         if tensor is not None and grad is not None
     ]
@@ -511,8 +541,8 @@ def _absorbed_global_rows_backward(
 
 @_absorbed_global_rows_backward.register_fake
 def _(grad_output, grad_lse, *inputs):
-    tensors = [grad_output, grad_lse, *(tensor for tensor in inputs[:7] if tensor is not None)]
-    return [torch.empty_like(tensor) for tensor in tensors]
+    local = [like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)]
+    return local + [tensor.new_empty(tensor.shape) for tensor in inputs[:7] if tensor is not None]
 
 
 def _absorbed_backward(ctx, grad_output, grad_lse):

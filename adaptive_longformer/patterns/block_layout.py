@@ -194,16 +194,18 @@ def split_window(pattern: Pattern) -> tuple[SlidingWindow | None, Pattern | None
     """
     if any(isinstance(part, Full) for part in pattern.parts):
         return SlidingWindow(_EVERYWHERE), None
-    parts = [part for part in pattern.parts if not isinstance(part, GlobalTokens)]
-    windows = [part for part in parts if isinstance(part, SlidingWindow) and part.is_contiguous]
-    if not windows:
-        return None, union(tuple(parts))
-    window = max(windows, key=lambda part: part.left + part.right)
-    rest = [
-        part
-        for part in parts
-        if not (part in windows and part.left <= window.left and part.right <= window.right)
-    ]
+    window = None
+    for part in pattern.parts:
+        if isinstance(part, SlidingWindow) and part.is_contiguous:
+            if window is None or part.width > window.width:
+                window = part
+    rest = []
+    for part in pattern.parts:
+        is_band = isinstance(part, SlidingWindow) and part.is_contiguous
+        if is_band and part.left <= window.left and part.right <= window.right:
+            continue
+        if not isinstance(part, GlobalTokens):
+            rest.append(part)
     return window, union(tuple(rest))
 
 

@@ -66,3 +66,8 @@ class SlidingWindow(Pattern):
     def is_contiguous(self) -> bool:
         """Whether the window has no holes, so that it can be computed as a band."""
         return self.dilation == 1
+
+    @property
+    def width(self) -> int:
+        """Keys that a query in the middle of a sequence sees, itself included."""
+        return self.left + self.right + 1
