@@ -39,7 +39,8 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
     if call.attention_mask is not None:
         valid = call.attention_mask[:, None, None, :]
         mask = valid if mask is None else mask & valid
-        # torch differs between versions on rows that may see nothing: here they see everything, then become zero.
+        # torch differs between versions on rows that may see nothing: here they see everything,
+        # then become zero.
         empty = ~mask.any(dim=-1, keepdim=True)
         output = scaled_dot_product_attention(
             call.query, call.key, call.value, attn_mask=mask | empty, scale=call.scale
@@ -67,7 +68,9 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
 
 
 def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:
-    """The pattern as a bool mask [1, heads or 1, length, length]; None where every pair is allowed."""
+    """The pattern as a bool mask [1, heads or 1, length, length]; None where every pair is
+    allowed.
+    """
     assert call.pattern is not None
     for part in call.pattern.parts:
         if part.name == "full":

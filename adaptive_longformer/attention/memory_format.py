@@ -8,8 +8,9 @@ def like_projection(
 ) -> torch.Tensor:
     """An uninitialised or zero tensor of the shape [batch, heads, length, head_dim] of another.
 
-    It is stored as [batch, length, heads, head_dim], as linear projections give and take it, so that joining the
-    heads copies nothing, and so that real and fake operators agree on the strides whatever those of the input are.
+    It is stored as [batch, length, heads, head_dim], as linear projections give and take it, so
+    that joining the heads copies nothing, and so that real and fake operators agree on the strides
+    whatever those of the input are.
     """
     batch, heads, length, head_dim = tensor.shape
     make = torch.zeros if zero else torch.empty
