@@ -1,11 +1,12 @@
 """Long-document Transformers with adaptive sparse attention.
 
-Importing the package makes its models known to Transformers' Auto classes, and its attention to other models as
-`attn_implementation="adaptive_sparse"`.
+Importing the package makes its models known to Transformers' Auto classes, and its attention to
+other models as `attn_implementation="adaptive_sparse"`.
 """
 
 from adaptive_longformer.attention.functional import explain_backends, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,
@@ -28,6 +29,7 @@ __all__ = [
     "AdaptiveSparseForTokenClassification",
     "AdaptiveSparseModel",
     "AdaptiveSparsePreTrainedModel",
+    "convert_checkpoint",
     "explain_backends",
     "sparse_attention",
 ]

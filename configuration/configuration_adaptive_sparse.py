@@ -62,28 +62,34 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of every LayerNorm.
         pad_token_id, bos_token_id, eos_token_id, sep_token_id, cls_token_id: special tokens.
         tie_word_embeddings: whether the masked language head shares the word embeddings.
-        attention_pattern: "longformer" (sliding window and global tokens), "sliding_window" and "full"
-            (both ignore global tokens), "strided", "fixed" (Sparse Transformer), "random_blocks"
-            (random blocks and sliding window); the last three also take global tokens.
+        attention_pattern: "longformer" (sliding window and global tokens), "sliding_window" and
+            "full" (both ignore global tokens), "strided", "fixed" (Sparse Transformer),
+            "random_blocks" (random blocks and sliding window); the last three also take global
+            tokens.
         attention_window: keys seen around each query, in tokens, half on each side (Longformer's
             convention: 512 means 256 before and 256 after). One even number, or one per layer.
-        attention_dilation: only every so-manieth neighbour is in the window; one number, or one per layer.
+        attention_dilation: only every so-manieth neighbour is in the window; one number, or one per
+            layer.
         attention_stride: stride of the patterns "strided" and "fixed", in tokens.
         num_random_blocks: blocks each query block draws in "random_blocks".
         block_size: tokens per block in "random_blocks".
-        default_global_tokens: which tokens are global when no `global_attention_mask` is given. "none",
-            "first" (first valid token), "question" (before the first separator), "after_separator", or
-            "auto": "question" for question answering, "first" for every other model.
+        default_global_tokens: which tokens are global when no `global_attention_mask` is given.
+            "none", "first" (first valid token), "question" (before the first separator),
+            "after_separator", or "auto": "question" for question answering, "first" for every other
+            model.
         separate_global_projections: Longformer's query_global, key_global and value_global.
-        attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that fits.
-        max_global_tokens: at most this many global tokens per sequence, the first ones; None: no limit.
-        position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`, "bert"
-            numbers the slots from 0.
+        attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that
+            fits.
+        max_global_tokens: at most this many global tokens per sequence, the first ones; None: no
+            limit.
+        position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`,
+            "bert" numbers the slots from 0.
         head_style: task heads as RoBERTa or as BERT builds them.
         zero_padded_rows: whether the attention output of padding is 0, as in Longformer.
 
     Raises:
-        ValueError: a value is out of range; the message names the argument, the value and what is allowed.
+        ValueError: a value is out of range; the message names the argument, the value and what is
+            allowed.
         StrictDataclassFieldValidationError: a value has the wrong type.
     """
 
@@ -124,7 +130,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
-        # Before @strict's own run of it, which would wrap the ValueError in an exception that is none.
+        # Before @strict runs it, which would wrap the ValueError in an exception that is none.
         self.validate_adaptive_sparse()
 
     @classmethod
@@ -200,17 +206,20 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         self._check_per_layer("attention_dilation", "a whole number >= 1", lambda v: v >= 1)
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"pad_token_id is {self.pad_token_id}, None or 0 <= id < vocab_size = {self.vocab_size} is needed"
+                f"pad_token_id is {self.pad_token_id}, "
+                f"None or 0 <= id < vocab_size = {self.vocab_size} is needed"
             )
         if self.position_style == "roberta":
             if self.pad_token_id is None:
                 raise ValueError(
-                    "pad_token_id is None, position_style 'roberta' counts positions from it and needs a token id"
+                    "pad_token_id is None, position_style 'roberta' counts positions from it "
+                    "and needs a token id"
                 )
             if self.max_sequence_length < 1:
                 raise ValueError(
-                    f"max_position_embeddings is {self.max_position_embeddings}, position_style 'roberta' "
-                    f"needs at least pad_token_id + 2 = {self.pad_token_id + 2}"
+                    f"max_position_embeddings is {self.max_position_embeddings}, "
+                    f"position_style 'roberta' needs at least "
+                    f"pad_token_id + 2 = {self.pad_token_id + 2}"
                 )
 
     def _check_per_layer(self, name: str, needed: str, is_allowed) -> None:

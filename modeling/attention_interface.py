@@ -14,7 +14,7 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 NAME = "adaptive_sparse"
 DEFAULT_OPTIONS = {"attention_window": 512, "num_global_tokens": 1}
-# What attention layers of Transformers may ask for beyond plain attention; None and False ask for nothing.
+# What attention layers of Transformers may ask for; None and False ask for nothing.
 _UNSUPPORTED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
@@ -38,10 +38,11 @@ def adaptive_sparse_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Sliding window attention with the first tokens global, with the signature of AttentionInterface.
+    """Sliding window and first tokens global, with the signature of AttentionInterface.
 
-    `module.config.adaptive_sparse` sets the pattern: {"attention_window": 512, "num_global_tokens": 1} are the
-    defaults. The window is the total, half on each side (only the left half under causality).
+    `module.config.adaptive_sparse` sets the pattern: {"attention_window": 512, "num_global_tokens":
+    1} are the defaults. The window is the total, half on each side (only the left half under
+    causality).
 
     Args:
         module: the attention module; its config and `is_causal` are read.
@@ -65,8 +66,8 @@ def adaptive_sparse_attention_forward(
             raise _not_implemented(f"{meaning} ({name})")
     if query.shape[2] != key.shape[2]:
         raise _not_implemented(
-            f"{query.shape[2]} queries for {key.shape[2]} keys (cross-attention, or decoding with a cache: "
-            "pass use_cache=False)"
+            f"{query.shape[2]} queries for {key.shape[2]} keys "
+            "(cross-attention, or decoding with a cache: pass use_cache=False)"
         )
     if value.shape[-1] != query.shape[-1]:
         raise _not_implemented("values of another head size than the queries")
@@ -87,6 +88,7 @@ def adaptive_sparse_attention_forward(
         dropout_p=dropout,
         dropout_seed=random_seed(query.device) if dropout else None,
     )
+    assert isinstance(output, torch.Tensor)  # return_lse=False
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -100,16 +102,19 @@ def adaptive_sparse_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The padding mask as it is, [batch, length] bool or None, with the signature of AttentionMaskInterface.
+    """The padding mask as it is, with the signature of AttentionMaskInterface.
+
+    Returns:
+        bool [batch, length], True where a token is not padding, or None.
 
     Raises:
-        NotImplementedError: the model asks for more than causality and padding, such as packed sequences or
-            its own sliding window.
+        NotImplementedError: the model asks for more than causality and padding, such as packed
+            sequences or its own sliding window.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise _not_implemented(
-            "a mask beyond causality and padding (the model's own sliding window or chunks, or packed "
-            "sequences; if positions are regular, pass an attention_mask of ones)"
+            "a mask beyond causality and padding (the model's own sliding window or chunks, or "
+            "packed sequences; if positions are regular, pass an attention_mask of ones)"
         )
     return attention_mask
 
@@ -118,7 +123,8 @@ def _options(config: Any) -> tuple[int, int]:
     given = getattr(config, NAME, None) or {}
     if unknown := set(given) - set(DEFAULT_OPTIONS):
         raise ValueError(
-            f"config.{NAME} has unknown options {sorted(unknown)}, allowed are {sorted(DEFAULT_OPTIONS)}"
+            f"config.{NAME} has unknown options {sorted(unknown)}, "
+            f"allowed are {sorted(DEFAULT_OPTIONS)}"
         )
     window, num_global_tokens = {**DEFAULT_OPTIONS, **given}.values()
     if not isinstance(window, int) or window < 2 or window % 2:
@@ -127,7 +133,8 @@ def _options(config: Any) -> tuple[int, int]:
         )
     if not isinstance(num_global_tokens, int) or num_global_tokens < 0:
         raise ValueError(
-            f"config.{NAME}['num_global_tokens'] is {num_global_tokens!r}, a whole number >= 0 is needed"
+            f"config.{NAME}['num_global_tokens'] is {num_global_tokens!r}, "
+            "a whole number >= 0 is needed"
         )
     return window, num_global_tokens
 

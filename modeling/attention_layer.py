@@ -11,8 +11,8 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import Adap
 class AdaptiveSparseAttention(nn.Module):
     """Multi-head attention in the pattern of its layer, and the output projection.
 
-    With `config.separate_global_projections` the rows of global tokens attend through their own query, key and
-    value projections (Beltagy et al. 2020, section 3.1).
+    With `config.separate_global_projections` the rows of global tokens attend through their own
+    query, key and value projections (Beltagy et al. 2020, section 3.1).
     """
 
     is_causal = False
@@ -49,7 +49,8 @@ class AdaptiveSparseAttention(nn.Module):
             hidden_states: [batch, length, hidden_size].
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
             global_mask: bool [batch, length], True where a token is global; None: none is.
-            output_attentions: whether to compute the dense probabilities as well (O(length^2) memory).
+            output_attentions: whether to compute the dense probabilities as well (O(length^2)
+                memory).
 
         Returns:
             The output [batch, length, hidden_size], and the attention probabilities before dropout
@@ -79,6 +80,7 @@ class AdaptiveSparseAttention(nn.Module):
             backend=self.config.attention_backend,
             **where,
         )
+        assert isinstance(context, torch.Tensor)  # return_lse=False
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self.config.zero_padded_rows:
             context = context.masked_fill(~attention_mask[..., None], 0.0)
@@ -105,6 +107,7 @@ class AdaptiveSparseAttention(nn.Module):
 def random_seed(device: torch.device) -> torch.Tensor:
     """A seed for dropout from torch's default generator of the device: int64 scalar tensor.
 
-    Drawn inside the layer, so that activation checkpointing, which restores the generator, draws it again.
+    Drawn inside the layer, so that activation checkpointing, which restores the generator, draws it
+    again.
     """
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -14,14 +14,14 @@ def default_global_mask(
 ) -> torch.Tensor | None:
     """Marks the global tokens that a strategy of the configuration stands for.
 
-    Only tensor operations, nothing waits for the device. Rows in which a strategy finds no token fall back to
-    their first valid token; rows without a valid token have no global token.
+    Only tensor operations, nothing waits for the device. Rows in which a strategy finds no token
+    fall back to their first valid token; rows without a valid token have no global token.
 
     Args:
-        strategy: "none"; "first": the first valid token; "question": the tokens before the first separator,
-            or, if the tokenizer has no separator, those of token type 0 where both types occur;
-            "after_separator": the tokens after the first separator and, if the next token is a separator too,
-            after that (RoBERTa puts two between a pair).
+        strategy: "none"; "first": the first valid token; "question": the tokens before the first
+            separator, or, if the tokenizer has no separator, those of token type 0 where both types
+            occur; "after_separator": the tokens after the first separator and, if the next token is
+            a separator too, after that (RoBERTa puts two between a pair).
         valid: bool [batch, length], True where a token is not padding.
         input_ids: [batch, length], needed to find separators.
         token_type_ids: [batch, length], taken for "question" where there are no separators.
@@ -31,8 +31,8 @@ def default_global_mask(
         bool [batch, length], True where a token is global, or None if none is.
 
     Note:
-        Longformer's own heads ask for exactly three separators; any number does here, with the same result
-        for three.
+        Longformer's own heads ask for exactly three separators; any number does here, with the same
+        result for three.
     """
     if strategy == "none":
         return None

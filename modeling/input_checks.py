@@ -1,13 +1,14 @@
 """The checks at the model's edge, and the one place where masks become boolean."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from transformers.utils.import_utils import is_tracing
 
-_MASK_HINTS = {
-    2: " (2 marked global tokens in the original Longformer code: keep 1 in attention_mask and mark those "
-    "tokens with 1 in global_attention_mask)",
+_MASK_HINTS: dict[Any, str] = {
+    2: " (2 marked global tokens in the original Longformer code: keep 1 in attention_mask and "
+    "mark those tokens with 1 in global_attention_mask)",
     -1: " (-1 marked padding in the original Longformer code: use 0)",
 }
 _INTEGERS = (torch.int64, torch.int32)
@@ -43,7 +44,8 @@ def boolean_mask(
             else " (which pairs may attend is said by config.attention_pattern)"
         )
         raise ValueError(
-            f"{name} has shape {tuple(mask.shape)}, (batch_size, sequence_length) = {shape} is needed{hint}"
+            f"{name} has shape {tuple(mask.shape)}, "
+            f"(batch_size, sequence_length) = {shape} is needed{hint}"
         )
     if mask.dtype == torch.bool:
         return mask
@@ -133,7 +135,8 @@ def check_choices(
         if tensor is not None:
             if tensor.ndim != len(needed) or tensor.shape[1] == 0:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, ({', '.join(needed)}) with at least one choice is needed"
+                    f"{name} has shape {tuple(tensor.shape)}, "
+                    f"({', '.join(needed)}) with at least one choice is needed"
                 )
             return tensor.shape[0], tensor.shape[1]
     raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
@@ -143,14 +146,15 @@ def check_length(length: int, max_sequence_length: int) -> None:
     """Raises ValueError if the position table is too short, and says how to extend it."""
     if length > max_sequence_length:
         raise ValueError(
-            f"the sequence has {length} tokens, at most config.max_sequence_length = {max_sequence_length} are "
-            f"allowed. Truncate it, or extend the model: "
+            f"the sequence has {length} tokens, at most "
+            f"config.max_sequence_length = {max_sequence_length} are allowed. Truncate it, "
+            "or extend the model: "
             f"adaptive-longformer convert SOURCE TARGET --max-positions {length}"
         )
 
 
-def check_extra_arguments(extra: dict[str, Any], known: frozenset[str]) -> None:
-    """Raises TypeError on arguments that the model would silently ignore; None and False are harmless."""
+def check_extra_arguments(extra: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises TypeError on arguments that would be silently ignored; None and False are harmless."""
     for name, value in extra.items():
         if name not in known and value is not None and value is not False:
             raise TypeError(f"forward() got an unexpected argument {name!r}")

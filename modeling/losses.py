@@ -12,8 +12,8 @@ def token_loss(
     Args:
         logits: [batch, length, classes].
         labels: [batch, length].
-        num_items_in_batch: what to divide the sum by, which Trainer passes so that gradient accumulation
-            weighs every token alike; None: the number of labels that are not ignored.
+        num_items_in_batch: what to divide the sum by, which Trainer passes so that gradient
+            accumulation weighs every token alike; None: the number of labels that are not ignored.
     """
     labels = labels.to(logits.device).flatten()
     logits = _full_precision(logits).flatten(0, 1)
@@ -30,8 +30,8 @@ def classification_loss(
     Args:
         logits: [batch, num_labels].
         labels: [batch] class numbers or regression targets, or [batch, num_labels].
-        problem_type: "regression", "single_label_classification", "multi_label_classification", or None:
-            regression for one label, single-label for whole numbers, multi-label otherwise.
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or
+            None: regression for one label, single-label for whole numbers, multi-label otherwise.
     """
     num_labels = logits.shape[-1]
     logits, labels = _full_precision(logits), labels.to(logits.device)
@@ -60,7 +60,7 @@ def span_loss(
     start_positions: torch.Tensor,
     end_positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean of the cross entropies of an answer's start and end; positions beyond the input are ignored.
+    """Mean cross entropy of an answer's start and end; positions beyond the input are ignored.
 
     Args:
         start_logits, end_logits: [batch, length].

@@ -1,4 +1,7 @@
-"""The adaptive_sparse encoder and its task heads. Tensors are [batch, length, hidden_size] unless said."""
+"""The adaptive_sparse encoder and its task heads.
+
+Hidden states are [batch, length, hidden_size] everywhere.
+"""
 
 import os
 
@@ -16,10 +19,9 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
+from typing_extensions import TypedDict, Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
@@ -40,7 +42,6 @@ from adaptive_longformer.modeling.losses import (
     token_loss,
 )
 
-_KNOWN_ARGUMENTS = frozenset(("num_items_in_batch", "output_attentions", "output_hidden_states"))
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -50,6 +51,22 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+
+
+class OutputArguments(TypedDict, total=False):
+    """What every forward also takes.
+
+    Attributes:
+        output_attentions: also return the attention probabilities of every layer.
+        output_hidden_states: also return the hidden states before and after every layer.
+        return_dict: False for a plain tuple.
+        num_items_in_batch: what Trainer passes to heads with `accepts_loss_kwargs`.
+    """
+
+    output_attentions: bool | None
+    output_hidden_states: bool | None
+    return_dict: bool | None
+    num_items_in_batch: torch.Tensor | int | None
 
 
 def first_valid_token(
@@ -92,28 +109,25 @@ class AdaptiveSparseEmbeddings(nn.Module):
         position_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = self._position_ids(input_ids, inputs_embeds)
+            position_ids = self._position_ids(input_ids, words)
         if token_type_ids is None:
             token_type_ids = position_ids.new_zeros(1, 1)
-        embeddings = inputs_embeds + self.position_embeddings(position_ids)
+        embeddings = words + self.position_embeddings(position_ids)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.layer_norm(embeddings))
 
-    def _position_ids(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
+    def _position_ids(self, input_ids: torch.Tensor | None, words: torch.Tensor) -> torch.Tensor:
         """Rows of the position table, [batch or 1, length].
 
-        RoBERTa's style gives padding the row pad_token_id and counts the other tokens from there; embeddings
-        show no padding, so that with them every slot counts.
+        RoBERTa's style gives padding the row pad_token_id and counts the other tokens from there;
+        embeddings show no padding, so that with them every slot counts.
         """
         if self.config.position_style == "roberta" and input_ids is not None:
             is_token = (input_ids != self.config.pad_token_id).long()
-            return is_token.cumsum(dim=1) * is_token + self.config.pad_token_id
-        slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            return is_token.cumsum(dim=1) * is_token + (self.config.position_offset - 1)
+        slots = torch.arange(words.shape[1], device=words.device)
         return (slots + self.config.position_offset)[None]
 
 
@@ -182,8 +196,9 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """Loads a model, as in Transformers.
 
         Raises:
-            ValueError: the source is of another model_type; the message gives the command that converts it.
-                (Transformers would load the weights whose names happen to fit and warn.)
+            ValueError: the source is of another model_type; the message gives the command that
+                converts it. (Transformers would load the weights whose names happen to fit and
+                warn.)
         """
         if pretrained_model_name_or_path is not None:
             cls._refuse_other_model_types(pretrained_model_name_or_path, kwargs)
@@ -195,12 +210,13 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         try:
             config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
         except OSError:
-            return  # no config there (such as an adapter's folder): Transformers says what is missing
-        model_type = config.get("model_type", cls.config_class.model_type)
-        if model_type != cls.config_class.model_type:
+            return  # no config there, as in an adapter's folder: Transformers says what is missing
+        model_type = config.get("model_type", AdaptiveSparseConfig.model_type)
+        if model_type != AdaptiveSparseConfig.model_type:
             raise ValueError(
                 f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
-                f"{cls.config_class.model_type!r} is needed. Convert it first, then load TARGET:\n"
+                f"{AdaptiveSparseConfig.model_type!r} is needed. "
+                "Convert it first, then load TARGET:\n"
                 f"    adaptive-longformer convert {source} TARGET"
             )
 
@@ -210,19 +226,20 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """Always "eager", Transformers' name for attention that can return its probabilities.
 
         Raises:
-            ValueError: another implementation is asked for. The backend of these models is chosen by
-                `config.attention_backend`.
+            ValueError: another implementation is asked for. The backend of these models is chosen
+                by `config.attention_backend`.
         """
         if requested_attention not in (None, "eager", "adaptive_sparse"):
             raise ValueError(
-                f"attn_implementation is {requested_attention!r}, allowed are 'eager' and 'adaptive_sparse' "
-                f"(the same here). Choose how {type(self).__name__} computes by config.attention_backend"
+                f"attn_implementation is {requested_attention!r}, allowed are 'eager' and "
+                f"'adaptive_sparse' (the same here). Choose how {type(self).__name__} computes by "
+                "config.attention_backend"
             )
         return "eager"
 
     @property
     def supports_context_parallel(self) -> bool:
-        """False: a shard of the sequence does not see the window and the global tokens of the others."""
+        """False: a shard of the sequence lacks the window and the global tokens of the others."""
         return False
 
 
@@ -241,7 +258,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         add_pooling_layer: bool = True,
         auto_global_tokens: str = "first",
     ) -> None:
-        config.validate_adaptive_sparse()  # values may have been set after the configuration was made
+        config.validate_adaptive_sparse()  # values may have been set after its construction
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)
         self.layers = nn.ModuleList(
@@ -252,10 +269,10 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
     @capture_outputs
@@ -268,30 +285,31 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> BaseModelOutputWithPooling:
         """Encodes a batch of sequences of any length up to `config.max_sequence_length`.
 
         Args:
             input_ids: [batch, length] token ids; or give `inputs_embeds`.
             attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
-            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that all attend
-                to. None: `config.default_global_tokens`.
+            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that
+                all attend to. None: `config.default_global_tokens`.
             token_type_ids: [batch, length] segment numbers.
             position_ids: [batch, length] rows of the position table.
             inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
-            validate: also check values whose reading makes the host wait for the device (they are always
-                checked on the CPU, except while compiling).
+            validate: also check values whose reading makes the host wait for the device (they are
+                always checked on the CPU, except while compiling).
             kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
 
         Returns:
-            last_hidden_state [batch, length, hidden_size], pooler_output [batch, hidden_size] or None, and on
-            request hidden_states and attentions (each [batch, heads, length, length], rows summing to 1).
+            last_hidden_state [batch, length, hidden_size], pooler_output [batch, hidden_size] or
+            None, and on request hidden_states and attentions (each [batch, heads, length, length],
+            rows summing to 1).
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, or the sequence is too long.
         """
-        check_extra_arguments(kwargs, _KNOWN_ARGUMENTS)
+        check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
         shape = (batch_size, length)
@@ -345,7 +363,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         input_ids: torch.Tensor | None,
         token_type_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The masks for the layers, on their device; where it is free to see, None in place of a mask without effect."""
+        """The masks for the layers, on their device; None for a mask seen to have no effect."""
         config, device = self.config, hidden_states.device
         if attention_mask is not None:
             attention_mask = attention_mask.to(device)
@@ -404,10 +422,10 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
         self.lm_head = AdaptiveSparseLMHead(config)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head.decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head.decoder = new_embeddings
 
     @can_return_tuple
@@ -421,7 +439,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> MaskedLMOutput:
         """Predicts masked tokens; the other arguments are those of `AdaptiveSparseModel.forward`.
 
@@ -460,7 +478,7 @@ class AdaptiveSparseClassificationHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, _num_labels(config))
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
@@ -470,17 +488,20 @@ class AdaptiveSparseClassificationHead(nn.Module):
 
 
 class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
-    """The encoder with a head that classifies (or scores) whole sequences, as `config.head_style` says."""
+    """The encoder with a head that classifies or scores whole sequences.
+
+    `config.head_style` says which head.
+    """
 
     accepts_loss_kwargs = False
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = _num_labels(config)
         self.model = AdaptiveSparseModel(config, add_pooling_layer=config.head_style == "bert")
         if config.head_style == "bert":
             self.dropout = nn.Dropout(_classifier_dropout(config))
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier = nn.Linear(config.hidden_size, _num_labels(config))
         else:
             self.classifier = AdaptiveSparseClassificationHead(config)
         self.post_init()
@@ -496,13 +517,13 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> SequenceClassifierOutput:
         """Classifies sequences; the other arguments are those of `AdaptiveSparseModel.forward`.
 
         Args:
-            labels: [batch] class numbers or regression targets, or [batch, num_labels] floats for several
-                labels at once; see `config.problem_type`.
+            labels: [batch] class numbers or regression targets, or [batch, num_labels] floats for
+                several labels at once; see `config.problem_type`.
 
         Returns:
             logits [batch, num_labels], and the loss if there are labels.
@@ -539,10 +560,10 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = _num_labels(config)
         self.model = AdaptiveSparseModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, _num_labels(config))
         self.post_init()
 
     @can_return_tuple
@@ -556,7 +577,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> TokenClassifierOutput:
         """Classifies tokens; the other arguments are those of `AdaptiveSparseModel.forward`.
 
@@ -591,7 +612,8 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
 class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
     """The encoder with a head that scores every token as the start and as the end of the answer.
 
-    By default the question's tokens are global: those before the first separator, or of token type 0.
+    By default the question's tokens are global: those before the first separator, or of token type
+    0.
     """
 
     accepts_loss_kwargs = False
@@ -616,12 +638,13 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> QuestionAnsweringModelOutput:
         """Finds answers; the other arguments are those of `AdaptiveSparseModel.forward`.
 
         Args:
-            start_positions, end_positions: [batch] slots of the answer; those beyond the input are ignored.
+            start_positions, end_positions: [batch] slots of the answer; those beyond the input are
+                ignored.
 
         Returns:
             start_logits and end_logits [batch, length], and the loss if both positions are given.
@@ -650,7 +673,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
 
 
 class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
-    """The encoder with a head that scores each of several choices, every choice a sequence of its own."""
+    """The encoder with a head that scores several choices, every choice a sequence of its own."""
 
     accepts_loss_kwargs = False
 
@@ -672,9 +695,9 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         validate: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[OutputArguments],
     ) -> MultipleChoiceModelOutput:
-        """Scores choices; the arguments are those of `AdaptiveSparseModel.forward`, with a dimension more.
+        """Scores choices; the arguments of `AdaptiveSparseModel.forward`, with a dimension more.
 
         Args:
             input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids:
@@ -686,7 +709,8 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
             logits [batch, num_choices], and the loss if there are labels.
 
         Raises:
-            ValueError: an input has no dimension for the choices, or see `AdaptiveSparseModel.forward`.
+            ValueError: an input has no dimension for the choices, or see
+                `AdaptiveSparseModel.forward`.
         """
         batch_size, num_choices = check_choices(input_ids, inputs_embeds)
         flat = [
@@ -715,6 +739,11 @@ def _classifier_dropout(config: AdaptiveSparseConfig) -> float:
     if config.classifier_dropout is None:
         return config.hidden_dropout_prob
     return config.classifier_dropout
+
+
+def _num_labels(config: AdaptiveSparseConfig) -> int:
+    assert config.num_labels is not None  # Transformers names two labels if nobody else does
+    return config.num_labels
 
 
 __all__ = [

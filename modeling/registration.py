@@ -43,7 +43,7 @@ AUTO_MODELS = {
 
 
 def register_with_transformers() -> None:
-    """Registers configuration, models, attention and PEFT's default targets; calling it again does no harm."""
+    """Registers configuration, models, attention and PEFT's targets; again does no harm."""
     AutoConfig.register(AdaptiveSparseConfig.model_type, AdaptiveSparseConfig, exist_ok=True)
     for auto_model, model in AUTO_MODELS.items():
         auto_model.register(AdaptiveSparseConfig, model, exist_ok=True)

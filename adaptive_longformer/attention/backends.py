@@ -11,7 +11,8 @@ from adaptive_longformer.attention.compiled import cpp_supports, run_cpp
 from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
 from adaptive_longformer.attention.reference import reference_attention
 
-# Longest input for which dense attention with a mask is preferred, by device: measured for a window of 512 tokens.
+# Longest input for which dense attention with a mask is preferred, by device: measured for a window
+# of 512 tokens.
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
 
 
@@ -44,7 +45,8 @@ def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
     """The backend that runs a call; "auto" takes the fastest that can.
 
     Raises:
-        ValueError: the name is unknown, or the named backend cannot run the call (it never falls back).
+        ValueError: the name is unknown, or the named backend cannot run the call (it never falls
+            back).
     """
     if name == "auto":
         if (

@@ -1,10 +1,12 @@
 """Block-sparse attention in plain PyTorch: O(n) memory, forward and backward, on any device.
 
-The queries are walked in tiles. A tile reads one concatenation of keys: the slice its window covers (a view, nothing is
-gathered), the packed global keys, and the key blocks that its list names besides the window. Scores live only inside a
-tile, sized to stay in cache on a CPU; the backward pass recomputes them from the saved log-sum-exp.
+The queries are walked in tiles. A tile reads one concatenation of keys: the slice its window covers
+(a view, nothing is gathered), the packed global keys, and the key blocks that its list names
+besides the window. Scores live only inside a tile, sized to stay in cache on a CPU; the backward
+pass recomputes them from the saved log-sum-exp.
 
-`blocked_attention` and its backward pass are torch.library operators, so torch.compile sees one node with fixed shapes.
+`blocked_attention` and its backward pass are torch.library operators, so torch.compile sees one
+node with fixed shapes.
 """
 
 from collections.abc import Iterator
@@ -15,10 +17,10 @@ import torch
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import (
     fake_backward,
     fake_forward,
-    like_projection,
     register_autograd,
     run_operator,
 )
@@ -32,7 +34,8 @@ from adaptive_longformer.patterns.block_layout import (
 from adaptive_longformer.patterns.pattern import pattern_from_spec
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
-# Scores per tile: 4 MB of float32 stay in a CPU's cache (measured best of 0.5 to 8 MB); a GPU wants large launches.
+# Scores per tile: 4 MB of float32 stay in a CPU's cache (measured best of 0.5 to 8 MB); a GPU wants
+# large launches.
 _TILE_SCORES = {"cpu": 2**20, "cuda": 2**25}
 _TILE_ROWS = {"cpu": 128, "cuda": 512}
 
@@ -49,7 +52,9 @@ def run_blocked(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class _Tile:
-    """Where a tile is: batch rows, heads, query rows [start, end), and the columns its window covers [first, last)."""
+    """Where a tile is: batch rows, heads, query rows [start, end), and the columns its window
+    covers [first, last).
+    """
 
     batch: slice
     heads: slice
@@ -97,7 +102,8 @@ class _Problem:
             dropout_p,
         )
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        # Low precision stays on the matrix units of a GPU; a CPU has none, and is more exact in float32.
+        # Low precision stays on the matrix units of a GPU; a CPU has none, and is more exact in
+        # float32.
         self.matmul_dtype = query.dtype if query.device.type == "cuda" else self.dtype
         if attention_mask is not None:
             # A NaN in a padded slot would survive a weight of 0.
@@ -172,7 +178,9 @@ class _Problem:
             self.key_tiles, self.value_tiles = self._as_blocks(key), self._as_blocks(value)
 
     def _drop_window_entries(self, layout: BlockLayout, entry_bias: torch.Tensor | None) -> None:
-        """Keeps only the entries besides the window, and remembers where they stood for the bias and its gradient."""
+        """Keeps only the entries besides the window, and remembers where they stood for the bias
+        and its gradient.
+        """
         keep = ((layout.flags & EntryFlag.WINDOW) == 0) & layout.used
         counts = keep.sum(dim=-1, dtype=torch.int32)
         width = int(counts.max()) if counts.numel() else 0
@@ -193,14 +201,18 @@ class _Problem:
         self.entries_per_block = self.extra.counts.amax(dim=(0, 1)).tolist()
 
     def _as_blocks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[batch, heads, length, head_dim] -> [batch * heads * key_blocks, key_block_size * head_dim]"""
+        """[batch, heads, length, head_dim] -> [batch * heads * key_blocks, key_block_size *
+        head_dim]
+        """
         assert self.extra is not None
         filler = self.extra.num_key_blocks * self.extra.key_block_size - self.length
         padded = torch.nn.functional.pad(tensor, (0, 0, 0, filler))
         return padded.reshape(-1, self.extra.key_block_size * self.head_dim)
 
     def _band(self) -> torch.Tensor | None:
-        """0 inside the window and -inf outside, for a tile whose first row has all its columns: [rows, columns]."""
+        """0 inside the window and -inf outside, for a tile whose first row has all its columns:
+        [rows, columns].
+        """
         if self.window is None or self.left + self.right >= 2 * self.length - 1:
             return None
         row = torch.arange(self.tile_rows, device=self.device)[:, None]
@@ -242,8 +254,8 @@ class _Problem:
                     )
 
     def entry_columns(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For the extra entries of a tile: token positions and used [batch or 1, heads or 1, entries * block],
-        and indices into the rows of `_as_blocks` [batch, heads, entries]."""
+        """For the extra entries of a tile: token positions and used [batch or 1, heads or 1,
+        entries * block], and indices into the rows of `_as_blocks` [batch, heads, entries]."""
         assert self.extra is not None
         layout = self.extra
         block = tile.start // layout.query_block_size
@@ -316,7 +328,9 @@ class _Problem:
         return before[tile.last] > before[tile.first]
 
     def extra_bias(self, tile: _Tile, positions: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of the extra entries' columns: [batch, heads, rows or 1, columns]."""
+        """What is added to the scores of the extra entries' columns: [batch, heads, rows or 1,
+        columns].
+        """
         assert self.extra is not None
         open_ = used & (positions < self.length)
         inside = positions.clamp(max=self.length - 1)
@@ -343,7 +357,9 @@ class _Problem:
         return bias
 
     def _token_mask(self, tile: _Tile, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """The token masks of the extra entries: outside the window, and inside the pattern where the entry says so."""
+        """The token masks of the extra entries: outside the window, and inside the pattern where
+        the entry says so.
+        """
         layout = self.extra
         assert layout is not None
         head = torch.arange(self.heads, device=self.device)[tile.heads, None, None]
@@ -360,8 +376,8 @@ class _Problem:
         is_pattern = is_pattern.repeat_interleave(layout.key_block_size, dim=-1)[:, :, None, :]
         return outside & (layout.pattern.allowed(row, column, head, self.length) | ~is_pattern)
 
-    def prepare(self, tile: _Tile) -> "_Prepared":
-        """Keys, values and biases of a tile."""
+    def prepare(self, tile: _Tile) -> "_Prepared | None":
+        """Keys, values and biases of a tile; None if it reads nothing."""
         positions = used = entry_index = None
         if (
             self.extra is not None
@@ -384,11 +400,9 @@ class _Problem:
             segments.append((self.positions.shape[1], bias))
         if positions is not None and used is not None:
             segments.append((positions.shape[-1], self.extra_bias(tile, positions, used)))
-        columns = None
-        if self.dropout_p > 0:
-            columns = self._column_words(tile, positions)
         if not segments:
-            return _Prepared(None, None, [], None, None, None)
+            return None
+        columns = self._column_words(tile, positions) if self.dropout_p > 0 else None
         return _Prepared(
             self.gather(tile, self.key, key_blocks, entry_index),
             self.gather(tile, self.value, value_blocks, entry_index),
@@ -424,6 +438,7 @@ class _Problem:
 
     def keep(self, tile: _Tile, prepared: "_Prepared") -> torch.Tensor:
         """Which weights of a tile dropout keeps, see `keep_words`."""
+        assert prepared.column_words is not None
         return keep_words(self.row_keys[tile.at][..., None], prepared.column_words, self.dropout_p)
 
 
@@ -434,7 +449,7 @@ class _Prepared:
     key: torch.Tensor
     value: torch.Tensor
     segments: list[tuple[int, torch.Tensor | None]]
-    column_words: torch.Tensor
+    column_words: torch.Tensor | None
     entry_index: torch.Tensor | None
     positions: torch.Tensor | None
 
@@ -462,21 +477,26 @@ def blocked_attention(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of every row as an ordinary row; `run_blocked` says what the arguments are.
+
+    Patterns are given as their specs ("" where there is none), a layout as its tensors.
+    """
     problem = _Problem(
-        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size, layout_window,
-        layout_pattern, entry_bias, span_length, span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p,
-        dropout_seed,
+        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
+        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
+        global_mask, is_causal, scale, dropout_p, dropout_seed,
     )  # fmt: skip
-    output = like_projection(query, query.dtype, fill_zero=False)
+    output = like_projection(query)
     lse = torch.empty(query.shape[:3], dtype=problem.dtype, device=query.device)
     for tile in problem.tiles():
         prepared = problem.prepare(tile)
-        if not prepared.segments:
+        if prepared is None:
             output[tile.at], lse[tile.at] = 0.0, -torch.inf
             continue
         query_tile = (query[tile.at].to(problem.dtype) * scale).to(problem.matmul_dtype)
         weights = problem.scores(tile, prepared, query_tile)
-        # A row that sees nothing has a maximum of -inf; the clamp makes its weights 0 instead of NaN.
+        # A row that sees nothing has a maximum of -inf; the clamp makes its weights 0 instead of
+        # NaN.
         row_max = weights.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(problem.dtype).min)
         weights.sub_(row_max).exp_()
         total = weights.sum(dim=-1, keepdim=True)
@@ -520,19 +540,23 @@ def _blocked_attention_backward(
     dropout_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     problem = _Problem(
-        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size, layout_window,
-        layout_pattern, entry_bias, span_length, span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p,
-        dropout_seed,
+        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
+        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
+        global_mask, is_causal, scale, dropout_p, dropout_seed,
     )  # fmt: skip
     dtype, matmul_dtype = problem.dtype, problem.matmul_dtype
-    grad_query = like_projection(query, query.dtype, fill_zero=False)
-    grad_key, grad_value = like_projection(key, dtype, True), like_projection(value, dtype, True)
+    grad_query = like_projection(query)
+    grad_key, grad_value = (
+        like_projection(key, dtype, zero=True),
+        like_projection(value, dtype, zero=True),
+    )
     grads = _Accumulators(problem, grad_key, grad_value)
-    # Rows that see nothing have an LSE of -inf; with 0 instead, their weights come out as exp(-inf) = 0.
+    # Rows that see nothing have an LSE of -inf; with 0 instead, their weights come out as exp(-inf)
+    # = 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     for tile in problem.tiles():
         prepared = problem.prepare(tile)
-        if not prepared.segments:
+        if prepared is None:
             grad_query[tile.at] = 0.0
             continue
         query_tile = (query[tile.at].to(dtype) * scale).to(matmul_dtype)
@@ -632,7 +656,9 @@ class _Accumulators:
         span_length: torch.Tensor | None,
         counts: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of key, value, entry_bias and span_length, in the shapes and types of these."""
+        """The gradients of key, value, entry_bias and span_length, in the shapes and types of
+        these.
+        """
         problem = self.problem
         if problem.positions is not None:
             index = problem.safe_positions[:, None, :, None].expand_as(self.global_key)

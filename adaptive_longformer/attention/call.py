@@ -10,7 +10,8 @@ from adaptive_longformer.patterns.pattern import Pattern
 
 
 class AttentionSpan(NamedTuple):
-    """A learned window per head: weights exp(score) * clamp((ramp + length_h - |j - i|) / ramp, 0, 1).
+    """A learned window per head: weights exp(score) * clamp((ramp + length_h - |j - i|) / ramp, 0,
+    1).
 
     Attributes:
         length: float [heads], tokens up to which the window keeps its full weight. Learnable.
@@ -27,12 +28,14 @@ class AttentionSpan(NamedTuple):
 class GlobalProjections(NamedTuple):
     """The separate projections of Longformer's global queries, not yet applied.
 
-    A backend computes only what the few global rows need: with fewer global tokens x heads than channels the
-    key and value projections are absorbed into the query and the output, instead of projecting all tokens.
+    A backend computes only what the few global rows need: with fewer global tokens x heads than
+    channels the key and value projections are absorbed into the query and the output, instead of
+    projecting all tokens.
 
     Attributes:
         hidden_states: [batch, length, hidden_size].
-        query_weight, key_weight, value_weight: [heads * head_dim, hidden_size], as nn.Linear stores them.
+        query_weight, key_weight, value_weight: [heads * head_dim, hidden_size], as nn.Linear stores
+            them.
         query_bias, key_bias, value_bias: [heads * head_dim] or None.
     """
 
@@ -45,7 +48,9 @@ class GlobalProjections(NamedTuple):
     value_bias: torch.Tensor | None
 
     def project(self, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The explicit query, key and value of all tokens, each [batch, heads, length, head_dim]."""
+        """The explicit query, key and value of all tokens, each [batch, heads, length,
+        head_dim].
+        """
 
         def split(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             projected = torch.nn.functional.linear(self.hidden_states, weight, bias)
@@ -65,8 +70,8 @@ GlobalQKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor] | GlobalProjections
 class AttentionCall:
     """The checked arguments of `sparse_attention`.
 
-    Exactly one of `pattern` (without global tokens, they are in `global_mask`) and `layout` is given;
-    `global_mask` marks no padding; `entry_bias` includes the layout's own bias.
+    Exactly one of `pattern` (without global tokens, they are in `global_mask`) and `layout` is
+    given; `global_mask` marks no padding; `entry_bias` includes the layout's own bias.
     """
 
     query: torch.Tensor

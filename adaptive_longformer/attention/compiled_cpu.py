@@ -7,7 +7,7 @@ import torch
 from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
-from adaptive_longformer.attention.operator import like_projection
+from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import block_layout
 from adaptive_longformer.patterns.pattern import pattern_from_spec
@@ -77,7 +77,7 @@ def backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     *inputs,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
     call = _Call(*inputs)
     query, key, value = inputs[:3]

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.global_rows import merge_global_rows
-from adaptive_longformer.patterns.pattern import pattern_from_spec
+from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 
@@ -39,7 +39,8 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
     if call.attention_mask is not None:
         valid = call.attention_mask[:, None, None, :]
         mask = valid if mask is None else mask & valid
-        # torch differs between versions on rows that may see nothing: here they see everything, then become zero.
+        # torch differs between versions on rows that may see nothing: here they see everything,
+        # then become zero.
         empty = ~mask.any(dim=-1, keepdim=True)
         output = scaled_dot_product_attention(
             call.query, call.key, call.value, attn_mask=mask | empty, scale=call.scale
@@ -67,7 +68,9 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
 
 
 def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:
-    """The pattern as a bool mask [1, heads or 1, length, length]; None where every pair is allowed."""
+    """The pattern as a bool mask [1, heads or 1, length, length]; None where every pair is
+    allowed.
+    """
     assert call.pattern is not None
     for part in call.pattern.parts:
         if part.name == "full":
@@ -79,13 +82,19 @@ def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:
             ):
                 return None
     heads = call.query.shape[1] if call.pattern.varies_by_head else 1
-    return _cached_mask(call.pattern.spec, length, heads, call.query.device)
+    if torch.compiler.is_compiling():
+        return _dense_mask(call.pattern, length, heads, call.query.device)
+    return _cached_mask(call.pattern, length, heads, call.query.device)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _cached_mask(spec: str, length: int, heads: int, device: torch.device) -> torch.Tensor:
+def _cached_mask(pattern: Pattern, length: int, heads: int, device: torch.device) -> torch.Tensor:
+    return _dense_mask(pattern, length, heads, device)
+
+
+def _dense_mask(pattern: Pattern, length: int, heads: int, device: torch.device) -> torch.Tensor:
     position = torch.arange(length, device=device)
     head = torch.arange(heads, device=device)[:, None, None]
-    allowed = pattern_from_spec(spec).allowed(position[:, None], position, head, length)
+    allowed = pattern.allowed(position[:, None], position, head, length)
     return allowed.expand(heads, length, length)[None]

@@ -1,11 +1,15 @@
-"""Dropout masks drawn from coordinates, so that every backend and every recomputation draws the same one.
+"""Dropout masks drawn from coordinates, so that every backend and every recomputation draws the
+same one.
 
-The decision for (batch b, head h, query i, key j) is a hash of the seed and these four numbers. It is split into
-one word per query row and one per key, which are hashed well once, and a cheap combination per pair:
+The decision for (batch b, head h, query i, key j) is a hash of the seed and these four numbers. It
+is split into one word per query row and one per key, which are hashed well once, and a cheap
+combination per pair:
 
     x = row_key[b, h, i] ^ column_key[j]
-    x = x * MULTIPLIER_1;  x = x ^ (x >> 15);  x = x * MULTIPLIER_2          (int32, wrapping, arithmetic shift)
-    keep iff (x >> 1) >= round(p * 2**31) - 2**30                             (signed comparison)
+    x = x * MULTIPLIER_1;  x = x ^ (x >> 15);  x = x * MULTIPLIER_2
+    keep iff (x >> 1) >= round(p * 2**31) - 2**30
+
+all in int32, which wraps, with arithmetic shifts.
 """
 
 import torch
@@ -43,7 +47,8 @@ def keep_words(rows: torch.Tensor, columns: torch.Tensor, dropout_p: float) -> t
     word.mul_(MULTIPLIER_1)
     word.bitwise_xor_(word >> 15)
     word.mul_(_MULTIPLIER_2_SIGNED)
-    # The sign of the difference, in arithmetic that cannot overflow, is many times faster than a comparison.
+    # The sign of the difference, in arithmetic that cannot overflow, is many times faster than a
+    # comparison.
     word.bitwise_right_shift_(1)
     word.neg_().add_(threshold(dropout_p) - 1)
     return word.bitwise_right_shift_(31)
@@ -55,7 +60,9 @@ def threshold(dropout_p: float) -> int:
 
 
 def zero_dropped_(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Sets the dropped weights to zero in place; keep as `keep_words` gives it, of the same shape."""
+    """Sets the dropped weights to zero in place; keep as `keep_words` gives it, of the same
+    shape.
+    """
     if weights.dtype == torch.float32:
         weights.view(torch.int32).bitwise_and_(keep)
         return weights

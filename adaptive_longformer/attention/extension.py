@@ -9,11 +9,13 @@ Environment variables:
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import platform
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 LOCK_TIMEOUT = 600.0
+# Written last; holds the file name of the library.
 _DONE = "done"
+_attempts = itertools.count()
 _loading = threading.Lock()
 _loaded: dict[str, "ctypes.CDLL | str"] = {}
 
@@ -91,11 +95,15 @@ def _load(kind: str) -> ctypes.CDLL:
                 if not (folder / _DONE).exists():
                     _build(kind, folder)
         refuse_unsafe_folder(folder)
-        return ctypes.CDLL(str(folder / f"{_library_name(kind)}.so"))
+        library = folder / (folder / _DONE).read_text()
     except OSError as error:
         raise ExtensionUnavailableError(
             f"{error}; ADAPTIVE_LONGFORMER_CACHE names a folder that can be written"
         ) from error
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ExtensionUnavailableError(f"{error}; deleting {folder} builds it anew") from error
 
 
 def build_folder(kind: str) -> Path:
@@ -130,10 +138,6 @@ def refuse_unsafe_folder(folder: Path) -> None:
             )
     if folder.stat().st_uid not in (os.geteuid(), 0):
         raise ExtensionUnavailableError(f"{folder} belongs to another user")
-
-
-def _library_name(kind: str) -> str:
-    return f"adaptive_longformer_{kind}"
 
 
 def _compile_flags() -> list[str]:
@@ -187,21 +191,23 @@ def _build(kind: str, folder: Path) -> None:
     # Imported here: it is slow, and needed only by the process that builds.
     from torch.utils import cpp_extension
 
+    # cpp_extension builds one name only once per process, so every attempt has its own.
+    name = f"adaptive_longformer_{kind}_{next(_attempts)}"
     with _ninja_on_path():
         try:
             cpp_extension.load(
-                _library_name(kind),
+                name,
                 [str(path) for path in sorted((SOURCES / kind).glob("*.cpp"))],
                 extra_cflags=_compile_flags(),
                 build_directory=str(folder),
                 is_python_module=False,
                 verbose=os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1",
             )
-        except RuntimeError as error:
+        except (RuntimeError, subprocess.CalledProcessError) as error:
             lines = str(error).splitlines()
-            reason = next((line for line in lines if "error" in line.lower()), lines[0])
+            reason = next((line for line in lines if "error: " in line), lines[0])
             raise ExtensionUnavailableError(f"the build failed: {reason.strip()}") from error
-    (folder / _DONE).touch()
+    (folder / _DONE).write_text(f"{name}.so")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from adaptive_longformer.attention.call import (
     GlobalQKV,
 )
 from adaptive_longformer.attention.reference import dense_probabilities
-from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
+from adaptive_longformer.patterns.block_layout import BlockLayout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
 from adaptive_longformer.patterns.pattern import Pattern, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -34,42 +34,47 @@ def sparse_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention in which every query reads only the keys that a pattern, a layout and the global tokens allow.
+    """Attention in which every query reads only the keys that a pattern, a layout and the global
+    tokens allow.
 
-    Token j is visible to token i iff j is not padding, and not (is_causal and j > i), and the pattern or layout allows
-    (i, j), or i or j is global. One softmax runs over all visible keys, each counted once.
+    Token j is visible to token i iff j is not padding, and not (is_causal and j > i), and the
+    pattern or layout allows (i, j), or i or j is global. One softmax runs over all visible keys,
+    each counted once.
 
     Args:
-        query, key, value: [batch, heads, length, head_dim]. Key and value may have fewer heads, a divisor of the
-            query's (grouped-query attention).
+        query, key, value: [batch, heads, length, head_dim]. Key and value may have fewer heads, a
+            divisor of the query's (grouped-query attention).
         pattern_or_layout: which keys a query sees, as a rule or as lists of blocks.
         attention_mask: bool [batch, length], True for a real token, False for padding.
         is_causal: hides later keys, from global tokens too.
-        global_mask: bool [batch, length], True for tokens that see every token and are seen by all. Padding is not
-            global, whatever this mask says.
-        global_qkv: the separate projections of the rows of global queries, applied ([batch, heads, length, head_dim]
-            each) or not (`GlobalProjections`); None: query, key and value serve global rows too.
-        entry_bias: float, broadcasts to the layout's key_blocks: added to all scores of an entry, on top of the
-            layout's own bias; WINDOW entries, global rows and global keys take none. Needs a layout.
+        global_mask: bool [batch, length], True for tokens that see every token and are seen by all.
+            Padding is not global, whatever this mask says.
+        global_qkv: the separate projections of the rows of global queries, applied ([batch, heads,
+            length, head_dim] each) or not (`GlobalProjections`); None: query, key and value serve
+            global rows too.
+        entry_bias: float, broadcasts to the layout's key_blocks: added to all scores of an entry,
+            on top of the layout's own bias; WINDOW entries, global rows and global keys take none.
+            Needs a layout.
         span: a learned window per head, see `AttentionSpan`.
         scale: factor of the scores; 1 / sqrt(head_dim) if not given.
         dropout_p: probability that an attention weight is dropped.
-        dropout_seed: int64 scalar tensor; the same seed drops the same weights on every backend. Needed with
-            dropout_p > 0.
+        dropout_seed: int64 scalar tensor; the same seed drops the same weights on every backend.
+            Needed with dropout_p > 0.
         return_lse: also return the log-sum-exp of the scores of each row.
         backend: "auto", or the name of a backend, which then runs or raises.
 
     Returns:
-        Output [batch, heads, length, head_dim]; with return_lse also float [batch, heads, length]. A row that sees
-        nothing is zero, with an LSE of -inf and zero gradients.
+        Output [batch, heads, length, head_dim]; with return_lse also float [batch, heads, length].
+        A row that sees nothing is zero, with an LSE of -inf and zero gradients.
 
     Raises:
-        ValueError: an argument has a wrong shape, type or value; the message names it, its value and what is allowed.
+        ValueError: an argument has a wrong shape, type or value; the message names it, its value
+            and what is allowed.
     """
     call = make_call(
-        query, key, value, pattern_or_layout, attention_mask=attention_mask, is_causal=is_causal, global_mask=global_mask,
-        global_qkv=global_qkv, entry_bias=entry_bias, span=span, scale=scale, dropout_p=dropout_p,
-        dropout_seed=dropout_seed, return_lse=return_lse,
+        query, key, value, pattern_or_layout, attention_mask=attention_mask, is_causal=is_causal,
+        global_mask=global_mask, global_qkv=global_qkv, entry_bias=entry_bias, span=span,
+        scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
     output, lse = choose_backend(call, backend).run(call)
     if return_lse:
@@ -81,10 +86,11 @@ def sparse_attention(
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, pattern_or_layout: Pattern | BlockLayout, **options
 ) -> torch.Tensor:
-    """The attention weights of `sparse_attention` as a dense tensor [batch, heads, length, length], without dropout.
+    """The attention weights of `sparse_attention` as a dense tensor [batch, heads, length, length],
+    without dropout.
 
-    Takes the options of `sparse_attention` that shape the scores. Every row sums to 1, rows that see nothing to 0.
-    Needs O(length^2) memory: for inspection.
+    Takes the options of `sparse_attention` that shape the scores. Every row sums to 1, rows that
+    see nothing to 0. Needs O(length^2) memory: for inspection.
     """
     return dense_probabilities(make_call(query, key, key, pattern_or_layout, **options))
 
@@ -96,7 +102,9 @@ def explain_backends(
     pattern_or_layout: Pattern | BlockLayout,
     **options,
 ) -> dict[str, str | None]:
-    """For each backend None if it can run this call of `sparse_attention`, or the reason why not."""
+    """For each backend None if it can run this call of `sparse_attention`, or the reason why
+    not.
+    """
     call = make_call(query, key, value, pattern_or_layout, **options)
     return {name: backend.unsupported(call) for name, backend in BACKENDS.items()}
 
@@ -118,7 +126,9 @@ def make_call(
     dropout_seed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> AttentionCall:
-    """Checks the arguments of `sparse_attention` and brings them into the one form that backends take."""
+    """Checks the arguments of `sparse_attention` and brings them into the one form that backends
+    take.
+    """
     key, value = _check_tensors(query, key, value)
     batch, heads, length, head_dim = query.shape
     _check_mask("attention_mask", attention_mask, query)
@@ -136,7 +146,8 @@ def make_call(
             or dropout_seed.device != query.device
         ):
             raise ValueError(
-                f"dropout_seed has shape {tuple(dropout_seed.shape)}, dtype {dropout_seed.dtype} and device "
+                f"dropout_seed has shape {tuple(dropout_seed.shape)}, dtype {dropout_seed.dtype} "
+                "and device "
                 f"{dropout_seed.device}, an int64 scalar tensor on {query.device} is needed"
             )
     pattern, layout = None, None
@@ -149,14 +160,16 @@ def make_call(
     elif isinstance(pattern_or_layout, Pattern):
         if entry_bias is not None:
             raise ValueError(
-                "entry_bias is given with a pattern, a BlockLayout is needed to say what its entries are"
+                "entry_bias is given with a pattern, a BlockLayout is needed to say what its "
+                "entries are"
             )
         pattern, global_mask = _split_global_tokens(pattern_or_layout, global_mask, query)
         window = split_window(pattern)[0]
         _check_dilation(pattern, heads)
     else:
         raise ValueError(
-            f"pattern_or_layout is a {type(pattern_or_layout).__name__}, a Pattern or BlockLayout is needed"
+            f"pattern_or_layout is a {type(pattern_or_layout).__name__}, a Pattern or BlockLayout "
+            "is needed"
         )
     if span is not None:
         if window is None:
@@ -180,7 +193,8 @@ def make_call(
             )
     elif global_qkv is not None and any(tensor.shape != query.shape for tensor in global_qkv):
         raise ValueError(
-            f"global_qkv has shapes {[tuple(tensor.shape) for tensor in global_qkv]}, three of {tuple(query.shape)} are needed"
+            f"global_qkv has shapes {[tuple(tensor.shape) for tensor in global_qkv]}, three of "
+            f"{tuple(query.shape)} are needed"
         )
     return AttentionCall(
         query=query,
@@ -218,12 +232,14 @@ def _check_tensors(
             or heads % tensor.shape[1] != 0
         ):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, ({batch}, a divisor of {heads}, {length}, {head_dim}) is needed "
+                f"{name} has shape {tuple(tensor.shape)}, ({batch}, a divisor of {heads}, "
+                f"{length}, {head_dim}) is needed "
                 "to match the query"
             )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on {query.device}: "
+                f"{name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on "
+                f"{query.device}: "
                 "the same type and device are needed"
             )
     if not query.dtype.is_floating_point:
@@ -253,7 +269,8 @@ def _combine_entry_bias(
     shape = layout.key_blocks.shape
     if shape[0] not in (1, batch) or shape[1] not in (1, heads):
         raise ValueError(
-            f"layout has key_blocks of shape {tuple(shape)}, [1 or {batch}, 1 or {heads}, query blocks, entries] is needed"
+            f"layout has key_blocks of shape {tuple(shape)}, [1 or {batch}, 1 or {heads}, query "
+            "blocks, entries] is needed"
         )
     if entry_bias is not None:
         fits = entry_bias.ndim == 4 and entry_bias.shape[2:] == shape[2:]
@@ -263,7 +280,8 @@ def _combine_entry_bias(
             or entry_bias.shape[1] not in (1, heads)
         ):
             raise ValueError(
-                f"entry_bias has shape {tuple(entry_bias.shape)}, [1 or {batch}, 1 or {heads}, {shape[2]}, {shape[3]}] is needed"
+                f"entry_bias has shape {tuple(entry_bias.shape)}, [1 or {batch}, 1 or {heads}, "
+                f"{shape[2]}, {shape[3]}] is needed"
             )
     if layout.bias is None:
         return entry_bias
@@ -286,7 +304,8 @@ def _split_global_tokens(
     rest = union(tuple(part for part in pattern.parts if not isinstance(part, GlobalTokens)))
     if rest is None:
         raise ValueError(
-            "pattern has only global tokens, add what the other tokens see, such as SlidingWindow(0)"
+            "pattern has only global tokens, add what the other tokens see, such as "
+            "SlidingWindow(0)"
         )
     return rest, global_mask
 
@@ -299,5 +318,6 @@ def _check_dilation(pattern: Pattern, heads: int) -> None:
             and len(part.dilation) != heads
         ):
             raise ValueError(
-                f"SlidingWindow: dilation has {len(part.dilation)} numbers, one per head = {heads} is needed"
+                f"SlidingWindow: dilation has {len(part.dilation)} numbers, one per head = "
+                f"{heads} is needed"
             )

@@ -1,14 +1,16 @@
 """The rows of global queries: few queries, each against every key.
 
-Three ways to the same rows. With the layer's own projections, or with separate ones that are already applied, it is
-ordinary attention of G queries. With separate projections that are not applied (`GlobalProjections`) and
-G * heads < hidden_size they are absorbed:
+Three ways to the same rows. With the layer's own projections, or with separate ones that are
+already applied, it is ordinary attention of G queries. With separate projections that are not
+applied (`GlobalProjections`) and G * heads < hidden_size they are absorbed:
 
-    score = q . (W_k x + b_k) = (W_k^T q) . x + q . b_k            output = W_v (sum p x) + b_v sum p
+    score = q . (W_k x + b_k) = (W_k^T q) . x + q . b_k
+    output = W_v (sum p x) + b_v sum p
 
-so that the keys and the values are the hidden states themselves and all tokens are projected not once.
-Each way is one operator with a hand-written backward pass: the number of global tokens is looked up inside, so that
-torch.compile sees fixed shapes, and without any global token all gradients are zeros instead of missing.
+so that the keys and the values are the hidden states themselves and all tokens are projected not
+once. Each way is one operator with a hand-written backward pass: the number of global tokens is
+looked up inside, so that torch.compile sees fixed shapes, and without any global token all
+gradients are zeros instead of missing.
 """
 
 from collections.abc import Iterator
@@ -17,13 +19,15 @@ import torch
 
 from adaptive_longformer.attention.call import GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
+from adaptive_longformer.attention.memory_format import like_projection
 
 # Scores of one chunk of global rows; bounds the memory when very many tokens are global.
 _MAX_SCORES = 2**24
 
 
 def pack_global_tokens(global_mask: torch.Tensor) -> torch.Tensor:
-    """Positions of the global tokens, int64 [batch, most global tokens of a row], filled up with `length`.
+    """Positions of the global tokens, int64 [batch, most global tokens of a row], filled up with
+    `length`.
 
     Reads the largest count back from the device.
     """
@@ -106,7 +110,9 @@ class _Rows:
     def forward(
         self, query, key, value, chunk: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Probabilities, the same with dropout, and LSE of a chunk of (scaled) queries [batch, heads, g, width]."""
+        """Probabilities, the same with dropout, and LSE of a chunk of (scaled) queries [batch,
+        heads, g, width].
+        """
         scores = query @ key.transpose(-1, -2)  # [batch, heads, g, length]
         if self.attention_mask is not None:
             scores.masked_fill_(~self.attention_mask[:, None, None, :], -torch.inf)
@@ -127,6 +133,16 @@ class _Rows:
         keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
         return zero_dropped_(tensor / (1 - self.dropout_p), keep)
 
+    def readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keys, values or states [batch, ..., length, width] in float32 at least, zero in padding:
+        NaN * 0 is NaN.
+        """
+        tensor = _precise(tensor)
+        if self.attention_mask is None:
+            return tensor
+        padding = ~self.attention_mask[..., None]
+        return tensor.masked_fill(padding if tensor.ndim == 3 else padding[:, None], 0.0)
+
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -146,14 +162,25 @@ def global_rows(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE with the rows of global queries computed from query, key and value.
+
+    Shapes as in `sparse_attention`; global_mask marks no padding.
+    """
     batch, heads, length, _ = query.shape
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    output, lse = output.clone(), lse.clone()
+    output, lse = (
+        like_projection(output).copy_(output),
+        lse.clone(memory_format=torch.contiguous_format),
+    )
     if rows.count == 0:
         return output, lse
-    query_rows, key, value = _precise(rows.gather(query)) * scale, _precise(key), _precise(value)
+    query_rows, key, value = (
+        _precise(rows.gather(query)) * scale,
+        rows.readable(key),
+        rows.readable(value),
+    )
     results, sums = [], []
     for chunk in rows.chunks():
         _, dropped_probabilities, chunk_lse = rows.forward(
@@ -168,7 +195,7 @@ def global_rows(
 
 @global_rows.register_fake
 def _(output, lse, *_):
-    return torch.empty_like(output), torch.empty_like(lse)
+    return like_projection(output), lse.new_empty(lse.shape)
 
 
 @torch.library.custom_op("adaptive_longformer::global_rows_backward", mutates_args=())
@@ -189,16 +216,17 @@ def _global_rows_backward(
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    grad_local = grad_output.masked_fill(global_mask[:, None, :, None], 0.0)
-    grad_lse_local = grad_lse.masked_fill(global_mask[:, None], 0.0)
+    local = _local_gradients(grad_output, grad_lse, global_mask)
     inputs = (query, key, value)
     if rows.count == 0:
-        return grad_local, grad_lse_local, *(torch.zeros_like(tensor) for tensor in inputs)
-    grads = [torch.zeros_like(_precise(tensor)) for tensor in inputs]
+        nothing = [like_projection(tensor, zero=True) for tensor in inputs]
+        return *local, nothing[0], nothing[1], nothing[2]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    grads = [like_projection(tensor, precise, zero=True) for tensor in inputs]
     query_rows, exact_key, exact_value = (
         _precise(rows.gather(query)) * scale,
-        _precise(key),
-        _precise(value),
+        rows.readable(key),
+        rows.readable(value),
     )
     grad_rows = _precise(rows.gather(grad_output)) * rows.valid[:, None, :, None]
     grad_lse_rows = _precise(rows.gather(grad_lse[..., None])) * rows.valid[:, None, :, None]
@@ -217,7 +245,17 @@ def _global_rows_backward(
         grad_query_rows.append(grad_scores @ exact_key * scale)
         grads[1] += grad_scores.transpose(-1, -2) @ query_rows[:, :, chunk]
     rows.scatter_(grads[0], torch.cat(grad_query_rows, dim=2))
-    return grad_local, grad_lse_local, *(grad.to(query.dtype) for grad in grads)
+    grads = [grad.to(query.dtype) for grad in grads]
+    return *local, grads[0], grads[1], grads[2]
+
+
+def _local_gradients(
+    grad_output: torch.Tensor, grad_lse: torch.Tensor, global_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What reaches the rows of ordinary queries."""
+    local = like_projection(grad_output).copy_(grad_output)
+    local.masked_fill_(global_mask[:, None, :, None], 0.0)
+    return local, grad_lse.masked_fill(global_mask[:, None], 0.0).contiguous()
 
 
 def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tensor:
@@ -228,7 +266,8 @@ def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tens
 
 @_global_rows_backward.register_fake
 def _(grad_output, grad_lse, query, key, value, *_):
-    return tuple(torch.empty_like(tensor) for tensor in (grad_output, grad_lse, query, key, value))
+    local = like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)
+    return *local, *(like_projection(tensor) for tensor in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -269,11 +308,18 @@ def absorbed_global_rows(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE with the rows of global queries computed from the hidden states.
+
+    Shapes as in `GlobalProjections` and `sparse_attention`; global_mask marks no padding.
+    """
     batch, heads, length, _ = output.shape
     rows = _Rows(
         batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
     )
-    output, lse = output.clone(), lse.clone()
+    output, lse = (
+        like_projection(output).copy_(output),
+        lse.clone(memory_format=torch.contiguous_format),
+    )
     if rows.count == 0:
         return output, lse
     layer = _AbsorbedLayer(
@@ -301,11 +347,13 @@ def absorbed_global_rows(
 
 @absorbed_global_rows.register_fake
 def _(output, lse, *_):
-    return torch.empty_like(output), torch.empty_like(lse)
+    return like_projection(output), lse.new_empty(lse.shape)
 
 
 class _AbsorbedLayer:
-    """Queries, keys and values of global rows; the keys are the hidden states while that is cheaper."""
+    """Queries, keys and values of global rows; the keys are the hidden states while that is
+    cheaper.
+    """
 
     def __init__(
         self,
@@ -320,41 +368,38 @@ class _AbsorbedLayer:
         scale,
     ) -> None:
         self.rows, self.scale = rows, scale
-        self.states = _precise(hidden_states)  # [batch, length, hidden_size]
+        self.states = rows.readable(hidden_states)  # [batch, length, hidden_size]
         self.is_absorbed = rows.count * rows.heads < self.states.shape[-1]
 
-        def by_head(parameter):
-            return None if parameter is None else _precise(parameter).unflatten(0, (rows.heads, -1))
+        def by_head(weight, bias) -> tuple[torch.Tensor, torch.Tensor]:
+            weight = _precise(weight).unflatten(
+                0, (rows.heads, -1)
+            )  # [heads, head_dim, hidden_size]
+            if bias is None:
+                return weight, weight.new_zeros(weight.shape[:2])
+            return weight, _precise(bias).unflatten(0, (rows.heads, -1))  # [heads, head_dim]
 
-        self.query_weight, self.key_weight, self.value_weight = map(
-            by_head, (query_weight, key_weight, value_weight)
-        )
-        self.query_bias, self.key_bias, self.value_bias = map(
-            by_head, (query_bias, key_bias, value_bias)
-        )
-        self.row_states = self.states[
-            rows.batch_index, rows.safe_positions
-        ]  # [batch, G, hidden_size]
+        self.query_weight, self.query_bias = by_head(query_weight, query_bias)
+        self.key_weight, self.key_bias = by_head(key_weight, key_bias)
+        self.value_weight, self.value_bias = by_head(value_weight, value_bias)
+        # [batch, G, hidden_size]
+        self.row_states = self.states[rows.batch_index, rows.safe_positions]
         projected = self._project(self.row_states, self.query_weight, self.query_bias)
         self.projected_query = projected * scale  # [batch, heads, G, head_dim]
-        self.score_offset = torch.zeros((), device=projected.device, dtype=projected.dtype).expand(
-            projected.shape[:3]
-        )
         if self.is_absorbed:
             self.query = self.projected_query @ self.key_weight  # [batch, heads, G, hidden_size]
             self.key = self.value = self.states[:, None]
-            if self.key_bias is not None:
-                self.score_offset = (self.projected_query * self.key_bias[:, None]).sum(dim=-1)
+            self.score_offset = (self.projected_query * self.key_bias[:, None]).sum(dim=-1)
         else:
             self.query = self.projected_query
+            self.score_offset = self.query.new_zeros(()).expand(self.query.shape[:3])
             self.key = self._project(self.states, self.key_weight, self.key_bias)
             self.value = self._project(self.states, self.value_weight, self.value_bias)
 
     @staticmethod
     def _project(states, weight, bias) -> torch.Tensor:
         """[batch, n, hidden_size] -> [batch, heads, n, head_dim]"""
-        flat_bias = None if bias is None else bias.flatten()
-        projected = torch.nn.functional.linear(states, weight.flatten(0, 1), flat_bias)
+        projected = torch.nn.functional.linear(states, weight.flatten(0, 1), bias.flatten())
         return projected.unflatten(-1, weight.shape[:2]).transpose(1, 2)
 
     def read(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -362,63 +407,49 @@ class _AbsorbedLayer:
         context = probabilities @ self.value
         if not self.is_absorbed:
             return context
-        result = context @ self.value_weight.transpose(-1, -2)
-        if self.value_bias is not None:
-            result = result + probabilities.sum(dim=-1, keepdim=True) * self.value_bias[:, None]
-        return result
+        mass = probabilities.sum(dim=-1, keepdim=True)
+        return context @ self.value_weight.transpose(-1, -2) + mass * self.value_bias[:, None]
 
-    def backward(
-        self, grad_rows: torch.Tensor, grad_lse_rows: torch.Tensor
-    ) -> list[torch.Tensor | None]:
-        """Gradients of hidden_states and of the six parameters (None where there is no bias)."""
+    def backward(self, grad_rows: torch.Tensor, grad_lse_rows: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of hidden_states and of the six parameters."""
         grad_states = torch.zeros_like(self.states)
         grad_projected = torch.zeros_like(self.projected_query)
-        grad_key_weight, grad_value_weight = (
-            torch.zeros_like(self.key_weight),
-            torch.zeros_like(self.value_weight),
+        grad_key_weight, grad_key_bias = map(torch.zeros_like, (self.key_weight, self.key_bias))
+        grad_value_weight, grad_value_bias = map(
+            torch.zeros_like, (self.value_weight, self.value_bias)
         )
-        grad_key_bias = None if self.key_bias is None else torch.zeros_like(self.key_bias)
-        grad_value_bias = None if self.value_bias is None else torch.zeros_like(self.value_bias)
-        grad_key = None if self.is_absorbed else torch.zeros_like(self.key)
-        grad_value = None if self.is_absorbed else torch.zeros_like(self.value)
+        grad_key, grad_value = torch.zeros_like(self.key), torch.zeros_like(self.value)
         for chunk in self.rows.chunks():
-            probabilities, with_dropout, _ = self.rows.forward(
-                self.query[:, :, chunk], self.key, self.value, chunk
-            )
-            grad, query = grad_rows[:, :, chunk], self.query[:, :, chunk]
+            query, projected = self.query[:, :, chunk], self.projected_query[:, :, chunk]
+            grad = grad_rows[:, :, chunk]
+            probabilities, with_dropout, _ = self.rows.forward(query, self.key, self.value, chunk)
             if self.is_absorbed:
-                grad_context = grad @ self.value_weight  # [batch, heads, g, hidden_size]
+                mass = with_dropout.sum(dim=-1, keepdim=True)
                 context = with_dropout @ self.value
                 grad_value_weight += torch.einsum("bhgd,bhge->hde", grad, context)
+                grad_value_bias += (grad * mass).sum(dim=(0, 2))
+                grad_context = grad @ self.value_weight  # [batch, heads, g, hidden_size]
                 grad_probabilities = grad_context @ self.value.transpose(-1, -2)
-                if self.value_bias is not None:
-                    mass = with_dropout.sum(dim=-1, keepdim=True)
-                    grad_value_bias += (grad * mass).sum(dim=(0, 2))
-                    grad_probabilities += (grad * self.value_bias[:, None]).sum(
-                        dim=-1, keepdim=True
-                    )
+                grad_probabilities += (grad * self.value_bias[:, None]).sum(dim=-1, keepdim=True)
                 grad_states += torch.einsum("bhgn,bhge->bne", with_dropout, grad_context)
             else:
-                grad_value += with_dropout.transpose(-1, -2) @ grad
                 grad_probabilities = grad @ self.value.transpose(-1, -2)
+                grad_value += with_dropout.transpose(-1, -2) @ grad
             grad_scores = _softmax_backward(
-                probabilities, self.rows.drop(grad_probabilities, chunk), grad_lse_rows[:, :, chunk]
+                probabilities,
+                self.rows.drop(grad_probabilities, chunk),
+                grad_lse_rows[:, :, chunk],
             )
             grad_query = grad_scores @ self.key
             if self.is_absorbed:
-                grad_states += torch.einsum("bhgn,bhge->bne", grad_scores, query)
-                grad_key_weight += torch.einsum(
-                    "bhgd,bhge->hde", self.projected_query[:, :, chunk], grad_query
+                # The sum over keys is zero but for a gradient of the LSE.
+                offset = grad_scores.sum(dim=-1, keepdim=True)
+                grad_projected[:, :, chunk] = (
+                    grad_query @ self.key_weight.transpose(-1, -2) + offset * self.key_bias[:, None]
                 )
-                grad_projected[:, :, chunk] = grad_query @ self.key_weight.transpose(-1, -2)
-                if self.key_bias is not None:
-                    offset_grad = grad_scores.sum(
-                        dim=-1, keepdim=True
-                    )  # zero but for a gradient of the LSE
-                    grad_key_bias += (offset_grad * self.projected_query[:, :, chunk]).sum(
-                        dim=(0, 2)
-                    )
-                    grad_projected[:, :, chunk] += offset_grad * self.key_bias[:, None]
+                grad_key_weight += torch.einsum("bhgd,bhge->hde", projected, grad_query)
+                grad_key_bias += (offset * projected).sum(dim=(0, 2))
+                grad_states += torch.einsum("bhgn,bhge->bne", grad_scores, query)
             else:
                 grad_projected[:, :, chunk] = grad_query
                 grad_key += grad_scores.transpose(-1, -2) @ query
@@ -429,8 +460,9 @@ class _AbsorbedLayer:
             grad_states += self._project_backward(
                 grad_value, self.states, self.value_weight, grad_value_weight, grad_value_bias
             )
-        grad_query_weight = torch.zeros_like(self.query_weight)
-        grad_query_bias = None if self.query_bias is None else torch.zeros_like(self.query_bias)
+        grad_query_weight, grad_query_bias = map(
+            torch.zeros_like, (self.query_weight, self.query_bias)
+        )
         grad_row_states = self._project_backward(
             grad_projected * self.scale,
             self.row_states,
@@ -454,8 +486,7 @@ class _AbsorbedLayer:
     def _project_backward(grad, states, weight, grad_weight, grad_bias) -> torch.Tensor:
         """Adds to the parameters' gradients in place; returns that of the states."""
         grad_weight += torch.einsum("bhnd,bne->hde", grad, states)
-        if grad_bias is not None:
-            grad_bias += grad.sum(dim=(0, 2))
+        grad_bias += grad.sum(dim=(0, 2))
         return grad.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
 
 
@@ -490,29 +521,30 @@ def _absorbed_global_rows_backward(
         value_weight,
         value_bias,
     )
-    local = [
-        grad_output.masked_fill(global_mask[:, None, :, None], 0.0),
-        grad_lse.masked_fill(global_mask[:, None], 0.0),
-    ]
+    local = _local_gradients(grad_output, grad_lse, global_mask)
     if rows.count == 0:
-        return local + [torch.zeros_like(tensor) for tensor in inputs if tensor is not None]
+        return [*local] + [
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in inputs
+            if tensor is not None
+        ]
     layer = _AbsorbedLayer(rows, *inputs, scale)
     valid = rows.valid[:, None, :, None]
     grads = layer.backward(
         _precise(rows.gather(grad_output)) * valid,
         _precise(rows.gather(grad_lse[..., None])) * valid,
     )
-    return local + [
-        grad.reshape(tensor.shape).to(tensor.dtype)
+    return [*local] + [
+        grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
         for grad, tensor in zip(grads, inputs, strict=True)
-        if tensor is not None and grad is not None
+        if tensor is not None
     ]
 
 
 @_absorbed_global_rows_backward.register_fake
 def _(grad_output, grad_lse, *inputs):
-    tensors = [grad_output, grad_lse, *(tensor for tensor in inputs[:7] if tensor is not None)]
-    return [torch.empty_like(tensor) for tensor in tensors]
+    local = [like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)]
+    return local + [tensor.new_empty(tensor.shape) for tensor in inputs[:7] if tensor is not None]
 
 
 def _absorbed_backward(ctx, grad_output, grad_lse):

@@ -6,6 +6,7 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.global_rows import merge_global_rows
+from adaptive_longformer.attention.memory_format import like_projection
 
 DEFAULT_BLOCK_SIZE = 64
 # Where the tensors with a gradient stand among the arguments.
@@ -53,16 +54,6 @@ def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor,
         dropout_p=call.dropout_p,
         dropout_seed=call.dropout_seed,
     )
-
-
-def like_projection(
-    tensor: torch.Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False
-) -> torch.Tensor:
-    """An [batch, heads, length, head_dim] tensor stored as [batch, length, heads, head_dim], as a projection gives it."""
-    batch, heads, length, head_dim = tensor.shape
-    make = torch.zeros if fill_zero else torch.empty
-    dtype = tensor.dtype if dtype is None else dtype
-    return make(batch, length, heads, head_dim, dtype=dtype, device=tensor.device).transpose(1, 2)
 
 
 def fake_forward(query: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:

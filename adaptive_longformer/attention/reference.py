@@ -1,4 +1,5 @@
-"""The definition of sparse attention: dense, differentiable by autograd, readable beside the formulas.
+"""The definition of sparse attention: dense, differentiable by autograd, readable beside the
+formulas.
 
 Everything else in this package equals this file, in value and in gradient.
 """
@@ -37,7 +38,9 @@ def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor
 
 
 def dense_probabilities(call: AttentionCall) -> torch.Tensor:
-    """The attention weights [batch, heads, length, length] before dropout; rows that see nothing are zero."""
+    """The attention weights [batch, heads, length, length] before dropout; rows that see nothing
+    are zero.
+    """
     scores, _ = _scores(call)
     return scores.softmax(dim=-1).masked_fill(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 
@@ -57,7 +60,9 @@ def dense_mask(call: AttentionCall) -> torch.Tensor:
 
 
 def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores with -inf where nothing is seen, and the values that global queries read (None: the same)."""
+    """Scores with -inf where nothing is seen, and the values that global queries read (None: the
+    same).
+    """
     scores = call.query @ call.key.transpose(-1, -2) * call.scale
     bias = _bias(call)
     if bias is not None:
@@ -82,7 +87,9 @@ def _indices(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def _local_pairs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs of the window, and all other pairs but those of global tokens: two disjoint bool tensors, 4-D."""
+    """The pairs of the window, and all other pairs but those of global tokens: two disjoint bool
+    tensors, 4-D.
+    """
     length = call.query.shape[2]
     query_index, key_index, head_index = _indices(call)
     nothing = torch.zeros(1, 1, length, length, dtype=torch.bool, device=call.query.device)
@@ -108,7 +115,9 @@ def _local_pairs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _spread(layout: BlockLayout, values: torch.Tensor) -> torch.Tensor:
-    """Values of entries [batch, heads, query_blocks, entries] at their token pairs, 0 or False elsewhere."""
+    """Values of entries [batch, heads, query_blocks, entries] at their token pairs, 0 or False
+    elsewhere.
+    """
     shape = torch.broadcast_shapes(values.shape, layout.key_blocks.shape)
     blocks = layout.key_blocks.long().where(layout.used, 0).expand(shape)
     summand = values.to(torch.int32) if values.dtype == torch.bool else values
@@ -120,7 +129,9 @@ def _spread(layout: BlockLayout, values: torch.Tensor) -> torch.Tensor:
 
 
 def _bias(call: AttentionCall) -> torch.Tensor | None:
-    """What is added to the scores: the adaptive span in the window, the entry bias elsewhere, never on global rows and keys."""
+    """What is added to the scores: the adaptive span in the window, the entry bias elsewhere, never
+    on global rows and keys.
+    """
     if call.span is None and call.entry_bias is None:
         return None
     window, others = _local_pairs(call)

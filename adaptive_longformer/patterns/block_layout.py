@@ -1,4 +1,6 @@
-"""Ragged lists of key blocks, one list per query block: the format that every sparse backend shares."""
+"""Ragged lists of key blocks, one list per query block: the format that every sparse backend
+shares.
+"""
 
 from dataclasses import dataclass, replace
 from enum import IntFlag
@@ -19,10 +21,11 @@ _EVERYWHERE = 2**31 - 1
 class EntryFlag(IntFlag):
     """What a kernel must do for one entry of a list.
 
-    The token mask of an entry is the window for WINDOW, the pattern outside the window for PATTERN, and
-    everything outside the window for ROUTED; FULL says that this mask is known to be all True for the whole
-    tile, so that no mask code needs to run. CAUSAL marks a tile the diagonal crosses, PADDED one that holds
-    padding, GLOBAL_PACK a block of packed global keys; backends set these three on their own copies.
+    The token mask of an entry is the window for WINDOW, the pattern outside the window for PATTERN,
+    and everything outside the window for ROUTED; FULL says that this mask is known to be all True
+    for the whole tile, so that no mask code needs to run. CAUSAL marks a tile the diagonal crosses,
+    PADDED one that holds padding, GLOBAL_PACK a block of packed global keys; backends set these
+    three on their own copies.
     """
 
     FULL = 1
@@ -38,18 +41,21 @@ class EntryFlag(IntFlag):
 class BlockLayout:
     """For every query block the list of key blocks that it reads.
 
-    A key j is visible to a query i iff the list of i's block has an entry for j's block whose token mask
-    lets (i, j) through. No pair (i, j) is let through by two entries: each key counts once in the softmax.
+    A key j is visible to a query i iff the list of i's block has an entry for j's block whose token
+    mask lets (i, j) through. No pair (i, j) is let through by two entries: each key counts once in
+    the softmax.
 
     Attributes:
-        key_blocks: int32 [batch or 1, heads or 1, num_query_blocks, max_entries], ids of key blocks; what
-            lies at or beyond the row's count is padding and is never read.
+        key_blocks: int32 [batch or 1, heads or 1, num_query_blocks, max_entries], ids of key
+            blocks; what lies at or beyond the row's count is padding and is never read.
         counts: int32 [batch or 1, heads or 1, num_query_blocks], entries used per row.
         flags: int32, shape of key_blocks, `EntryFlag` bits.
-        bias: float, shape of key_blocks, or None: added to all scores of the entry. WINDOW entries take none.
+        bias: float, shape of key_blocks, or None: added to all scores of the entry. WINDOW entries
+            take none.
         query_block_size, key_block_size: in tokens, 8 to 128.
         length: tokens in the sequence; the last block may be incomplete.
-        window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without holes.
+        window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without
+            holes.
         pattern: what the PATTERN entries mean.
     """
 
@@ -87,7 +93,8 @@ class BlockLayout:
             value = getattr(self, argument)
             if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE:
                 raise ValueError(
-                    f"BlockLayout: {argument} is {value}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} is allowed"
+                    f"BlockLayout: {argument} is {value}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} is "
+                    "allowed"
                 )
         if self.key_blocks.ndim != 4 or self.key_blocks.shape[2] != self.num_query_blocks:
             raise ValueError(
@@ -100,7 +107,8 @@ class BlockLayout:
         for argument, shape in expected.items():
             if getattr(self, argument).shape != shape:
                 raise ValueError(
-                    f"BlockLayout: {argument} has shape {tuple(getattr(self, argument).shape)}, {tuple(shape)} is needed"
+                    f"BlockLayout: {argument} has shape {tuple(getattr(self, argument).shape)}, "
+                    f"{tuple(shape)} is needed"
                 )
         if (
             self.counts.numel()
@@ -110,7 +118,8 @@ class BlockLayout:
             <= self.key_blocks.shape[3]
         ):
             raise ValueError(
-                f"BlockLayout: counts go from {int(self.counts.min())} to {int(self.counts.max())}, "
+                f"BlockLayout: counts go from {int(self.counts.min())} to "
+                f"{int(self.counts.max())}, "
                 f"0 to max_entries = {self.key_blocks.shape[3]} is allowed"
             )
         ids = self.key_blocks[self.used]
@@ -119,7 +128,8 @@ class BlockLayout:
                 f"BlockLayout: key_blocks has ids from {int(ids.min())} to {int(ids.max())}, "
                 f"0 to {self.num_key_blocks - 1} is allowed"
             )
-        # A window entry and one other entry of the same block complement each other; more would count keys twice.
+        # A window entry and one other entry of the same block complement each other; more would
+        # count keys twice.
         is_window = (self.flags & EntryFlag.WINDOW) != 0
         for kind, members in (("WINDOW", is_window), ("ROUTED or PATTERN", ~is_window)):
             hits = torch.zeros(
@@ -130,11 +140,14 @@ class BlockLayout:
             )
             if hits.numel() and int(hits.max()) > 1:
                 raise ValueError(
-                    f"BlockLayout: key_blocks lists a block twice as {kind} for one query block, once is allowed"
+                    f"BlockLayout: key_blocks lists a block twice as {kind} for one query block, "
+                    "once is allowed"
                 )
 
     def select(self, keep: torch.Tensor) -> "BlockLayout":
-        """The layout with only the used entries where `keep` (boolean, shape of key_blocks) is True, in the same order."""
+        """The layout with only the used entries where `keep` (boolean, shape of key_blocks) is
+        True, in the same order.
+        """
         keep = keep & self.used
         counts = keep.sum(dim=-1, dtype=torch.int32)
         width = int(counts.max()) if counts.numel() else 0
@@ -148,10 +161,13 @@ class BlockLayout:
         )
 
     def transpose(self) -> "TransposedLayout":
-        """For every key block the query blocks that read it, built by one stable sort on the layout's device."""
+        """For every key block the query blocks that read it, built by one stable sort on the
+        layout's device.
+        """
         shape = self.key_blocks.shape
         rows = shape[0] * shape[1]
-        # The padding goes to a sentinel after the last key block of all rows, behind the end of the lists.
+        # The padding goes to a sentinel after the last key block of all rows, behind the end of the
+        # lists.
         row = torch.arange(rows, device=self.key_blocks.device).view(shape[0], shape[1], 1, 1)
         sort_key = row * self.num_key_blocks + self.key_blocks.long()
         sort_key = sort_key.where(self.used, rows * self.num_key_blocks).flatten()
@@ -174,10 +190,12 @@ class TransposedLayout:
     """A `BlockLayout` read by key block, in compressed rows.
 
     Attributes:
-        starts: int32 [batch * heads * num_key_blocks + 1] (batch, heads as in the layout, 1 where shared); the
-            query blocks that read key block c are `query_blocks[starts[c]:starts[c + 1]]`, in ascending order.
+        starts: int32 [batch * heads * num_key_blocks + 1] (batch, heads as in the layout, 1 where
+            shared); the query blocks that read key block c are `query_blocks[starts[c]:starts[c +
+            1]]`, in ascending order.
         query_blocks: int32 [number of entries, padding at the end].
-        entries: int64, as query_blocks: index of the entry in the flattened key_blocks, flags and bias.
+        entries: int64, as query_blocks: index of the entry in the flattened key_blocks, flags and
+            bias.
     """
 
     starts: torch.Tensor
@@ -188,22 +206,24 @@ class TransposedLayout:
 def split_window(pattern: Pattern) -> tuple[SlidingWindow | None, Pattern | None]:
     """Splits a pattern into the window without holes that is computed as a band, and the rest.
 
-    With several such windows in a union the widest stays a window; those inside it vanish. Full attention is
-    a window that reaches everywhere. Global tokens are not part of the result: the operator moves them into
-    the global mask.
+    With several such windows in a union the widest stays a window; those inside it vanish. Full
+    attention is a window that reaches everywhere. Global tokens are not part of the result: the
+    operator moves them into the global mask.
     """
     if any(isinstance(part, Full) for part in pattern.parts):
         return SlidingWindow(_EVERYWHERE), None
-    parts = [part for part in pattern.parts if not isinstance(part, GlobalTokens)]
-    windows = [part for part in parts if isinstance(part, SlidingWindow) and part.is_contiguous]
-    if not windows:
-        return None, union(tuple(parts))
-    window = max(windows, key=lambda part: part.left + part.right)
-    rest = [
-        part
-        for part in parts
-        if not (part in windows and part.left <= window.left and part.right <= window.right)
-    ]
+    bands = [part for part in pattern.parts if isinstance(part, SlidingWindow)]
+    window = None
+    for band in bands:
+        if band.is_contiguous and (window is None or band.width > window.width):
+            window = band
+    rest = []
+    for part in pattern.parts:
+        if isinstance(part, GlobalTokens):
+            continue
+        if isinstance(part, SlidingWindow) and window is not None and part.is_within(window):
+            continue
+        rest.append(part)
     return window, union(tuple(rest))
 
 
@@ -222,11 +242,13 @@ def block_layout(
         pattern: global tokens in it are left out (the operator packs them).
         length: tokens in the sequence.
         query_block_size, key_block_size: in tokens.
-        num_heads: only matters for patterns that differ by head; the lists of all others are shared.
+        num_heads: only matters for patterns that differ by head; the lists of all others are
+            shared.
         device: where the tensors of the layout live.
 
     Note:
-        The cost is O(length) for a window and O(length^2) bit operations for other patterns, paid once.
+        The cost is O(length) for a window and O(length^2) bit operations for other patterns, paid
+        once.
     """
     return _cached_layout(
         pattern.spec, length, query_block_size, key_block_size, num_heads, torch.device(device)
@@ -281,7 +303,9 @@ def _cached_layout(
 def _window_entries(
     window: SlidingWindow, length: int, query_block_size: int, key_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key blocks and flags [1, num_query_blocks, width] of a window; flag 0 where there is no entry."""
+    """Key blocks and flags [1, num_query_blocks, width] of a window; flag 0 where there is no
+    entry.
+    """
     start = torch.arange(-(-length // query_block_size))[:, None] * query_block_size
     end = (start + query_block_size).clamp(max=length) - 1
     first = (start - window.left).clamp(min=0) // key_block_size
@@ -303,7 +327,9 @@ def _pattern_entries(
     key_block_size: int,
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key blocks and flags [heads, num_query_blocks, num_key_blocks] of any pattern, one row of tiles at a time."""
+    """Key blocks and flags [heads, num_query_blocks, num_key_blocks] of any pattern, one row of
+    tiles at a time.
+    """
     num_key_blocks = -(-length // key_block_size)
     key = torch.arange(length)
     head = torch.arange(heads)[:, None, None]

@@ -10,8 +10,8 @@ from adaptive_longformer.patterns.pattern import Pattern, check_positive
 class Fixed(Pattern):
     """The query's own chunk of `stride` tokens, and the last `summary_size` tokens of every chunk.
 
-    Source: Child et al. 2019, section 4.3 (there causal: combine with `is_causal=True`; `stride` is l,
-    `summary_size` is c).
+    Source: Child et al. 2019, section 4.3 (there causal: combine with `is_causal=True`; `stride` is
+    l, `summary_size` is c).
     """
 
     name: ClassVar[str] = "fixed"
@@ -22,7 +22,8 @@ class Fixed(Pattern):
         check_positive("Fixed", stride=self.stride, summary_size=self.summary_size)
         if self.summary_size > self.stride:
             raise ValueError(
-                f"Fixed: summary_size is {self.summary_size}, at most stride = {self.stride} is allowed"
+                f"Fixed: summary_size is {self.summary_size}, at most stride = {self.stride} is "
+                "allowed"
             )
         super().__post_init__()
 

@@ -10,7 +10,8 @@ _LOW_32 = 0xFFFFFFFF
 def mix(value: torch.Tensor) -> torch.Tensor:
     """Hashes the low 32 bits of each int64 to 32 uniform bits, returned as int64 in [0, 2**32).
 
-    A 32-bit finaliser (xor-shift, multiply) with the constants published by C. Wellons for hash-prospector.
+    A 32-bit finaliser (xor-shift, multiply) with the constants published by C. Wellons for
+    hash-prospector.
     A pure function of its input: equal on every device.
     """
     value = value & _LOW_32

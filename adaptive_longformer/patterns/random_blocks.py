@@ -12,11 +12,13 @@ from adaptive_longformer.patterns.pattern import Pattern, check_positive
 
 @dataclass(frozen=True)
 class RandomBlocks(Pattern):
-    """Each query block sees `num_blocks` distinct key blocks drawn by a hash of (seed, query block, key block).
+    """Each query block sees `num_blocks` distinct key blocks drawn by a hash of (seed, query block,
+    key block).
 
-    The draw is a pure function of its arguments: the same on every device, in training and evaluation,
-    and under activation checkpointing; no global random generator is touched. With fewer blocks in the
-    sequence than `num_blocks` all of them are seen. Source: Zaheer et al. 2020, section 2.
+    The draw is a pure function of its arguments: the same on every device, in training and
+    evaluation, and under activation checkpointing; no global random generator is touched. With
+    fewer blocks in the sequence than `num_blocks` all of them are seen. Source: Zaheer et al. 2020,
+    section 2.
     """
 
     name: ClassVar[str] = "random_blocks"

@@ -10,22 +10,23 @@ from adaptive_longformer.patterns.pattern import Pattern, check_positive
 
 @dataclass(frozen=True)
 class SlidingWindow(Pattern):
-    """Keys from `left` positions before the query to `right` positions after it, the query included.
+    """Keys from `left` positions before the query to `right` positions after it, the query
+    included.
 
     Args:
         left: keys before the query, in tokens (>= 0).
         right: keys after the query, in tokens (>= 0); the same as `left` if not given.
-        dilation: only every `dilation`-th neighbour is seen, so that the window reaches `left * dilation`
-            tokens back and `right * dilation` ahead; one number, or one per head.
+        dilation: only every `dilation`-th neighbour is seen, so that the window reaches `left *
+            dilation` tokens back and `right * dilation` ahead; one number, or one per head.
 
     Note:
-        Both are radii. Longformer's `attention_window=512` is `SlidingWindow(256)`: 513 keys with the
-        query itself. Source: Beltagy et al. 2020, section 3.1.
+        Both are radii. Longformer's `attention_window=512` is `SlidingWindow(256)`: 513 keys with
+        the query itself. Source: Beltagy et al. 2020, section 3.1.
     """
 
     name: ClassVar[str] = "sliding_window"
     left: int
-    right: int | None = None
+    right: int = None  # type: ignore[assignment]  # filled in from left
     dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
@@ -66,3 +67,12 @@ class SlidingWindow(Pattern):
     def is_contiguous(self) -> bool:
         """Whether the window has no holes, so that it can be computed as a band."""
         return self.dilation == 1
+
+    def is_within(self, window: "SlidingWindow") -> bool:
+        """Whether another window without holes sees all that this one sees."""
+        return self.is_contiguous and self.left <= window.left and self.right <= window.right
+
+    @property
+    def width(self) -> int:
+        """Keys that a query in the middle of a sequence sees, itself included."""
+        return self.left + self.right + 1

@@ -8,12 +8,14 @@ from adaptive_longformer.patterns.pattern import Pattern, check_positive
 
 @dataclass(frozen=True)
 class Strided(Pattern):
-    """The last `stride` tokens and every `stride`-th token before them; mirrored ahead when not causal.
+    """The last `stride` tokens and every `stride`-th token before them; mirrored ahead when not
+    causal.
 
     Source: Child et al. 2019, section 4.3 (there causal: combine with `is_causal=True`).
 
     Note:
-        Every query block touches nearly every key block, so block-sparse backends gain little from it.
+        Every query block touches nearly every key block, so block-sparse backends gain little from
+        it.
     """
 
     name: ClassVar[str] = "strided"

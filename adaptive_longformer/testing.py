@@ -1,0 +1,135 @@
+"""Makers of tiny models and inputs, shared by tests."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForMultipleChoice,
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseForSequenceClassification,
+    AdaptiveSparseForTokenClassification,
+    AdaptiveSparseModel,
+    AdaptiveSparsePreTrainedModel,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+MODEL_CLASSES: tuple[type[AdaptiveSparsePreTrainedModel], ...] = (
+    AdaptiveSparseModel,
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForMultipleChoice,
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseForSequenceClassification,
+    AdaptiveSparseForTokenClassification,
+)
+
+
+def randomize_all_parameters(model: Model, std: float = 0.15, seed: int = 0) -> Model:
+    """Draws every parameter anew, biases, paddings and LayerNorms included; returns the model.
+
+    Default initialisation hides mistakes: a zero bias can be dropped, a small score scaled, a
+    LayerNorm left out without a test noticing. LayerNorm weights are 1 + N(0, std), all other
+    parameters N(0, std).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ones = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm) and module.weight is not None
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1.0 if id(parameter) in ones else noise)
+    return model
+
+
+def tiny_config(**overrides: Any) -> AdaptiveSparseConfig:
+    """Two layers of width 32 with a window of 32 tokens, without dropout; up to 1024 tokens."""
+    values: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 1026,
+        "attention_window": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return AdaptiveSparseConfig(**{**values, **overrides})
+
+
+def tiny_model(
+    model_class: type[AdaptiveSparsePreTrainedModel] = AdaptiveSparseModel, **overrides: Any
+) -> Any:
+    """A model of `tiny_config(**overrides)` in evaluation mode, every parameter random."""
+    return randomize_all_parameters(model_class(tiny_config(**overrides))).eval()
+
+
+def tiny_inputs(
+    model: AdaptiveSparsePreTrainedModel,
+    length: int = 70,
+    *,
+    batch_size: int = 2,
+    padding: str = "right",
+    with_labels: bool = False,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Random inputs for a model, with the dimension of choices and the labels its head takes.
+
+    Args:
+        model: which head the inputs are for.
+        length: tokens of the longest sequence.
+        batch_size: number of sequences, or of questions with 3 choices each.
+        padding: "none", or where the last sequence has a third of padding, "right" or "left".
+        with_labels: whether to add what the head's loss needs.
+        seed: of the random ids.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    is_choice = isinstance(model, AdaptiveSparseForMultipleChoice)
+    shape = (batch_size, 3, length) if is_choice else (batch_size, length)
+
+    def random_below(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    input_ids = random_below(5, config.vocab_size, shape)
+    attention_mask = torch.ones_like(input_ids)
+    num_padded = 0 if padding == "none" else length // 3
+    if num_padded and batch_size:
+        slots = slice(length - num_padded, None) if padding == "right" else slice(num_padded)
+        attention_mask[-1, ..., slots] = 0
+    if config.pad_token_id is not None:
+        input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if with_labels:
+        per_sequence, num_labels = (batch_size,), getattr(config, "num_labels", None) or 2
+        if isinstance(model, AdaptiveSparseForMaskedLM):
+            inputs["labels"] = random_below(0, config.vocab_size, shape)
+        elif isinstance(model, AdaptiveSparseForTokenClassification):
+            inputs["labels"] = random_below(0, num_labels, shape)
+        elif isinstance(model, AdaptiveSparseForSequenceClassification):
+            inputs["labels"] = random_below(0, num_labels, per_sequence)
+        elif is_choice:
+            inputs["labels"] = random_below(0, 3, per_sequence)
+        elif isinstance(model, AdaptiveSparseForQuestionAnswering):
+            inputs["start_positions"] = random_below(0, length, per_sequence)
+            inputs["end_positions"] = random_below(0, length, per_sequence)
+    return inputs
+
+
+def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The head's loss; of a model without head the weighted sum of its outputs."""
+    outputs = model(**inputs)
+    if "loss" in outputs:
+        return outputs["loss"]
+    total = torch.zeros(())
+    for name in ("last_hidden_state", "pooler_output"):
+        if outputs.get(name) is not None:
+            weight = torch.linspace(-1, 1, outputs[name].numel(), dtype=outputs[name].dtype)
+            total = total + (outputs[name].flatten() * weight).sum()
+    return total

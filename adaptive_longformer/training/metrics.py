@@ -1,0 +1,38 @@
+"""Metrics of classification, computed with scikit-learn: nothing is downloaded."""
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from transformers import EvalPrediction
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, balanced accuracy and macro F1 of predicted classes; made for `Trainer(compute_metrics=...)`.
+
+    Balanced accuracy is the mean recall of the classes that occur in the labels, so that chance is one over their
+    number. A label of -100 is left out.
+
+    Args:
+        prediction: logits [..., num_labels] (or a tuple that starts with them) and labels [...].
+
+    Raises:
+        ValueError: there is no labelled example.
+    """
+    logits = prediction.predictions
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    labels = prediction.label_ids
+    labels = np.asarray(labels[0] if isinstance(labels, tuple) else labels).reshape(-1)
+    predicted = logits.argmax(axis=-1).reshape(-1)
+    labelled = labels != -100
+    labels, predicted = labels[labelled], predicted[labelled]
+    if not labels.size:
+        raise ValueError("prediction holds no label, at least one other than -100 is needed")
+    present = np.unique(labels)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "balanced_accuracy": float(
+            recall_score(labels, predicted, labels=present, average="macro", zero_division=0)
+        ),
+        "macro_f1": float(
+            f1_score(labels, predicted, labels=present, average="macro", zero_division=0)
+        ),
+    }

@@ -1,0 +1,93 @@
+"""A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers checkpoint."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LongformerConfig,
+    LongformerForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def train_byte_level_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 4096, max_length: int = 4096
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s> ... </s>`, padding id 1).
+
+    Args:
+        texts: What to train on.
+        vocab_size: Number of tokens, the five special ones included.
+        max_length: Longest input of the model it is for, special tokens included.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=max_length,
+    )
+
+
+def write_small_longformer(
+    target: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    label_names: list[str],
+    *,
+    max_length: int = 4096,
+    seed: int = 0,
+) -> LongformerConfig:
+    """Write a Longformer for sequence classification with random weights, and its tokenizer, to a folder.
+
+    Args:
+        target: Folder to write to.
+        tokenizer: Saved beside the weights; its size is the vocabulary size.
+        label_names: Names of the classes.
+        max_length: Longest input in tokens; the position table has two rows more, as Longformer's has.
+        seed: Seed of the weights. The global random state is left as it was.
+    """
+    config = LongformerConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        attention_window=256,
+        max_position_embeddings=max_length + 2,
+        type_vocab_size=1,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LongformerForSequenceClassification(config)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return config

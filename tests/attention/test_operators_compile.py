@@ -1,0 +1,75 @@
+import pytest
+import torch
+from calls import random_call, value_and_gradients
+
+from adaptive_longformer.attention import sparse_attention
+from adaptive_longformer.attention.blocked import blocked_attention
+from adaptive_longformer.attention.global_rows import absorbed_global_rows, global_rows
+from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
+
+
+def tensors_of(*shapes):
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_opcheck_of_blocked_attention():
+    query, key, value = tensors_of(*[(1, 2, 40, 8)] * 3)
+    layout = block_layout(SlidingWindow(4) | Strided(16), 40, query_block_size=16, key_block_size=8)
+    bias = torch.randn(1, 2, *layout.key_blocks.shape[2:], dtype=torch.float64, requires_grad=True)
+    span = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, 40) > 0.2
+    arguments = (
+        query, key, value, "", layout.key_blocks, layout.counts, layout.flags, 16, 8,
+        layout.window.spec, layout.pattern.spec, bias, span, 5.0, mask, mask, False, 0.3, 0.1,
+        torch.tensor(5),
+    )  # fmt: skip
+    torch.library.opcheck(blocked_attention, arguments)
+
+
+def test_opcheck_of_global_rows():
+    output, query, key, value = tensors_of(*[(2, 2, 12, 4)] * 4)
+    (lse,) = tensors_of((2, 2, 12))
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[1, :2] = True
+    tail = (None, mask, False, 0.5, 0.1, torch.tensor(5))
+    torch.library.opcheck(global_rows, (output, lse, query, key, value, *tail))
+    states, *parameters = tensors_of((2, 12, 8), *[(8, 8), (8,)] * 3)
+    torch.library.opcheck(absorbed_global_rows, (output, lse, states, *parameters, *tail))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_compiled_operator_is_one_graph_with_the_same_values_and_gradients(backend):
+    pattern = SlidingWindow(5)
+    tensors, options, leaves = random_call(
+        pattern, global_tokens="few", global_qkv="absorbed", padding="left"
+    )
+
+    def call(query, key, value):
+        return sparse_attention(query, key, value, pattern, backend=backend, **options)
+
+    expected = call(*tensors)
+    actual = torch.compile(call, fullgraph=True)(*tensors)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    for a, e in zip(
+        torch.autograd.grad(actual, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_recomputation_under_activation_checkpointing_draws_the_same_dropout():
+    pattern = SlidingWindow(5)
+    tensors, options, leaves = random_call(pattern, dropout_p=0.5)
+    expected = value_and_gradients(pattern, tensors, options, leaves, "blocked")
+
+    def call(query, key, value):
+        seed = torch.randint(2**62, ()) * 0 + options["dropout_seed"]
+        return sparse_attention(
+            query, key, value, pattern, backend="blocked", dropout_p=0.5, dropout_seed=seed
+        )
+
+    output = torch.utils.checkpoint.checkpoint(call, *tensors, use_reentrant=False)
+    torch.testing.assert_close(output, expected[0])

@@ -1,0 +1,124 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.presets import Preset
+from adaptive_longformer.patterns.fixed import Fixed
+from adaptive_longformer.patterns.full import Full
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.patterns.strided import Strided
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention_window": 511}, "attention_window is 511, an even number >= 2"),
+        ({"attention_window": 0}, "attention_window is 0, an even number >= 2"),
+        ({"attention_window": -2}, "attention_window is -2, an even number >= 2"),
+        ({"attention_window": [512] * 3}, "attention_window has 3 values.*num_hidden_layers = 12"),
+        ({"attention_window": [512] * 11 + [3]}, "attention_window is .*3\\], an even number"),
+        ({"attention_dilation": 0}, "attention_dilation is 0, a whole number >= 1"),
+        ({"attention_dilation": [1, 2]}, "attention_dilation has 2 values"),
+        (
+            {"attention_pattern": "window"},
+            "attention_pattern is 'window', allowed are 'longformer'",
+        ),
+        ({"attention_backend": "cuda"}, "attention_backend is 'cuda', allowed are 'auto'"),
+        ({"default_global_tokens": "cls"}, "default_global_tokens is 'cls', allowed are 'auto'"),
+        ({"position_style": "rotary"}, "position_style is 'rotary', allowed are 'roberta', 'bert'"),
+        ({"head_style": "gpt"}, "head_style is 'gpt', allowed are 'roberta', 'bert'"),
+        ({"hidden_size": 100}, "hidden_size is 100, a multiple of num_attention_heads = 12"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, a whole number >= 1"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, a probability"),
+        ({"classifier_dropout": -0.1}, "classifier_dropout is -0.1, a probability"),
+        ({"max_global_tokens": -1}, "max_global_tokens is -1, None or >= 0"),
+        ({"pad_token_id": 50265}, "pad_token_id is 50265, None or 0 <= id < vocab_size = 50265"),
+        ({"pad_token_id": None}, "pad_token_id is None, position_style 'roberta'"),
+        ({"max_position_embeddings": 2}, "max_position_embeddings is 2, .*pad_token_id \\+ 2 = 3"),
+        ({"attention_stride": 0}, "attention_stride is 0, a whole number >= 1"),
+    ],
+)
+def test_bad_values_name_argument_value_and_what_is_allowed(values, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveSparseConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"attention_window": "512"}, {"hidden_size": 768.0}, {"separate_global_projections": 1}],
+)
+def test_bad_types_are_refused(values):
+    with pytest.raises(StrictDataclassError, match=next(iter(values))):
+        AdaptiveSparseConfig(**values)
+
+
+def test_values_are_not_changed_by_the_configuration():
+    assert AdaptiveSparseConfig(attention_window=64).attention_window == 64
+    windows = [32, 64]
+    assert (
+        AdaptiveSparseConfig(num_hidden_layers=2, attention_window=windows).attention_window
+        == windows
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("longformer", SlidingWindow(32, dilation=2)),
+        ("sliding_window", SlidingWindow(32, dilation=2)),
+        ("full", Full()),
+        ("strided", Strided(16)),
+        ("fixed", Fixed(16, summary_size=8)),
+        ("random_blocks", RandomBlocks(2, 8, seed=1) | SlidingWindow(32, dilation=2)),
+    ],
+)
+def test_pattern_of_a_layer(name, pattern):
+    config = AdaptiveSparseConfig(
+        num_hidden_layers=2,
+        attention_pattern=name,
+        attention_window=[32, 64],
+        attention_dilation=[1, 2],
+        attention_stride=16,
+        num_random_blocks=2,
+        block_size=8,
+    )
+    assert config.pattern(1) == pattern
+
+
+def test_max_sequence_length_leaves_out_the_position_offset():
+    assert AdaptiveSparseConfig(max_position_embeddings=4098).max_sequence_length == 4096
+    bert = AdaptiveSparseConfig(max_position_embeddings=512, position_style="bert", pad_token_id=0)
+    assert bert.max_sequence_length == 512
+
+
+def test_save_and_load_keeps_every_value(tmp_path):
+    config = AdaptiveSparseConfig(
+        num_hidden_layers=2, attention_window=[32, 64], classifier_dropout=0.3, num_labels=5
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is AdaptiveSparseConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "long-base-16k"])
+def test_presets_are_configurations(name):
+    config = AdaptiveSparseConfig.from_preset(name, num_labels=7)
+    assert config.num_labels == 7
+
+
+def test_every_preset_serves_a_round_number_of_tokens():
+    for member in Preset:
+        config = AdaptiveSparseConfig.from_preset(member.name.lower().replace("_", "-"))
+        assert config.max_sequence_length % 1024 == 0
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="preset is 'huge', allowed are 'tiny', 'small'"):
+        AdaptiveSparseConfig.from_preset("huge")
+
+
+def test_overrides_replace_the_values_of_a_preset():
+    assert AdaptiveSparseConfig.from_preset("tiny", attention_window=16).attention_window == 16
