@@ -13,10 +13,10 @@ DEFAULT_BLOCK_SIZE = 64
 ENTRY_BIAS, SPAN_LENGTH = 11, 12
 
 
-def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of a call, by an operator with the schema of `blocked_attention`."""
+def operator_arguments(call: AttentionCall) -> tuple:
+    """The arguments of an operator with the schema of `blocked_attention`."""
     layout = call.layout
-    output, lse = operator(
+    return (
         call.query,
         call.key,
         call.value,
@@ -38,6 +38,11 @@ def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor,
         call.dropout_p,
         call.dropout_seed,
     )
+
+
+def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a call, by an operator with the schema of `blocked_attention`."""
+    output, lse = operator(*operator_arguments(call))
     if call.global_mask is None:
         return output, lse
     return merge_global_rows(

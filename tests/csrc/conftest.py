@@ -1,0 +1,39 @@
+"""Builds the CUDA kernels for the emulator, once per test session."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from adaptive_longformer.attention import extension
+
+HERE = Path(__file__).parent
+CUDA_SOURCES = extension.SOURCES / "cuda"
+
+
+def build_emulator(folder: Path, sources: Path = CUDA_SOURCES, *definitions: str) -> ctypes.CDLL:
+    """Compiles the kernels with the emulator and loads them."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the emulator with")
+    target = folder / "emulator.so"
+    subprocess.run(
+        [compiler, "-O2", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", *definitions,
+         f"-I{sources}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="session")
+def emulator_library(tmp_path_factory):
+    return build_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture
+def emulator(emulator_library, monkeypatch):
+    """Makes the emulator the library of the CUDA kernels: they then run on tensors of the CPU."""
+    monkeypatch.setattr(extension, "_loaded", {"cuda": emulator_library})
+    return emulator_library
