@@ -7,7 +7,7 @@ import torch
 
 from adaptive_longformer.attention.blocked import blocked_supports, run_blocked
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.compiled import cpp_supports, run_cpp
+from adaptive_longformer.attention.compiled import cpp_supports, cuda_supports, run_compiled
 from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
 from adaptive_longformer.attention.reference import reference_attention
 
@@ -34,7 +34,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("sdpa", sdpa_supports, run_sdpa),
-        Backend("cpp", cpp_supports, run_cpp),
+        Backend("cuda", cuda_supports, run_compiled),
+        Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
         Backend("reference", lambda call: None, reference_attention),
     )
@@ -54,7 +55,10 @@ def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
             and sdpa_supports(call) is None
         ):
             return BACKENDS["sdpa"]
-        return BACKENDS["cpp" if cpp_supports(call) is None else "blocked"]
+        for compiled in ("cuda", "cpp"):
+            if BACKENDS[compiled].unsupported(call) is None:
+                return BACKENDS[compiled]
+        return BACKENDS["blocked"]
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, one of {['auto', *BACKENDS]} is allowed")
     reason = BACKENDS[name].unsupported(call)

@@ -16,7 +16,7 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ERRORS = {
     1: "the compiled attention kernel ran out of memory",
-    2: "the layout has counts or ids of key blocks out of range; BlockLayout.validate() tells which",
+    2: "the layout has counts or key blocks out of range, BlockLayout.validate() tells which",
 }
 
 
@@ -128,7 +128,7 @@ class _Call:
         self.entry_bias, self.span_length = entry_bias, span_length
         self._kept_alive: list[torch.Tensor] = []
         self.arguments = arguments = _Arguments()
-        batch, heads, length, head_dim = query.shape
+        batch, heads, length, _ = query.shape
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
         arguments.query_block_size = query_block_size
@@ -201,7 +201,9 @@ class _Call:
             setattr(self.arguments, name, tensor.data_ptr())
 
     def _set_span(self, span_length: torch.Tensor, ramp: float) -> None:
-        """The span's log weight and its slope as tables over the offset key - query, wide enough for every tile."""
+        """The span's log weight and its slope as tables over the offset key - query, wide enough
+        for every tile.
+        """
         arguments = self.arguments
         margin = arguments.query_block_size + 2 * arguments.key_block_size + 64
         center = arguments.left + margin
@@ -232,6 +234,8 @@ class _Call:
 
 
 def _broadcast_strides(tensor: torch.Tensor) -> tuple[int, int]:
-    """Strides of batch and head in rows of a contiguous [batch or 1, heads or 1, rows, entries], 0 where shared."""
+    """Strides of batch and head, in rows, of a contiguous [batch or 1, heads or 1, rows, entries];
+    0 where shared.
+    """
     batches, heads, rows, _ = tensor.shape
     return (heads * rows if batches > 1 else 0), (rows if heads > 1 else 0)

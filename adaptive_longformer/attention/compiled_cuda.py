@@ -66,7 +66,7 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class GradientItems:
-    """The work of the gradients of keys and values: columns of the transposed lists, long ones split.
+    """The work of the gradients of keys and values: columns of transposed lists, long ones split.
 
     All sizes follow from those of the lists, so that nothing is read back from the device.
 
@@ -146,7 +146,11 @@ def backward(
     call = _Call(*inputs)
     query, key, value = inputs[:3]
     # Only keys that some list may show are written.
-    grads = like_projection(query), like_projection(key, zero=True), like_projection(value, zero=True)
+    grads = (
+        like_projection(query),
+        like_projection(key, zero=True),
+        like_projection(value, zero=True),
+    )
     call.set_rows(output=output, grad_output=grad_output)
     call.set_rows(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
     call.set_arrays(lse=lse, grad_lse=grad_lse)
@@ -154,9 +158,7 @@ def backward(
     lists = (*query.shape[:2], call.layout.num_query_blocks)
     grad_bias = grad_span = None
     if call.entry_bias is not None:
-        grad_bias = query.new_zeros(
-            (*lists, call.layout.key_blocks.shape[3]), dtype=torch.float32
-        )
+        grad_bias = query.new_zeros((*lists, call.layout.key_blocks.shape[3]), dtype=torch.float32)
         call.set_arrays(grad_entry_bias=grad_bias)
     if call.span_length is not None:
         grad_span = query.new_empty(lists, dtype=torch.float32)
@@ -194,7 +196,7 @@ class _Call:
         self.query, self.entry_bias, self.span_length = query, entry_bias, span_length
         self._kept_alive: list[torch.Tensor] = []
         self.arguments = arguments = _Arguments()
-        batch, heads, length, head_dim = query.shape
+        batch, heads, length, _ = query.shape
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
         arguments.query_block_size = query_block_size
@@ -252,7 +254,7 @@ class _Call:
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
     ) -> None:
-        """Puts blocks of packed global keys at the head of every list, and says which keys are open."""
+        """Puts blocks of packed global keys at the head of every list, and marks the open keys."""
         arguments, query, length = self.arguments, self.query, self.query.shape[2]
         num_sequence_blocks = layout.num_key_blocks
         padded = num_sequence_blocks * KEY_BLOCK_SIZE
@@ -326,8 +328,8 @@ class _Call:
         )
 
     def set_rows(self, **tensors: torch.Tensor) -> None:
-        """Points fields at tensors [batch, heads, length, head_dim], copied where the kernels' copies
-        of 16 bytes would be misaligned.
+        """Points fields at tensors [batch, heads, length, head_dim], copied where the kernels'
+        accesses of 16 bytes would be misaligned.
         """
         for name, tensor in tensors.items():
             is_aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1

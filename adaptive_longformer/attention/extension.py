@@ -1,7 +1,9 @@
-"""Builds the compiled kernels at their first use and loads them: cached on disk, locked, with a reason where it fails.
+"""Builds the compiled kernels at their first use and loads them: cached on disk, locked, with a
+reason where it fails.
 
 Environment variables:
-    ADAPTIVE_LONGFORMER_KERNELS: "off" uses no compiled kernel, "cached" only what is built already; "on" is the default.
+    ADAPTIVE_LONGFORMER_KERNELS: "off" uses no compiled kernel, "cached" only what is built already;
+        "on" is the default.
     ADAPTIVE_LONGFORMER_CACHE: folder of the builds; ~/.cache/adaptive_longformer if not set.
     ADAPTIVE_LONGFORMER_VERBOSE: "1" shows the compiler's output.
 """
@@ -13,6 +15,7 @@ import itertools
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -31,6 +34,8 @@ LOCK_TIMEOUT = 600.0
 # Written last; holds the file name of the library.
 _DONE = "done"
 _attempts = itertools.count()
+_PATTERNS = {"cpu": "*.cpp", "cuda": "*.cu"}
+_CUDA_FLAGS = ["-O3", "-std=c++17"]
 _loading = threading.Lock()
 _loaded: dict[str, "ctypes.CDLL | str"] = {}
 
@@ -40,7 +45,8 @@ class ExtensionUnavailableError(RuntimeError):
 
 
 def kernel_library(kind: str) -> ctypes.CDLL:
-    """The library of kernels of a kind ("cpu"), built now if need be; the outcome is kept for the process.
+    """The library of kernels of a kind ("cpu" or "cuda"), built now if need be; the outcome is kept
+    for the process.
 
     Raises:
         ExtensionUnavailableError: with the reason, which is also logged once.
@@ -116,7 +122,8 @@ def build_folder(kind: str) -> Path:
     for path in sorted((SOURCES / kind).iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     parts = (
-        *_compile_flags(),
+        *(_CUDA_FLAGS if kind == "cuda" else _compile_flags()),
+        *_device_capabilities(kind),
         torch.__version__,
         sys.version,
         platform.platform(),
@@ -143,6 +150,29 @@ def refuse_unsafe_folder(folder: Path) -> None:
 def _compile_flags() -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return ["-O3", "-std=c++17", native, "-ffp-contract=fast"]
+
+
+def _device_capabilities(kind: str) -> list[str]:
+    """Compute capabilities of the visible GPUs, for which cpp_extension builds."""
+    if kind != "cuda":
+        return []
+    count = torch.cuda.device_count()
+    return sorted({str(torch.cuda.get_device_capability(index)) for index in range(count)})
+
+
+def _check_cuda_compiler(cuda_home: str | None) -> None:
+    """Raises unless there is an nvcc that fits torch; cpp_extension would find out late, or not."""
+    if torch.version.cuda is None:
+        raise ExtensionUnavailableError("this torch is built without CUDA")
+    if cuda_home is None:
+        raise ExtensionUnavailableError("no nvcc: CUDA_HOME is not set and nvcc was not found")
+    command = [str(Path(cuda_home) / "bin" / "nvcc"), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.", version)
+    major = torch.version.cuda.split(".")[0]
+    if match is None or match[1] != major:
+        found = version.strip() if match is None else f"CUDA {match[1]}"
+        raise ExtensionUnavailableError(f"nvcc is of {found}, torch of CUDA {major}")
 
 
 def _processor() -> str:
@@ -184,21 +214,24 @@ def _build(kind: str, folder: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise ExtensionUnavailableError(f"no C++ compiler: {compiler} was not found")
-    # What a killed builder left, torch's own lock file among it, would make every later build wait forever.
+    # What a killed builder left, torch's own lock file among it, would make every later build wait.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     logger.info("Building the compiled %s kernels in %s (some seconds, once)", kind, folder)
     # Imported here: it is slow, and needed only by the process that builds.
     from torch.utils import cpp_extension
 
+    if kind == "cuda":
+        _check_cuda_compiler(cpp_extension.CUDA_HOME)
     # cpp_extension builds one name only once per process, so every attempt has its own.
     name = f"adaptive_longformer_{kind}_{next(_attempts)}"
     with _ninja_on_path():
         try:
             cpp_extension.load(
                 name,
-                [str(path) for path in sorted((SOURCES / kind).glob("*.cpp"))],
+                [str(path) for path in sorted((SOURCES / kind).glob(_PATTERNS[kind]))],
                 extra_cflags=_compile_flags(),
+                extra_cuda_cflags=_CUDA_FLAGS,
                 build_directory=str(folder),
                 is_python_module=False,
                 verbose=os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1",
@@ -212,7 +245,7 @@ def _build(kind: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """Lets cpp_extension find the ninja of this environment, also when the environment is not activated."""
+    """Lets cpp_extension find the ninja of this environment, activated or not."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
     try:

@@ -1,4 +1,4 @@
-"""What the operators of the block-sparse backends share: their schema, fake results and autograd."""
+"""What the operators of the block-sparse backends share: schema, fake results and autograd."""
 
 from collections.abc import Callable
 
@@ -70,7 +70,7 @@ def fake_forward(query: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
 def fake_backward(
     grad_output, grad_lse, output, lse, query, key, value, *rest
 ) -> tuple[torch.Tensor, ...]:
-    """Shapes, types and strides of the gradients of query, key, value, entry_bias and span_length."""
+    """Shapes, types and strides of the gradients of query, key, value, entry bias and span."""
     entry_bias, span_length = rest[ENTRY_BIAS - 3], rest[SPAN_LENGTH - 3]
     return (
         like_projection(query),
@@ -82,7 +82,7 @@ def fake_backward(
 
 
 def register_autograd(forward, backward: Callable) -> None:
-    """Makes `backward`, called as backward(grad_output, grad_lse, output, lse, *inputs), the gradient of `forward`."""
+    """Makes backward(grad_output, grad_lse, output, lse, *inputs) the gradient of `forward`."""
 
     def setup_context(ctx, inputs, output) -> None:
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]

@@ -35,7 +35,9 @@ def _kernel():
 
 
 def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64, seed=0):
-    """A window plus random ROUTED entries, some of them on blocks of the window's edge; some rows are empty."""
+    """A window plus random ROUTED entries, some on blocks of the window's edge; some rows are
+    empty.
+    """
     generator = torch.Generator().manual_seed(seed)
     base = block_layout(
         window or SlidingWindow(0), length, query_block_size=query_block, key_block_size=key_block
@@ -65,7 +67,7 @@ def masks(batch, length):
 
 
 def compare(pattern, batch, heads, length, head_dim, dtype=torch.float32, **options):
-    """Runs kernel and float64 reference on the same numbers and compares outputs, LSE and all gradients."""
+    """Runs kernel and float64 reference on the same numbers; compares outputs and gradients."""
     generator = torch.Generator().manual_seed(length)
 
     def draw(*shape):
@@ -285,6 +287,8 @@ def test_unsupported_calls_have_a_reason():
         assert reason is not None and "whole blocks" in reason
     reason = explain_backends(*[query.double()] * 3, SlidingWindow(4))["cpp"]
     assert reason is not None and "float64" in reason
+    reason = explain_backends(query, query, query, SlidingWindow(4))["cuda"]
+    assert reason == "tensors are on cpu, the kernel is for CUDA devices"
 
 
 def test_argument_struct_has_the_size_of_the_library():
@@ -299,8 +303,9 @@ def operator_arguments(length=70, dtype=torch.float32):
     span = torch.tensor([5.0, 12.0], requires_grad=True)
     attention_mask, global_mask = masks(1, length)
     return (
-        *tensors, "", layout.key_blocks, layout.counts, layout.flags, 16, 16, "sliding_window(20, 20, 1)", "", bias,
-        span, 8.0, attention_mask, global_mask, False, 0.25, 0.1, SEED,
+        *tensors, "", layout.key_blocks, layout.counts, layout.flags, 16, 16,
+        SlidingWindow(20).spec, "", bias, span, 8.0, attention_mask, global_mask, False, 0.25, 0.1,
+        SEED,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ struct EmulatorLaunch {
   int operator()(Kernel kernel, int grid_x, int grid_y, int grid_z, int threads, int shared_memory,
                  const adaptive::Arguments& arguments, void*) const {
     using namespace adaptive;
+    emulator::block().error = nullptr;
     gridDim = {(unsigned)grid_x, (unsigned)grid_y, (unsigned)grid_z};
     for (unsigned z = 0; z < gridDim.z; z++)
       for (unsigned y = 0; y < gridDim.y; y++)
@@ -15,7 +16,7 @@ struct EmulatorLaunch {
           blockIdx = {x, y, z};
           emulator::run_block(threads, shared_memory, [&] { kernel(arguments); });
         }
-    return 0;
+    return emulator::block().error == nullptr ? 0 : 1;
   }
 };
 
@@ -39,7 +40,9 @@ int adaptive_cuda_shared_memory(int head_dim, int query_block) {
 
 int adaptive_cuda_arguments_size() { return (int)sizeof(adaptive::Arguments); }
 
-const char* adaptive_cuda_error(int) { return "error in the emulator"; }
+const char* adaptive_cuda_error(int error) {
+  return error == 1 ? adaptive::emulator::block().error : "no kernel for these types and sizes";
+}
 
 void adaptive_emulator_seed(unsigned long long seed) { adaptive::emulator::block().random = seed * 2 + 1; }
 }

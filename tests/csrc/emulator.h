@@ -10,8 +10,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -60,17 +58,13 @@ struct Block {
   ucontext_t scheduler;
   std::function<void()> body;
   int current = 0;
+  const char* error = nullptr;
   uint64_t random = 0x9E3779B97F4A7C15u;
 };
 
 inline Block& block() {
   static Block instance;
   return instance;
-}
-
-[[noreturn]] inline void fail(const char* message) {
-  std::fprintf(stderr, "emulator: %s\n", message);
-  std::abort();
 }
 
 inline void wait_at(Barrier& barrier, int expected) {
@@ -87,11 +81,14 @@ inline Warp& warp() { return block().warps[block().current / 32]; }
 inline int lane() { return block().current % 32; }
 inline void meet() { wait_at(warp().barrier, 32); }
 
-inline void check_shared(const void* address, const char* message) {
-  const Block& all = block();
+// Whether 16 bytes at an address are aligned and in shared memory; remembers the error if not.
+inline bool is_shared(const void* address, const char* error) {
+  Block& all = block();
   const unsigned char* byte = (const unsigned char*)address;
-  if ((uintptr_t)address % 16 != 0 || byte < all.shared || byte + 16 > all.memory.data() + all.memory.size())
-    fail(message);
+  const bool is_inside = byte >= all.shared && byte + 16 <= all.memory.data() + all.memory.size();
+  if (is_inside && (uintptr_t)address % 16 == 0) return true;
+  all.error = error;
+  return false;
 }
 
 inline void run_thread() {
@@ -211,8 +208,8 @@ template <bool TRANSPOSED>
 inline void load_four_matrices(Word registers[4], const Half* row) {
   emulator::Warp& warp = emulator::warp();
   const int lane = emulator::lane();
-  emulator::check_shared(row, "ldmatrix outside of shared memory or misaligned");
-  warp.rows[lane] = row;
+  static const Half nothing[8] = {0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF};
+  warp.rows[lane] = emulator::is_shared(row, "ldmatrix outside of shared memory or misaligned") ? row : nothing;
   emulator::meet();
   for (int matrix = 0; matrix < 4; matrix++) {
     const Half* const* rows = warp.rows + matrix * 8;
@@ -247,10 +244,10 @@ inline void multiply_accumulate(float c[4], const Word a[4], const Word b[2]) {
 }
 
 inline void copy_async(void* shared, const void* global, bool is_copied) {
-  emulator::check_shared(shared, "copy outside of shared memory or misaligned");
-  if ((uintptr_t)global % 16 != 0) emulator::fail("copy from a misaligned address");
-  std::memset(shared, 0xFF, 16);
   emulator::Block& all = emulator::block();
+  if (!emulator::is_shared(shared, "copy outside of shared memory or misaligned")) return;
+  if ((uintptr_t)global % 16 != 0) all.error = "copy from a misaligned address";
+  std::memset(shared, 0xFF, 16);
   all.threads[all.current].pending.push_back({shared, is_copied ? global : nullptr});
 }
 
