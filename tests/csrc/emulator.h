@@ -19,6 +19,7 @@
 #define KERNEL(threads) void
 #define SHARED_MEMORY(name) unsigned char* name = ::adaptive::emulator::block().shared
 #define UNROLL
+#define NO_UNROLL
 
 namespace adaptive {
 namespace emulator {

@@ -9,7 +9,7 @@ from conftest import CUDA_SOURCES
 
 KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
 # Bytes that may spill, by kernel and head_dim; 0 elsewhere.
-ALLOWED_SPILLS = {("grad_keys_kernel", 128): 16}
+ALLOWED_SPILLS = {("grad_keys_kernel", 128): 24}
 
 INSTANCE = """
 #include "launch.cuh"

@@ -7,9 +7,9 @@
 
 namespace adaptive {
 
-// Columns of scores that are in registers at a time: head_dim 96 and 128 leave room for 32.
+// Columns of scores that are in registers at a time: head_dim 96 and 128 leave room for 16.
 template <int D>
-constexpr int CHUNK_COLUMNS = D <= 64 ? 64 : 32;
+constexpr int CHUNK_COLUMNS = D <= 64 ? 64 : 16;
 
 constexpr int ROW_SUM_WARPS = 4;
 
@@ -116,13 +116,9 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
   float key_sum[D / 8][4], value_sum[D / 8][4];
   set_zero(key_sum);
   set_zero(value_sum);
-  int position[2], column_word[2];
-  UNROLL for (int h = 0; h < 2; h++) {
-    const int column = warp * 16 + fragment_row(lane, 2 * h);
-    position[h] = keys.is_open(column) ? keys.position(column) : 0;
-    column_word[h] = arguments.has_dropout ? arguments.column_words[position[h]] : 0;
-  }
-  const float scale = arguments.scale * LOG2_E;
+  // The thread's keys are those of its rows; computed where they are needed, since registers are scarce.
+  const auto key_column = [&](int h) { return warp * 16 + fragment_row(lane, 2 * h); };
+  const auto key_position = [&](int h) { return keys.is_open(key_column(h)) ? keys.position(key_column(h)) : 0; };
 
   for (int stage = 0; step < end; stage ^= 1) {
     const int following = next_step(step + 1);
@@ -132,7 +128,7 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
     synchronize_block();
     const Mask mask = mask_of(step);
     const int first_query = first_query_of(step);
-    UNROLL for (int start = 0; start < QUERY_PART; start += CHUNK) {
+    NO_UNROLL for (int start = 0; start < QUERY_PART; start += CHUNK) {
       const Half* query_tile = query_tiles + (stage * QUERY_PART + start) * D;
       const Half* grad_tile = grad_tiles + (stage * QUERY_PART + start) * D;
       const float* rows = row_values + stage * 2 * QUERY_PART + start;
@@ -142,20 +138,19 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
       multiply_transposed<TYPE, D, CHUNK>(weights, key_tile, warp * 16, query_tile, lane);
       multiply_transposed<TYPE, D, CHUNK>(grads, value_tile, warp * 16, grad_tile, lane);
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++) weights[n][j] = weights[n][j] * scale + mask.bias;
+        UNROLL for (int j = 0; j < 4; j++)
+          weights[n][j] = weights[n][j] * (arguments.scale * LOG2_E) + mask.bias;
       if (mask.has_span) {
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
             weights[n][j] +=
                 span_log2(span_weight(arguments, row_place.head,
-                                      position[j / 2] - (first_query + start + fragment_column(lane, n, j))));
+                                      key_position(j / 2) - (first_query + start + fragment_column(lane, n, j))));
       }
       if (mask.is_masked) {
         Bits visible[2];
         UNROLL for (int h = 0; h < 2; h++)
-          visible[h] = keys.is_open(warp * 16 + fragment_row(lane, 2 * h))
-                           ? mask.visible_queries(position[h], first_query)
-                           : 0;
+          visible[h] = keys.is_open(key_column(h)) ? mask.visible_queries(key_position(h), first_query) : 0;
         hide(weights, visible, start, lane);
       }
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
@@ -165,6 +160,7 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
           UNROLL for (int j = 0; j < 4; j++)
             grads[n][j] = weights[n][j] * (grads[n][j] - rows[QUERY_PART + fragment_column(lane, n, j)]);
       } else {
+        const int column_word[2] = {arguments.column_words[key_position(0)], arguments.column_words[key_position(1)]};
         UNROLL for (int n = 0; n < CHUNK / 8; n++) {
           UNROLL for (int side = 0; side < 2; side++) {
             const int row = fragment_column(lane, n, side), query = first_query + start + row;
@@ -189,7 +185,7 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
 
   const int slot = arguments.item_slot[item];
   UNROLL for (int h = 0; h < 2; h++) {
-    const int column = warp * 16 + fragment_row(lane, 2 * h);
+    const int column = key_column(h), position = key_position(h);
     if (slot >= 0) {
       const long long part =
           ((((long long)blockIdx.y * gridDim.z + blockIdx.z) * arguments.num_slots + slot) * KEY_BLOCK + column) * D;
@@ -201,9 +197,9 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
         }
       }
     } else if (keys.is_open(column)) {
-      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_key, row_place.batch, row_place.head, position[h]), key_sum,
+      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_key, row_place.batch, row_place.head, position), key_sum,
                               h, arguments.scale, lane);
-      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_value, row_place.batch, row_place.head, position[h]),
+      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_value, row_place.batch, row_place.head, position),
                               value_sum, h, 1.0f, lane);
     }
   }
@@ -311,7 +307,7 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
     const KeyBlock keys = key_block(entry);
     const Mask mask(arguments, place, first_query, QUERY_BLOCK, entry, keys);
     float entry_sum = 0.0f;
-    UNROLL for (int start = 0; start < KEY_BLOCK; start += CHUNK) {
+    NO_UNROLL for (int start = 0; start < KEY_BLOCK; start += CHUNK) {
       const Half* key_tile = key_tiles + (stage * KEY_BLOCK + start) * D;
       const Half* value_tile = value_tiles + (stage * KEY_BLOCK + start) * D;
       float scores[CHUNK / 8][4], grads[CHUNK / 8][4];

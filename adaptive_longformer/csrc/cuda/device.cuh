@@ -19,9 +19,10 @@ enum ElementType { BFLOAT16 = 1, FLOAT16 = 2 };
 #ifdef COMPILES_FOR_CUDA
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 
 namespace adaptive {
 
