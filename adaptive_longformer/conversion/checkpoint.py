@@ -130,9 +130,14 @@ def write_weights(
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     total, done = size_in_bytes(tensors.values()), 0
     for filename, names in split.filename_to_tensors.items():
-        shard = {}
+        shard: dict[str, torch.Tensor] = {}
+        storages: set[int] = set()
         for name in names:
-            shard[name] = load(name).contiguous()
+            tensor = load(name).contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            # A source may have stored one tensor under two names; a file wants two of them then.
+            shard[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
             done += size_in_bytes([shard[name]])
             progress("weights", done, total)
         save_tensors(folder / filename, shard)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adaptive_longformer.configuration.remote_code import write_remote_code
 from adaptive_longformer.conversion.checkpoint import (
     Checkpoint,
     check_room,
@@ -22,7 +23,6 @@ from adaptive_longformer.conversion.families import FAMILIES, TARGET_CLASS_PREFI
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
-from adaptive_longformer.conversion.remote_code import write_remote_code
 from adaptive_longformer.conversion.source import companion_files, locate
 from adaptive_longformer.conversion.staging import check_target, staged_folder
 from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion

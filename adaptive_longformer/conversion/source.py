@@ -94,6 +94,11 @@ def locate(source: str | Path, supported: Iterable[str]) -> Path:
 def check_family(model_type: object, supported: Iterable[str]) -> None:
     """Raise ValueError if a model type is none of the supported ones."""
     if model_type not in supported:
+        if model_type == "adaptive_sparse":
+            raise ValueError(
+                "source: model_type 'adaptive_sparse' is ours already; "
+                "--reverse (reverse=True) converts it back"
+            )
         raise ValueError(
             f"source: model_type {model_type!r} cannot be converted; "
             f"supported are {', '.join(sorted(supported))}"

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.remote_code import AUTO_MAP
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
 from adaptive_longformer.conversion.families import (
     FAMILIES,
@@ -22,7 +23,6 @@ from adaptive_longformer.conversion.families import (
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import Plan, check_against_model
 from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
-from adaptive_longformer.conversion.remote_code import AUTO_MAP
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.tables import TARGET_PREFIX
 
