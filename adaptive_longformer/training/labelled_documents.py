@@ -101,7 +101,10 @@ def with_class_labels(texts, labels, source: str) -> Dataset:
     classes = sorted(counts, key=lambda label: (isinstance(label, str), label))
     number = {label: index for index, label in enumerate(classes)}
     features = Features({"text": Value("string"), "label": ClassLabel(names=[*map(str, classes)])})
-    rows = {"text": list(label_by_text), "label": [number[label] for label in label_by_text.values()]}
+    rows = {
+        "text": list(label_by_text),
+        "label": [number[label] for label in label_by_text.values()],
+    }
     return Dataset.from_dict(rows, features=features)
 
 
@@ -117,6 +120,4 @@ def stratified_split(
     """
     num_classes = documents.features["label"].num_classes
     test_size = max(num_classes, round(test_fraction * len(documents)))
-    return documents.train_test_split(
-        test_size=test_size, stratify_by_column="label", seed=seed
-    )
+    return documents.train_test_split(test_size=test_size, stratify_by_column="label", seed=seed)

@@ -58,7 +58,9 @@ def read_packages(library: Path | None = None, *, seed: int = 0) -> dict[str, li
         if len(parts) > 1 and not NOT_THE_LIBRARY.intersection(parts) and path.stat().st_size > 0:
             paths_by_package.setdefault(parts[0], []).append(path)
 
-    large_enough = {name: paths for name, paths in paths_by_package.items() if len(paths) >= MIN_FILES_PER_CLASS}
+    large_enough = {
+        name: paths for name, paths in paths_by_package.items() if len(paths) >= MIN_FILES_PER_CLASS
+    }
     if len(large_enough) < 2:
         raise ValueError(
             f"The Python standard library at {library} has {len(large_enough)} packages with at least "
