@@ -151,7 +151,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source files."""
+        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves as in Transformers, with the files `auto_map` names if the configuration has one.

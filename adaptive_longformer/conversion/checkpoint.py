@@ -40,8 +40,9 @@ _DTYPES = {
 class Checkpoint:
     """The tensors of one checkpoint folder: safetensors or .bin, whole or in shards.
 
-    Opening reads headers only (a .bin of the old, non-zip format is the exception); `load` reads one
-    tensor. Raises FileNotFoundError or ValueError, naming the file, if a file is missing or damaged.
+    Opening reads headers only (a .bin of the old, non-zip format is the exception); `load` reads
+    one tensor. Raises FileNotFoundError or ValueError, naming the file, if a file is missing or
+    damaged.
     """
 
     def __init__(self, folder: Path, files: list[Path] | None = None):

@@ -37,7 +37,7 @@ def assert_refused(tmp_path, source, error, *words, target="target", **options):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "some-org/some-model", "a b"])
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "some-org/a-model", "a b"])
 def test_missing_source(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert_refused(tmp_path, name, FileNotFoundError, "source", name)
@@ -129,8 +129,9 @@ def test_bin_with_code_is_refused_and_not_run(tmp_path, source, monkeypatch):
 
 def test_missing_shard(tmp_path, source):
     (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002.safetensors"}}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002.safetensors"}
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     assert_refused(tmp_path, source, FileNotFoundError, "model-00002.safetensors")
 
 

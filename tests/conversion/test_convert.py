@@ -27,7 +27,7 @@ def test_verify_finds_equal_logits(tmp_path, family, head):
     assert report.num_parameters == sum(
         parameter.numel() for parameter in load_converted(tmp_path / "target", head).parameters()
     )
-    files = [path for path in (tmp_path / "target").iterdir()]
+    files = list((tmp_path / "target").iterdir())
     assert report.size_bytes == sum(path.stat().st_size for path in files)
     assert {stage for stage, _, _ in steps} == {"weights", "verifying"}
 

@@ -53,7 +53,8 @@ def test_an_extended_position_table_is_cut_back(tmp_path, family):
     table = tensors_of(tmp_path / "target")["model.embeddings.position_embeddings.weight"]
     usable = config.max_position_embeddings - offset
     assert table.shape[0] == 1000 + offset
-    assert torch.equal(table[offset + usable : offset + 2 * usable], table[offset : offset + usable])
+    repeated = table[offset + usable : offset + 2 * usable]
+    assert torch.equal(repeated, table[offset : offset + usable])
     assert load_converted(tmp_path / "target", "ForMaskedLM").config.max_sequence_length == 1000
     convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
     assert_identical(tensors_of(tmp_path / "back"), tensors_of(source))
@@ -84,7 +85,8 @@ def test_duplicates_buffers_and_unknown_tensors_come_back(tmp_path):
     tensors["bert.pooler.dense.bias"] = torch.randn(32)
     tensors["cls.seq_relationship.weight"] = torch.randn(2, 32)
     for old, new in (("weight", "gamma"), ("bias", "beta")):
-        tensors[f"bert.embeddings.LayerNorm.{new}"] = tensors.pop(f"bert.embeddings.LayerNorm.{old}")
+        prefix = "bert.embeddings.LayerNorm."
+        tensors[prefix + new] = tensors.pop(prefix + old)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(source, tmp_path / "target", verify=True)
     converted = tensors_of(tmp_path / "target")
