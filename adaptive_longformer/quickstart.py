@@ -1,4 +1,5 @@
-"""The command `adaptive-longformer quickstart`: the whole way from a Longformer to a fine-tuned long-document model."""
+"""The command `adaptive-longformer quickstart`: the whole way from a Longformer to a fine-tuned
+long-document model."""
 
 import argparse
 import gc
@@ -62,9 +63,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "quickstart",
         help="convert, verify, time and fine-tune a small Longformer, with nothing to download",
         description=(
-            "Convert a Longformer, verify its logits, time both models on real long documents, fine-tune with the "
-            "Trainer, save and reload. By default a small Longformer with random weights is made on the spot and "
-            "the documents are the source files of Python's standard library: nothing is downloaded."
+            "Convert a Longformer, verify its logits, time both models on real long documents, "
+            "fine-tune with the "
+            "Trainer, save and reload. By default a small Longformer with random weights is made "
+            "on the spot and "
+            "the documents are the source files of Python's standard library: nothing is "
+            "downloaded."
         ),
     )
     parser.add_argument(
@@ -82,7 +86,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="new folder for everything that is written (default: runs/quickstart-<time>)",
     )
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument(
         "--max-length",
         type=int,
@@ -180,7 +184,8 @@ class _Steps:
 
 
 def _silence_known_noise() -> None:
-    """Bars of saving and loading small files, and advice that does not apply to what is done here."""
+    """Bars of saving and loading small files, and advice that does not apply to what is done
+    here."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
@@ -236,7 +241,8 @@ def _documents(
 
 
 def _at_most(data: Dataset, count: int, seed: int) -> Dataset:
-    """The data, or as much of it as a quickstart should read, every class in the same proportion."""
+    """The data, or as much of it as a quickstart should read, every class in the same
+    proportion."""
     if len(data) <= count:
         return data
     return stratified_split(data, test_fraction=count / len(data), seed=seed)["test"]
@@ -300,8 +306,9 @@ def time_both(
 ) -> Timing:
     """Time the source and the converted model on the longest held-out documents, in turns.
 
-    BERT and RoBERTa are timed on as many tokens as they can read. The median of the repeats counts, after one run of
-    each to warm up, on which the memory is measured (only where the system can tell, that is on Linux).
+    BERT and RoBERTa are timed on as many tokens as they can read. The median of the repeats counts,
+    after one run of each to warm up, on which the memory is measured (only where the system can
+    tell, that is on Linux).
     """
     device = _device()
     models = {
@@ -378,7 +385,8 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
 
 
 class _PeakMemory:
-    """The most memory that is used inside, above what was used before; None where it cannot be told."""
+    """The most memory that is used inside, above what was used before; None where it cannot be
+    told."""
 
     bytes: int | None = None
 
@@ -463,12 +471,13 @@ def fine_tune(
             num_train_epochs=epochs,
             warmup_steps=0.1,
             weight_decay=0.01,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=2,
             per_device_eval_batch_size=8,
             train_sampling_strategy="group_by_length",
             logging_steps=10,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             seed=seed,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -492,7 +501,8 @@ def fine_tune(
 def reload_difference(
     trainer: Trainer, folder: Path, documents: LabelledDocuments, tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """Largest difference of the logits of a trained model and of the same model read back from a folder."""
+    """Largest difference of the logits of a trained model and of the same model read back from a
+    folder."""
     device = _device()
     model = trainer.model
     assert isinstance(model, PreTrainedModel)

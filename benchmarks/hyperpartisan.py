@@ -1,9 +1,11 @@
-"""Does reading the whole article help? The same pretrained BERT weights, converted to long inputs and cut at 512 tokens.
+"""Does reading the whole article help? The same pretrained BERT weights, converted to long inputs
+and cut at 512 tokens.
 
     python benchmarks/hyperpartisan.py --model BERT_FOLDER --data-file train.jsonl --seeds 0 1 2
 
-One stratified 80/20 split for all runs; a seed sets the new head, the order and the dropout. Both arms are fine-tuned
-with the same Trainer settings. Every finished run is written at once, so that an interrupted call goes on where it was.
+One stratified 80/20 split for all runs; a seed sets the new head, the order and the dropout. Both
+arms are fine-tuned with the same Trainer settings. Every finished run is written at once, so that
+an interrupted call goes on where it was.
 """
 
 import argparse
@@ -42,13 +44,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="BERT checkpoint: folder or hub id")
     parser.add_argument("--data-file", required=True, help="documents with text and label")
     parser.add_argument("--results", default="benchmarks/results", help="folder to write to")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="take the runs of earlier calls with the same settings from their --results",
+    )
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--long", type=int, default=2048, help="tokens of the long arm")
     parser.add_argument("--short", type=int, default=512, help="tokens of the truncated arm")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--attention-dropout",
+        type=float,
+        default=0.0,
+        help="of both arms; 0 is twice as fast on a CPU",
+    )
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     return parser.parse_args()
 
@@ -64,7 +79,9 @@ def fine_tune(
         remove_columns="text",
     )
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, attention_probs_dropout_prob=args.attention_dropout
+    )
     collator = GlobalAttentionCollator(tokenizer, num_labels=2, max_length=max_length)
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -125,23 +142,52 @@ def markdown(results: dict) -> str:
     error = 100 * math.sqrt(mean * (1 - mean) / test_size)
     rows += [
         "",
-        f"Percent, mean ± standard deviation over seeds (new head, order, dropout; one split). The test set has "
-        f"{test_size} articles: the binomial standard error of one accuracy is {error:.1f} points, so that a difference "
-        f"of two arms under about {2 * error:.0f} points says nothing. {results['longer_than_short']} of the test "
-        f"articles are longer than {results['settings']['short']} tokens. Answering the larger class scores "
+        "Percent, mean ± standard deviation over seeds (new head, order, dropout; one split). The "
+        "test set has "
+        f"{test_size} articles: the binomial standard error of one accuracy is {error:.1f} points, "
+        "so that a difference "
+        f"of two arms under about {2 * error:.0f} points says nothing. "
+        f"{results['longer_than_short']} of the test "
+        f"articles are longer than {results['settings']['short']} tokens. Answering the larger "
+        "class scores "
         f"{100 * results['majority_accuracy']:.1f}.",
     ]
     return "\n".join(rows) + "\n"
+
+
+def take_runs(results: dict, file: Path) -> None:
+    """Add the runs of an earlier call that had the same settings, one for each seed."""
+    if not file.exists():
+        return
+    earlier = json.loads(file.read_text())
+    if earlier["settings"] != results["settings"]:
+        raise SystemExit(f"{file} has other settings: {earlier['settings']}")
+    for arm, runs in earlier["arms"].items():
+        own = results["arms"].setdefault(arm, [])
+        own += [run for run in runs if run["seed"] not in {known["seed"] for known in own}]
+        own.sort(key=lambda run: run["seed"])
+
+
+def write(results: dict, folder: Path) -> None:
+    (folder / "hyperpartisan.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "hyperpartisan.md").write_text(markdown(results))
 
 
 def main() -> None:
     args = parse_arguments()
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
-    results_file = folder / "hyperpartisan.json"
     settings = {
         name: getattr(args, name)
-        for name in ("long", "short", "epochs", "learning_rate", "batch_size", "split_seed")
+        for name in (
+            "long",
+            "short",
+            "epochs",
+            "learning_rate",
+            "batch_size",
+            "attention_dropout",
+            "split_seed",
+        )
     }
     documents = stratified_split(load_labelled_documents(args.data_file), seed=args.split_seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -163,10 +209,8 @@ def main() -> None:
         },
         "arms": {},
     }
-    if results_file.exists():
-        earlier = json.loads(results_file.read_text())
-        if earlier["settings"] == settings:
-            results["arms"] = earlier["arms"]
+    for earlier in (folder, *map(Path, args.merge)):
+        take_runs(results, earlier / "hyperpartisan.json")
 
     with tempfile.TemporaryDirectory() as scratch:
         converted = str(Path(scratch) / "converted")
@@ -182,8 +226,8 @@ def main() -> None:
                     continue
                 runs.append(fine_tune(args, source, documents, max_length, seed))
                 print(arm, runs[-1], flush=True)
-                results_file.write_text(json.dumps(results, indent=2) + "\n")
-                (folder / "hyperpartisan.md").write_text(markdown(results))
+                write(results, folder)
+    write(results, folder)
     print(markdown(results))
 
 

@@ -6,10 +6,11 @@ from transformers import EvalPrediction
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, balanced accuracy and macro F1 of predicted classes; made for `Trainer(compute_metrics=...)`.
+    """Accuracy, balanced accuracy and macro F1 of predicted classes; made for
+    `Trainer(compute_metrics=...)`.
 
-    Balanced accuracy is the mean recall of the classes that occur in the labels, so that chance is one over their
-    number. A label of -100 is left out.
+    Balanced accuracy is the mean recall of the classes that occur in the labels, so that chance is
+    one over their number. A label of -100 is left out.
 
     Args:
         prediction: logits [..., num_labels] (or a tuple that starts with them) and labels [...].

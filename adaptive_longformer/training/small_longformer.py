@@ -1,4 +1,5 @@
-"""A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers checkpoint."""
+"""A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers
+checkpoint."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 def train_byte_level_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 4096, max_length: int = 4096
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s> ... </s>`, padding id 1).
+    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s> ... </s>`, padding id
+    1).
 
     Args:
         texts: What to train on.
@@ -60,13 +62,15 @@ def write_small_longformer(
     max_length: int = 4096,
     seed: int = 0,
 ) -> LongformerConfig:
-    """Write a Longformer for sequence classification with random weights, and its tokenizer, to a folder.
+    """Write a Longformer for sequence classification with random weights, and its tokenizer, to a
+    folder.
 
     Args:
         target: Folder to write to.
         tokenizer: Saved beside the weights; its size is the vocabulary size.
         label_names: Names of the classes.
-        max_length: Longest input in tokens; the position table has two rows more, as Longformer's has.
+        max_length: Longest input in tokens; the position table has two rows more, as Longformer's
+            has.
         seed: Seed of the weights. The global random state is left as it was.
     """
     config = LongformerConfig(
@@ -77,6 +81,7 @@ def write_small_longformer(
         intermediate_size=512,
         attention_window=256,
         max_position_embeddings=max_length + 2,
+        initializer_range=0.05,
         type_vocab_size=1,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -88,6 +93,9 @@ def write_small_longformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LongformerForSequenceClassification(config)
+    # So few steps from random weights only find words: random positions would drown them.
+    with torch.no_grad():
+        model.longformer.embeddings.position_embeddings.weight.mul_(0.05)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return config
