@@ -166,11 +166,8 @@ def check_room(folder: Path, needed: int) -> None:
 def disk_full(folder: Path, needed: int) -> OSError:
     """Return the error that says how much room there is and how much is needed."""
     free = shutil.disk_usage(folder).free
-    return OSError(
-        errno.ENOSPC,
-        f"target: no room on the disk: {needed} bytes needed, {free} free",
-        str(folder),
-    )
+    message = f"target: no room on the disk: {needed} bytes needed, {free} free"
+    return OSError(errno.ENOSPC, message)
 
 
 def _weight_files(folder: Path) -> list[Path]:

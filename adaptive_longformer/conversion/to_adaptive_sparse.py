@@ -134,7 +134,7 @@ def _check_is_encoder(raw: dict[str, Any]) -> None:
     style = raw.get("position_embedding_type", "absolute")
     if style != "absolute":
         raise ValueError(
-            f"source: position_embedding_type {style!r} cannot be converted; supported is 'absolute'"
+            f"source: position_embedding_type {style!r} is not supported; only 'absolute' is"
         )
 
 
