@@ -260,11 +260,9 @@ def _first_windows(
 
 
 def _positions_needed(source: Path, max_length: int) -> int | None:
-    """What to ask of the conversion: BERT and RoBERTa get longer, a Longformer stays as it is."""
-    config = AutoConfig.from_pretrained(source)
-    if config.model_type == "longformer":
-        return None
-    return max(max_length, config.max_position_embeddings)
+    """What to ask of the conversion: more positions only where the source has too few."""
+    rows = AutoConfig.from_pretrained(source).max_position_embeddings
+    return None if max_length <= rows else max_length
 
 
 def _encode(

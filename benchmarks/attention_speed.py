@@ -107,7 +107,7 @@ def time_cells(
                         cell["why_not"] = reasons[name]
                     else:
                         cell["seconds"] = medians[name]
-                        if not args.no_memory:
+                        if mode == FORWARD_BACKWARD and not args.no_memory:
                             settings = {"hidden_size": args.hidden_size, "heads": args.heads}
                             cell["memory"] = peak_memory_in_child(
                                 __file__, {**cell, **settings, "device": args.device}

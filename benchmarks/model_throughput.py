@@ -144,7 +144,7 @@ def time_cells(
                         cell["why_not"] = reasons[name]
                     else:
                         cell["seconds"] = medians[name]
-                        if memory:
+                        if memory and mode == FORWARD_BACKWARD:
                             cell["memory"] = memory_of(args, cell)
                     cells.append(cell)
                 print(f"done: {mode}, length {length}, dropout {dropout}", file=sys.stderr)

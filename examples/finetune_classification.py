@@ -86,11 +86,9 @@ def convert_if_needed(model: str, output: Path, max_length: int) -> str:
     # One process converts, the others wait and find it done.
     with PartialState().main_process_first():
         if not target.exists():
-            source_length = config.max_position_embeddings
-            max_positions = max(max_length, source_length)
-            report = convert_checkpoint(
-                model, target, max_positions=None if max_length < source_length else max_positions
-            )
+            rows = config.max_position_embeddings
+            max_positions = None if max_length <= rows else max_length
+            report = convert_checkpoint(model, target, max_positions=max_positions)
             print(f"{model} ({report.source_model_type}) converted to {target}", flush=True)
     return str(target)
 

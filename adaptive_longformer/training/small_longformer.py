@@ -81,7 +81,7 @@ def write_small_longformer(
         intermediate_size=512,
         attention_window=256,
         max_position_embeddings=max_length + 2,
-        initializer_range=0.05,
+        hidden_dropout_prob=0.0,
         type_vocab_size=1,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -93,9 +93,21 @@ def write_small_longformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LongformerForSequenceClassification(config)
-    # So few steps from random weights only find words: random positions would drown them.
-    with torch.no_grad():
-        model.longformer.embeddings.position_embeddings.weight.mul_(0.05)
+        _widen_the_way_of_words(model)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return config
+
+
+def _widen_the_way_of_words(model: LongformerForSequenceClassification) -> None:
+    """Random weights on which a few hundred steps are enough to see what a document is about.
+
+    Words outweigh positions, and values pass through attention at full strength, so that the first
+    token, which is global, starts as a random projection of the words of the whole document.
+    """
+    std = model.config.hidden_size**-0.5
+    torch.nn.init.normal_(model.longformer.embeddings.word_embeddings.weight, std=0.1)
+    for layer in model.longformer.encoder.layer:
+        attention = layer.attention
+        for linear in (attention.self.value, attention.self.value_global, attention.output.dense):
+            torch.nn.init.normal_(linear.weight, std=std)
