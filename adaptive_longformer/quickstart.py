@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -254,7 +255,7 @@ def _first_windows(
     token_ids = tokenizer(list(data["text"]), add_special_tokens=False, verbose=False)["input_ids"]
     size = max_length - tokenizer.num_special_tokens_to_add()
     return [
-        Document(ids[:size], tokenizer.decode(ids[:size]), label)
+        Document(ids[:size], str(tokenizer.decode(ids[:size])), label)
         for ids, label in zip(token_ids, data["label"])
     ]
 
@@ -453,6 +454,7 @@ def fine_tune(
         Balanced held-out accuracy before and after, and the trainer.
     """
     names = documents.label_names
+    set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         converted,
         num_labels=len(names),
@@ -511,7 +513,8 @@ def reload_difference(
         for name, tensor in GlobalAttentionCollator(tokenizer)(examples).items()
     }
     with torch.no_grad():
-        difference = model.to(device).eval()(**batch).logits - reloaded(**batch).logits
+        model.eval()
+        difference = model(**batch).logits - reloaded(**batch).logits
     return float(difference.abs().max())
 
 

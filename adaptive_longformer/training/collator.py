@@ -135,12 +135,14 @@ class GlobalAttentionCollator:
         return padded
 
     def _global_attention_mask(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        separator = self.tokenizer.sep_token_id
+        assert separator is None or isinstance(separator, int)
         mask = default_global_mask(
             self.global_tokens,
             batch["attention_mask"].bool(),
             input_ids=batch["input_ids"],
             token_type_ids=batch.get("token_type_ids"),
-            sep_token_id=self.tokenizer.sep_token_id,
+            sep_token_id=separator,
         )
         return torch.zeros_like(batch["input_ids"]) if mask is None else mask.long()
 

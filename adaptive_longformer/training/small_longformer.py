@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     LongformerConfig,
     LongformerForSequenceClassification,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -56,7 +57,7 @@ def train_byte_level_tokenizer(
 
 def write_small_longformer(
     target: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     label_names: list[str],
     *,
     max_length: int = 4096,
@@ -67,7 +68,8 @@ def write_small_longformer(
 
     Args:
         target: Folder to write to.
-        tokenizer: Saved beside the weights; its size is the vocabulary size.
+        tokenizer: As `train_byte_level_tokenizer` makes it. Saved beside the weights; its size is
+            the vocabulary size.
         label_names: Names of the classes.
         max_length: Longest input in tokens; the position table has two rows more, as Longformer's
             has.
@@ -83,10 +85,10 @@ def write_small_longformer(
         max_position_embeddings=max_length + 2,
         hidden_dropout_prob=0.0,
         type_vocab_size=1,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=SPECIAL_TOKENS.index("<s>"),
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+        eos_token_id=SPECIAL_TOKENS.index("</s>"),
+        sep_token_id=SPECIAL_TOKENS.index("</s>"),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
     )
@@ -107,7 +109,7 @@ def _widen_the_way_of_words(model: LongformerForSequenceClassification) -> None:
     """
     std = model.config.hidden_size**-0.5
     torch.nn.init.normal_(model.longformer.embeddings.word_embeddings.weight, std=0.1)
-    for layer in model.longformer.encoder.layer:
-        attention = layer.attention
-        for linear in (attention.self.value, attention.self.value_global, attention.output.dense):
-            torch.nn.init.normal_(linear.weight, std=std)
+    for name, module in model.named_modules():
+        if name.endswith(("self.value", "self.value_global", "attention.output.dense")):
+            assert isinstance(module, torch.nn.Linear)
+            torch.nn.init.normal_(module.weight, std=std)

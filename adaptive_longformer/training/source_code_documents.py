@@ -134,7 +134,7 @@ def cut_documents(
             length = round(rng.triangular(min_length, longest, min_length))  # short ones are more
             start = rng.randint(0, len(ids) - length)
             window = ids[start : start + length]
-            documents.append(Document(window, tokenizer.decode(window), label))
+            documents.append(Document(window, str(tokenizer.decode(window)), label))
         return documents
 
     train, test = [], []
