@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -112,12 +113,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # Model
+    set_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_path,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         ignore_mismatched_sizes=True,
     )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
 
     # TrainingArguments
     training_args = TrainingArguments(
@@ -129,7 +133,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
-        gradient_checkpointing=args.gradient_checkpointing,
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="epoch",
