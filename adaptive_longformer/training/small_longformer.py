@@ -1,10 +1,14 @@
 """A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers
 checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LongformerConfig,
@@ -13,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+PIECE_LENGTH = 256
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -60,6 +65,7 @@ def write_small_longformer(
     tokenizer: PreTrainedTokenizerBase,
     label_names: list[str],
     *,
+    documents: Iterable[Sequence[int]] | None = None,
     max_length: int = 4096,
     seed: int = 0,
 ) -> LongformerConfig:
@@ -71,6 +77,8 @@ def write_small_longformer(
         tokenizer: As `train_byte_level_tokenizer` makes it. Saved beside the weights; its size is
             the vocabulary size.
         label_names: Names of the classes.
+        documents: Token ids to take word vectors from, so that a few hundred steps of fine-tuning
+            are enough to learn something; None: everything is random.
         max_length: Longest input in tokens; the position table has two rows more, as Longformer's
             has.
         seed: Seed of the weights. The global random state is left as it was.
@@ -84,6 +92,7 @@ def write_small_longformer(
         attention_window=256,
         max_position_embeddings=max_length + 2,
         hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         type_vocab_size=1,
         bos_token_id=SPECIAL_TOKENS.index("<s>"),
         pad_token_id=SPECIAL_TOKENS.index("<pad>"),
@@ -95,21 +104,68 @@ def write_small_longformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LongformerForSequenceClassification(config)
-        _widen_the_way_of_words(model)
+        if documents is not None:
+            size = config.hidden_size
+            vectors = latent_semantic_vectors(documents, len(tokenizer), size, seed=seed)
+            _start_from_words(model, vectors)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return config
 
 
-def _widen_the_way_of_words(model: LongformerForSequenceClassification) -> None:
-    """Random weights on which a few hundred steps are enough to see what a document is about.
+_WIDE = ("self.value", "self.value_global", "attention.output.dense", "classifier.dense")
 
-    Words outweigh positions, and values pass through attention at full strength, so that the first
-    token, which is global, starts as a random projection of the words of the whole document.
+
+def latent_semantic_vectors(
+    documents: Iterable[Sequence[int]], vocab_size: int, size: int, *, seed: int = 0
+) -> torch.Tensor:
+    """Vectors of tokens that occur in similar places: latent semantic analysis, without labels.
+
+    The counts of tokens in pieces of documents, weighted by TF-IDF, are reduced to their largest
+    singular directions (Deerwester et al. 1990). The mean of a document's vectors then says what it
+    is about; a token that is everywhere has a vector near zero.
+
+    Args:
+        documents: Token ids of each document.
+        vocab_size: Number of tokens.
+        size: Length of a vector.
+        seed: Seed of the randomised decomposition.
+
+    Returns:
+        [vocab_size, size] with a mean square of 1; zeros for tokens that do not occur, and in the
+        last columns if the documents do not span so many directions.
     """
+    pieces = [
+        np.bincount(document[start : start + PIECE_LENGTH], minlength=vocab_size)
+        for document in documents
+        for start in range(0, len(document), PIECE_LENGTH)
+    ]
+    counts = csr_matrix(np.stack(pieces).astype(np.float32))
+    tfidf = TfidfTransformer(sublinear_tf=True)
+    weighted = tfidf.fit_transform(counts)
+    num_directions = min(size, len(pieces) - 1, vocab_size - 1)
+    if num_directions < 1:
+        return torch.zeros(vocab_size, size)
+    decomposition = TruncatedSVD(num_directions, random_state=seed).fit(weighted)
+    vectors = np.zeros((vocab_size, size), dtype=np.float32)
+    vectors[:, :num_directions] = decomposition.components_.T * (tfidf.idf_ - 1)[:, None]
+    vectors[np.asarray(counts.sum(axis=0)).ravel() == 0] = 0.0
+    return torch.from_numpy(vectors / max(float(np.sqrt((vectors**2).mean())), 1e-6))
+
+
+def _start_from_words(model: LongformerForSequenceClassification, vectors: torch.Tensor) -> None:
+    """Give the model word vectors, and random weights through which it sees them from the start.
+
+    Values pass through attention at full strength, so that the first token, which is global, starts
+    as a projection of the words of the whole document. The one token type is long: the LayerNorm of
+    the embeddings then keeps the lengths of the word vectors, which are the weights of the words.
+    """
+    embeddings = model.longformer.embeddings
+    with torch.no_grad():
+        embeddings.word_embeddings.weight.add_(vectors)
+    torch.nn.init.normal_(embeddings.token_type_embeddings.weight, std=1.0)
     std = model.config.hidden_size**-0.5
-    torch.nn.init.normal_(model.longformer.embeddings.word_embeddings.weight, std=0.1)
-    for name, module in model.named_modules():
-        if name.endswith(("self.value", "self.value_global", "attention.output.dense")):
-            assert isinstance(module, torch.nn.Linear)
-            torch.nn.init.normal_(module.weight, std=std)
+    for layer in model.longformer.encoder.layer:
+        attention = layer.attention
+        for linear in (attention.self.value, attention.self.value_global, attention.output.dense):
+            torch.nn.init.normal_(linear.weight, std=std)
