@@ -1,5 +1,4 @@
-"""A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers
-checkpoint."""
+"""A small Longformer and its tokenizer, made on the spot, written as an ordinary checkpoint."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,8 +23,7 @@ SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 def train_byte_level_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 4096, max_length: int = 4096
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s> ... </s>`, padding id
-    1).
+    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s>`, padding id 1, `</s>`).
 
     Args:
         texts: What to train on.
