@@ -54,7 +54,7 @@ MAX_DOCUMENTS = 1000
 TIMED_DOCUMENTS = 2
 TIMED_REPEATS = 3
 # From random weights, and from a pretrained --source.
-LEARNING_RATE_FROM_SCRATCH = 2e-3
+LEARNING_RATE_FROM_SCRATCH = 1e-3
 LEARNING_RATE = 5e-5
 
 

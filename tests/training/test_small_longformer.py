@@ -2,7 +2,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adaptive_longformer.training.small_longformer import (
-    latent_semantic_vectors,
     train_byte_level_tokenizer,
     write_small_longformer,
 )
@@ -32,26 +31,3 @@ def test_an_ordinary_checkpoint_is_written_without_touching_the_random_state(tmp
     assert one.config.id2label == {0: "x", 1: "y"}
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "one")) == len(tokenizer)
-
-
-def test_word_vectors_tell_topics_apart_and_leave_out_what_is_everywhere():
-    # Token 5 is everywhere; 10..19 and 20..29 are the words of two topics.
-    generator = torch.Generator().manual_seed(0)
-    documents = [
-        torch.cat(
-            [torch.full((60,), 5), torch.randint(10, 20, (60,), generator=generator) + 10 * topic]
-        ).tolist()
-        for topic in (0, 1)
-        for _ in range(30)
-    ]
-    vectors = latent_semantic_vectors(documents, vocab_size=40, size=8)
-    assert vectors.shape == (40, 8)
-    assert vectors[5].norm() < 0.05 * vectors[10].norm()
-    assert torch.equal(vectors[35], torch.zeros(8))
-    torch.testing.assert_close(vectors.square().mean().sqrt(), torch.tensor(1.0))
-    first, second = (vectors[low : low + 10].mean(0) for low in (10, 20))
-    assert torch.cosine_similarity(first, second, dim=0) < 0.5
-
-
-def test_word_vectors_of_one_short_document_are_zeros():
-    assert not latent_semantic_vectors([[5, 6]], vocab_size=10, size=4).any()
