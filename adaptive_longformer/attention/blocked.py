@@ -67,20 +67,7 @@ def run_blocked(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     )
     if call.global_mask is None:
         return output, lse
-    return merge_global_rows(
-        output,
-        lse,
-        call.query,
-        call.key,
-        call.value,
-        call.global_qkv,
-        attention_mask=call.attention_mask,
-        global_mask=call.global_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-    )
+    return merge_global_rows(output, lse, call)
 
 
 @dataclass
