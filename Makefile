@@ -66,8 +66,8 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 
 gpu:  ## GPU tests and benchmarks with the current Python (torch, transformers, pytest installed)
 	$(OFFLINE) PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
-	@set -e; for script in $(wildcard benchmarks/*.py); do \
-		echo "== $$script"; $(OFFLINE) PYTHONPATH=. $(PYTHON) $$script; done
+	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/attention_speed.py
+	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/model_throughput.py
 
 clean:  ## Remove the environments, caches and build outputs
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -134,7 +134,7 @@ def _largest_error(
         output, _ = run_compiled(call)
         actual = [output, *torch.autograd.grad(output, (query, key, value), tensors[3])]
         exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-        call = AttentionCall(*exact[:3], head_dim**-0.5, pattern=window)
+        call = AttentionCall(exact[0], exact[1], exact[2], head_dim**-0.5, pattern=window)
         output, _ = reference_attention(call)
         expected = [output, *torch.autograd.grad(output, exact[:3], exact[3])]
     ratios = [(a.double() - b).norm() / b.norm() for a, b in zip(actual, expected)]

@@ -50,20 +50,8 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
             call.query, call.key, call.value, attn_mask=mask, scale=call.scale
         )
     if call.global_mask is not None and separate:
-        output, _ = merge_global_rows(
-            output,
-            output.new_zeros(output.shape[:3], dtype=torch.float32),
-            call.query,
-            call.key,
-            call.value,
-            call.global_qkv,
-            attention_mask=call.attention_mask,
-            global_mask=call.global_mask,
-            is_causal=call.is_causal,
-            scale=call.scale,
-            dropout_p=0.0,
-            dropout_seed=None,
-        )
+        no_lse = output.new_zeros(output.shape[:3], dtype=torch.float32)
+        output, _ = merge_global_rows(output, no_lse, call)
     return output, None
 
 

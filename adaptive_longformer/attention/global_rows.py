@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from adaptive_longformer.attention.call import GlobalProjections
+from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.memory_format import like_projection
 
@@ -37,26 +37,23 @@ def pack_global_tokens(global_mask: torch.Tensor) -> torch.Tensor:
 
 
 def merge_global_rows(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    global_qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | GlobalProjections | None,
-    *,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
+    output: torch.Tensor, lse: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE with the rows of global queries replaced by attention to every key."""
-    options = (attention_mask, global_mask, is_causal, scale, dropout_p, dropout_seed)
-    if isinstance(global_qkv, GlobalProjections):
-        return absorbed_global_rows(output, lse, *global_qkv, *options)
-    if global_qkv is not None:
-        query, key, value = global_qkv
+    """Output and LSE of a call with the rows of its global queries replaced by attention to every
+    key.
+    """
+    assert call.global_mask is not None
+    options = (
+        call.attention_mask,
+        call.global_mask,
+        call.is_causal,
+        call.scale,
+        call.dropout_p,
+        call.dropout_seed,
+    )
+    if isinstance(call.global_qkv, GlobalProjections):
+        return absorbed_global_rows(output, lse, *call.global_qkv, *options)
+    query, key, value = call.global_qkv or (call.query, call.key, call.value)
     return global_rows(output, lse, query, key, value, *options)
 
 

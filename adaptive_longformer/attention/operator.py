@@ -45,20 +45,7 @@ def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor,
     output, lse = operator(*operator_arguments(call))
     if call.global_mask is None:
         return output, lse
-    return merge_global_rows(
-        output,
-        lse,
-        call.query,
-        call.key,
-        call.value,
-        call.global_qkv,
-        attention_mask=call.attention_mask,
-        global_mask=call.global_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-    )
+    return merge_global_rows(output, lse, call)
 
 
 def fake_forward(query: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,8 +40,9 @@ _DTYPES = {
 class Checkpoint:
     """The tensors of one checkpoint folder: safetensors or .bin, whole or in shards.
 
-    Opening reads headers only (a .bin of the old, non-zip format is the exception); `load` reads one
-    tensor. Raises FileNotFoundError or ValueError, naming the file, if a file is missing or damaged.
+    Opening reads headers only (a .bin of the old, non-zip format is the exception); `load` reads
+    one tensor. Raises FileNotFoundError or ValueError, naming the file, if a file is missing or
+    damaged.
     """
 
     def __init__(self, folder: Path, files: list[Path] | None = None):
@@ -130,9 +131,14 @@ def write_weights(
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     total, done = size_in_bytes(tensors.values()), 0
     for filename, names in split.filename_to_tensors.items():
-        shard = {}
+        shard: dict[str, torch.Tensor] = {}
+        storages: set[int] = set()
         for name in names:
-            shard[name] = load(name).contiguous()
+            tensor = load(name).contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            # A source may have stored one tensor under two names; a file wants two of them then.
+            shard[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
             done += size_in_bytes([shard[name]])
             progress("weights", done, total)
         save_tensors(folder / filename, shard)
@@ -160,11 +166,8 @@ def check_room(folder: Path, needed: int) -> None:
 def disk_full(folder: Path, needed: int) -> OSError:
     """Return the error that says how much room there is and how much is needed."""
     free = shutil.disk_usage(folder).free
-    return OSError(
-        errno.ENOSPC,
-        f"target: no room on the disk: {needed} bytes needed, {free} free",
-        str(folder),
-    )
+    message = f"target: no room on the disk: {needed} bytes needed, {free} free"
+    return OSError(errno.ENOSPC, message)
 
 
 def _weight_files(folder: Path) -> list[Path]:

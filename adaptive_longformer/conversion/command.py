@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "convert",
         help="take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
         description=(
-            "Convert a Longformer, RoBERTa or BERT checkpoint with equal logits; with --reverse, back."
+            "Convert a Longformer, RoBERTa or BERT checkpoint with equal logits, or give it back."
         ),
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")

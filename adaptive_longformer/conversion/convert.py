@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adaptive_longformer.configuration.remote_code import write_remote_code
 from adaptive_longformer.conversion.checkpoint import (
     Checkpoint,
     check_room,
@@ -22,7 +23,6 @@ from adaptive_longformer.conversion.families import FAMILIES, TARGET_CLASS_PREFI
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
-from adaptive_longformer.conversion.remote_code import write_remote_code
 from adaptive_longformer.conversion.source import companion_files, locate
 from adaptive_longformer.conversion.staging import check_target, staged_folder
 from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion
@@ -45,7 +45,7 @@ class ConversionReport:
         architecture: the class that loads the result.
         num_parameters: how many numbers the weights are.
         size_bytes: how much room the folder takes.
-        max_logit_difference: the largest difference found by `verify`; None if it was not asked for.
+        max_logit_difference: the largest difference found by `verify`; None if not asked for.
         notes: what the user should know, one sentence each.
     """
 
@@ -72,17 +72,17 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Convert a Longformer, RoBERTa or BERT checkpoint to ours, with equal logits, or back.
 
-    The target is written to a temporary folder beside it and moved to its place at the end: after an
-    error there is nothing at the target, or what was there before.
+    The target is written to a temporary folder beside it and moved to its place at the end: after
+    an error there is nothing at the target, or what was there before.
 
     Args:
         source: a checkpoint folder, or a model id on the hub.
         target: the folder to write.
         max_positions: how many tokens the result can read, at least what the source can and at most
             131072; the position table is extended by repeating it. None: as many as the source.
-        attention_window: tokens each token sees around itself, both sides together, even; one number
-            or one per layer. None: Longformer's own; for RoBERTa and BERT twice their longest input,
-            which makes the logits equal.
+        attention_window: tokens each token sees around itself, both sides together, even; one
+            number or one per layer. None: Longformer's own; for RoBERTa and BERT twice their
+            longest input, which makes the logits equal.
         verify: run both models on random token ids and refuse a result whose logits differ by more
             than 1e-5 * max(1, max|logit|).
         reverse: the source is one of our checkpoints and goes back to the family it came from.

@@ -39,7 +39,7 @@ def head_of(class_prefix: str, architecture: str, other_heads: dict[str, str]) -
 
 
 def head_from_tensors(names: set[str]) -> str:
-    """Guess the head of a checkpoint whose configuration names none from our names of its tensors."""
+    """Guess a head from (our) names of a checkpoint's tensors, if its configuration names none."""
     if "qa_outputs.weight" in names:
         return "ForQuestionAnswering"
     if "classifier.out_proj.weight" in names:

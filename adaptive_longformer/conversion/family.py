@@ -78,7 +78,7 @@ class Family:
 
     def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
         """Return the fields of the AdaptiveSparseConfig that equals a source configuration."""
-        fields = {name: getattr(config, name, None) for name in self.fields}
+        fields: dict[str, Any] = {name: getattr(config, name, None) for name in self.fields}
         if "attention_window" in fields:
             fields["attention_window"] = _one_value_if_equal(fields["attention_window"])
         else:

@@ -126,7 +126,10 @@ def _name_tensors(
     checkpoint: Checkpoint,
     notes: list[str],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], bool]:
-    """Return the tensors under the source's names, which of ours they are, and whether extras follow."""
+    """Return the tensors under the source's names, and which of ours they are.
+
+    The third value says whether there are tensors beside ours that go back too.
+    """
     recorded: dict[str, list[str]] = {}
     extra = False
     if (folder / NAMES_FILE).is_file():
@@ -157,7 +160,7 @@ def _source_config(family: Family, head: str, config: AdaptiveSparseConfig) -> d
     original = getattr(config, "source_config", None)
     if not original or original.get("model_type") != family.model_type:
         original = {"model_type": family.model_type}
-    raw = copy.deepcopy(original)
+    raw: dict[str, Any] = copy.deepcopy(original)
     source_config = read_source_config(raw)
     expected = family.target_fields(source_config, head) | {
         "max_position_embeddings": source_config.max_position_embeddings

@@ -8,8 +8,8 @@ MAX_POSITIONS = 131072
 def tile_positions(table: torch.Tensor, num_rows: int, offset: int) -> torch.Tensor:
     """Return a position table of `num_rows` rows that repeats the rows of a shorter one.
 
-    RoBERTa's table begins with `offset` = pad_token_id + 1 rows that belong to no position: they stay
-    where they are, and the rows after them repeat. The first rows are the source's, unchanged.
+    RoBERTa's table begins with `offset` = pad_token_id + 1 rows that belong to no position: they
+    stay where they are, and the rows after them repeat. The first rows are the source's, unchanged.
 
     Args:
         table: [rows, hidden_size], the source's table.

@@ -1,10 +1,10 @@
-"""Finding a source: a local folder, or a model id on the hub (then from the cache or the network)."""
+"""Finding a source: a local folder, or a model id on the hub (from its cache or the network)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from adaptive_longformer.conversion.checkpoint import (
     TORCH_WEIGHTS,
@@ -51,7 +51,7 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def locate(source: str | Path, supported: Iterable[str]) -> Path:
+def locate(source: str | Path, supported: Collection[str]) -> Path:
     """Return the folder that holds a source checkpoint, fetching a hub id if need be.
 
     The configuration is looked at first, so that a model of another family is not downloaded.
@@ -91,9 +91,14 @@ def locate(source: str | Path, supported: Iterable[str]) -> Path:
     return config.parent
 
 
-def check_family(model_type: object, supported: Iterable[str]) -> None:
+def check_family(model_type: object, supported: Collection[str]) -> None:
     """Raise ValueError if a model type is none of the supported ones."""
     if model_type not in supported:
+        if model_type == "adaptive_sparse":
+            raise ValueError(
+                "source: model_type 'adaptive_sparse' is ours already; "
+                "--reverse (reverse=True) converts it back"
+            )
         raise ValueError(
             f"source: model_type {model_type!r} cannot be converted; "
             f"supported are {', '.join(sorted(supported))}"

@@ -13,7 +13,7 @@ def check_target(target: str | Path, source: Path, overwrite: bool) -> Path:
     """Return where a conversion writes to, or raise if something is in the way.
 
     Raises:
-        FileExistsError: the target exists, and either `overwrite` is not set or it is no checkpoint.
+        FileExistsError: the target exists, and `overwrite` is not set or it is no checkpoint.
         ValueError: target and source overlap.
     """
     folder = Path(target).expanduser().resolve()

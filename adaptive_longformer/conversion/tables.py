@@ -14,8 +14,8 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 class Table:
     """An ordered list of rows (source name, target name), read in both directions.
 
-    `{layer}` stands for a layer index and `{parameter}` for `weight` or `bias`. Two rows may lead to
-    the same target name when the source stores one tensor under two names; the first one is the
+    `{layer}` stands for a layer index and `{parameter}` for `weight` or `bias`. Two rows may lead
+    to the same target name when the source stores one tensor under two names; the first one is the
     name that a conversion back writes.
 
     Args:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.remote_code import AUTO_MAP
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
 from adaptive_longformer.conversion.families import (
     FAMILIES,
@@ -22,7 +23,6 @@ from adaptive_longformer.conversion.families import (
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import Plan, check_against_model
 from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
-from adaptive_longformer.conversion.remote_code import AUTO_MAP
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.tables import TARGET_PREFIX
 
@@ -63,15 +63,14 @@ def plan_conversion(
         )
     if table is not None:
         tensors[POSITION_EMBEDDINGS] = table.new_empty(num_rows, table.shape[1])
-    target_config = AdaptiveSparseConfig(
-        **fields,
-        architectures=[TARGET_CLASS_PREFIX + head],
-        auto_map=dict(AUTO_MAP),
-        tokenizer_class=raw.get("tokenizer_class") or family.tokenizer_class,
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or _dtype(tensors),
-        source_config=copy.deepcopy(raw),
-        conversion_overrides=overrides,
-    )
+    fields["architectures"] = [TARGET_CLASS_PREFIX + head]
+    fields["auto_map"] = dict(AUTO_MAP)
+    fields["tokenizer_class"] = raw.get("tokenizer_class") or family.tokenizer_class
+    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or _dtype(tensors)
+    # For the way back: the source's configuration, and what was decided differently.
+    fields["source_config"] = copy.deepcopy(raw)
+    fields["conversion_overrides"] = overrides
+    target_config = AdaptiveSparseConfig(**fields)
     missing = check_against_model(
         target_class(head),
         target_config,
@@ -131,13 +130,11 @@ def _dtype(tensors: dict[str, torch.Tensor]) -> str:
 def _check_is_encoder(raw: dict[str, Any]) -> None:
     for name in ("is_decoder", "add_cross_attention"):
         if raw.get(name):
-            raise ValueError(
-                f"source: {name} = true in config.json; only encoders can be converted"
-            )
+            raise ValueError(f"source: {name} = true in config.json; only encoders convert")
     style = raw.get("position_embedding_type", "absolute")
     if style != "absolute":
         raise ValueError(
-            f"source: position_embedding_type {style!r} cannot be converted; supported is 'absolute'"
+            f"source: position_embedding_type {style!r} is not supported; only 'absolute' is"
         )
 
 
@@ -160,7 +157,7 @@ def _target_fields(
     attention_window: int | list[int] | None,
     notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """Return our fields, those among them the user chose, and up to which length logits are equal."""
+    """Return our fields, those the user chose, and up to which length logits are equal."""
     fields = family.target_fields(config, head)
     overrides: dict[str, Any] = {}
     offset = family.position_offset(config)
@@ -278,7 +275,7 @@ def _choose_tensors(
         else:
             overrides["tie_word_embeddings"] = False
             notes.append(
-                f"{chosen[DECODER]} differs from the word embeddings although config.json ties them: "
+                f"{chosen[DECODER]} differs from the word embeddings, but config.json ties them: "
                 "kept apart, as Transformers does"
             )
     if extra:

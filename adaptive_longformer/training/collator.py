@@ -1,4 +1,5 @@
-"""A data collator that pads, marks the global tokens, and checks what the model should not have to check."""
+"""A data collator that pads, marks the global tokens, and checks what the model should not have to
+check."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,21 +18,23 @@ LABEL_NAMES = ("label", "labels", "label_ids")
 class GlobalAttentionCollator:
     """Pads a batch to its longest sequence and adds `global_attention_mask`.
 
-    The values are checked here, on the CPU and before the model: the model itself never waits for its device to
-    look at them.
+    The values are checked here, on the CPU and before the model: the model itself never waits for
+    its device to look at them.
 
     Args:
         tokenizer: Gives the padding id and side, and the separator.
-        global_tokens: The tokens that get global attention: "first" (the first one, for classification), "question"
-            (those before the first separator), "after_separator" or "none". An example that has a
-            `global_attention_mask` of its own keeps it.
-        vocab_size: Token ids must be smaller; by default the size of the tokenizer. A model's table may be larger.
+        global_tokens: The tokens that get global attention: "first" (the first one, for
+            classification), "question" (those before the first separator), "after_separator" or
+            "none". An example that has a `global_attention_mask` of its own keeps it.
+        vocab_size: Token ids must be smaller; by default the size of the tokenizer. A model's table
+            may be larger.
         num_labels: Labels must be smaller; by default they are not checked against a limit.
         max_length: Longest sequence that is allowed, for example `config.max_sequence_length`.
         pad_to_multiple_of: Pad further, to a multiple of this many tokens.
 
     Raises:
-        ValueError: A setting, or a value of an example, is not allowed; the message names it and its place.
+        ValueError: A setting, or a value of an example, is not allowed; the message names it and
+            its place.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class GlobalAttentionCollator:
     ) -> None:
         if global_tokens not in GLOBAL_TOKENS:
             raise ValueError(
-                f"global_tokens is {global_tokens!r}, allowed are {', '.join(map(repr, GLOBAL_TOKENS))}"
+                f"global_tokens is {global_tokens!r}, allowed are "
+                f"{', '.join(map(repr, GLOBAL_TOKENS))}"
             )
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer has no pad_token, which padding a batch needs")
@@ -61,7 +65,8 @@ class GlobalAttentionCollator:
         """Make a batch of tokenized examples.
 
         Args:
-            examples: `input_ids`, and optionally `attention_mask`, `token_type_ids`, `global_attention_mask` and a
+            examples: `input_ids`, and optionally `attention_mask`, `token_type_ids`,
+                `global_attention_mask` and a
                 label: one number, or one per token (padded with -100).
 
         Returns:
@@ -103,7 +108,8 @@ class GlobalAttentionCollator:
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise ValueError(
                 f"input_ids of example {index} has {len(input_ids)} tokens, at most max_length = "
-                f"{self.max_length} are allowed: truncate it, or convert the model with more positions"
+                f"{self.max_length} are allowed: truncate it, or convert the model with more "
+                "positions"
             )
         for token_id in (min(input_ids), max(input_ids)):
             if not 0 <= token_id < self.vocab_size:
@@ -116,7 +122,8 @@ class GlobalAttentionCollator:
         row, num_tokens = example[name], len(example["input_ids"])
         if len(row) != num_tokens:
             raise ValueError(
-                f"{name} of an example has {len(row)} values, one for each of its {num_tokens} tokens is needed"
+                f"{name} of an example has {len(row)} values, one for each of its {num_tokens} "
+                "tokens is needed"
             )
         return row
 
@@ -128,12 +135,14 @@ class GlobalAttentionCollator:
         return padded
 
     def _global_attention_mask(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        separator = self.tokenizer.sep_token_id
+        assert separator is None or isinstance(separator, int)
         mask = default_global_mask(
             self.global_tokens,
             batch["attention_mask"].bool(),
             input_ids=batch["input_ids"],
             token_type_ids=batch.get("token_type_ids"),
-            sep_token_id=self.tokenizer.sep_token_id,
+            sep_token_id=separator,
         )
         return torch.zeros_like(batch["input_ids"]) if mask is None else mask.long()
 
@@ -150,7 +159,8 @@ class GlobalAttentionCollator:
         if wrong.any():
             index = int(wrong.nonzero()[0, 0])
             raise ValueError(
-                f"{name} of example {index} is {int(labels[wrong][0])}, 0 <= {name} < num_labels = {self.num_labels} "
+                f"{name} of example {index} is {int(labels[wrong][0])}, 0 <= {name} < num_labels = "
+                f"{self.num_labels} "
                 "(or -100, which is ignored) is needed"
             )
         return labels

@@ -23,7 +23,8 @@ def load_labelled_documents(
 ) -> Dataset:
     """Read the documents and classes of a csv, json, jsonl or parquet file.
 
-    Documents that occur twice are kept once: split at random, the same text would stand on both sides.
+    Documents that occur twice are kept once: split at random, the same text would stand on both
+    sides.
 
     Args:
         path: The file; its ending says what it is.
@@ -31,12 +32,13 @@ def load_labelled_documents(
         label_column: Column of the classes: whole numbers, strings or booleans.
 
     Returns:
-        A data set with the columns "text" and "label" (a ClassLabel feature, names in sorted order).
+        A data set with the columns "text" and "label" (a ClassLabel feature, names in sorted
+        order).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be read as what its ending says, a column is missing or has no value somewhere, or
-            there are not at least two classes with two documents each.
+        ValueError: It cannot be read as what its ending says, a column is missing or has no value
+            somewhere, or there are not at least two classes with two documents each.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,7 +97,8 @@ def with_class_labels(texts, labels, source: str) -> Dataset:
     rarest, count = min(counts.items(), key=lambda item: item[1])
     if count < 2:
         raise ValueError(
-            f"{source}: the class {rarest!r} has one document; at least two of each class are needed "
+            f"{source}: the class {rarest!r} has one document; at least two of each class are "
+            "needed "
             f"({len(counts)} classes in {len(label_by_text)} documents)"
         )
     classes = sorted(counts, key=lambda label: (isinstance(label, str), label))

@@ -1,15 +1,18 @@
 """Metrics of classification, computed with scikit-learn: nothing is downloaded."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from transformers import EvalPrediction
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, balanced accuracy and macro F1 of predicted classes; made for `Trainer(compute_metrics=...)`.
+    """Accuracy, balanced accuracy and macro F1 of predicted classes; made for
+    `Trainer(compute_metrics=...)`.
 
-    Balanced accuracy is the mean recall of the classes that occur in the labels, so that chance is one over their
-    number. A label of -100 is left out.
+    Balanced accuracy is the mean recall of the classes that occur in the labels, so that chance is
+    one over their number. A label of -100 is left out.
 
     Args:
         prediction: logits [..., num_labels] (or a tuple that starts with them) and labels [...].
@@ -26,13 +29,14 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     labels, predicted = labels[labelled], predicted[labelled]
     if not labels.size:
         raise ValueError("prediction holds no label, at least one other than -100 is needed")
-    present = np.unique(labels)
+    # Scikit-learn's types allow only text for zero_division, its documentation 0 and 1 as well.
+    options: dict[str, Any] = {
+        "labels": np.unique(labels),
+        "average": "macro",
+        "zero_division": 0,
+    }
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
-        "balanced_accuracy": float(
-            recall_score(labels, predicted, labels=present, average="macro", zero_division=0)
-        ),
-        "macro_f1": float(
-            f1_score(labels, predicted, labels=present, average="macro", zero_division=0)
-        ),
+        "balanced_accuracy": float(recall_score(labels, predicted, **options)),
+        "macro_f1": float(f1_score(labels, predicted, **options)),
     }

@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 MIN_FILES_PER_CLASS = 20
 MIN_LONG_FILES_PER_CLASS = 8
-MAX_FILES_PER_CLASS = 120
+MAX_FILES_PER_CLASS = 60
 MAX_CLASSES = 10
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """A window of one file: its tokens without special tokens, the same window as text, and its class."""
+    """A window of one file: its tokens without special tokens, the same window as text, and its
+    class."""
 
     input_ids: list[int]
     text: str
@@ -37,16 +38,16 @@ class LabelledDocuments:
 def read_packages(library: Path | None = None, *, seed: int = 0) -> dict[str, list[str]]:
     """Source texts of every top-level package of the standard library that has enough files.
 
-    The names of the chosen packages are replaced by "package" wherever they stand as a word, so that no document names
-    its own class; paths are not part of the texts.
+    The names of the chosen packages are replaced by "package" wherever they stand as a word, so
+    that no document names its own class; paths are not part of the texts.
 
     Args:
         library: Folder to read; by default the standard library of the running Python.
         seed: Seed of the choice and order of the files.
 
     Returns:
-        Package name -> texts in random order, at most `MAX_FILES_PER_CLASS` each, for at most `MAX_CLASSES` packages,
-        the largest first.
+        Package name -> texts in random order, at most `MAX_FILES_PER_CLASS` each, for at most
+        `MAX_CLASSES` packages, the largest first.
 
     Raises:
         ValueError: If fewer than two packages have `MIN_FILES_PER_CLASS` source files.
@@ -63,8 +64,10 @@ def read_packages(library: Path | None = None, *, seed: int = 0) -> dict[str, li
     }
     if len(large_enough) < 2:
         raise ValueError(
-            f"The Python standard library at {library} has {len(large_enough)} packages with at least "
-            f"{MIN_FILES_PER_CLASS} source files; two are needed. Pass your own documents with --data FILE."
+            f"The Python standard library at {library} has {len(large_enough)} packages with at "
+            "least "
+            f"{MIN_FILES_PER_CLASS} source files; two are needed. Pass your own documents with "
+            "--data FILE."
         )
     names = sorted(large_enough, key=lambda name: (-len(large_enough[name]), name))[:MAX_CLASSES]
     any_name = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
@@ -89,11 +92,13 @@ def cut_documents(
     max_length: int = 4096,
     seed: int = 0,
 ) -> LabelledDocuments:
-    """Cut windows of `min_length` to `max_length` tokens and split them by file, the same number for every class.
+    """Cut windows of `min_length` to `max_length` tokens and split them by file, the same number
+    for every class.
 
     Args:
         texts_by_package: What `read_packages` returns.
-        tokenizer: Its special tokens are not part of the windows, but `max_length` leaves room for them.
+        tokenizer: Its special tokens are not part of the windows, but `max_length` leaves room for
+            them.
         train_per_class: Windows per class to train on. A file may give several, which may overlap.
         test_per_class: Windows per class of the held-out quarter of the files.
         min_length: Shortest window in tokens; shorter files are left out.
@@ -101,7 +106,8 @@ def cut_documents(
         seed: Seed of the split and of the windows.
 
     Raises:
-        ValueError: If fewer than two classes have `MIN_LONG_FILES_PER_CLASS` files of `min_length` tokens.
+        ValueError: If fewer than two classes have `MIN_LONG_FILES_PER_CLASS` files of `min_length`
+            tokens.
     """
     rng = random.Random(seed)
     max_window = max_length - tokenizer.num_special_tokens_to_add()
@@ -113,8 +119,10 @@ def cut_documents(
             token_ids_by_package[name] = token_ids
     if len(token_ids_by_package) < 2:
         raise ValueError(
-            f"Only {len(token_ids_by_package)} packages of the standard library have {MIN_LONG_FILES_PER_CLASS} files "
-            f"of at least {min_length} tokens; two are needed. Pass your own documents with --data FILE."
+            f"Only {len(token_ids_by_package)} packages of the standard library have "
+            f"{MIN_LONG_FILES_PER_CLASS} files "
+            f"of at least {min_length} tokens; two are needed. Pass your own documents with --data "
+            "FILE."
         )
 
     def windows(files: Sequence[list[int]], count: int, label: int) -> list[Document]:
@@ -122,10 +130,11 @@ def cut_documents(
         documents = []
         for index in range(count):
             ids = files[index % len(files)]
-            length = rng.randint(min_length, max(min_length, min(len(ids), max_window)))
+            longest = max(min_length, min(len(ids), max_window))
+            length = round(rng.triangular(min_length, longest, min_length))  # short ones are more
             start = rng.randint(0, len(ids) - length)
             window = ids[start : start + length]
-            documents.append(Document(window, tokenizer.decode(window), label))
+            documents.append(Document(window, str(tokenizer.decode(window)), label))
         return documents
 
     train, test = [], []

@@ -1,0 +1,1 @@
+"""What the speed benchmarks share: the contestants, the measuring, and the report."""

@@ -1,0 +1,112 @@
+"""Time in interleaved repeats, and peak memory in a process of its own for every cell."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def environment(device: torch.device) -> dict:
+    """What a result depends on beside the code."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, its work on the device included."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def interleaved_medians(
+    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median seconds of every call: one round to warm up, then rounds in which each runs once.
+
+    Taking turns exposes all of them to the same disturbances of the machine.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(repeats + 1):
+        for name, call in calls.items():
+            sample = seconds(call, device)
+            if round_number:
+                samples[name].append(sample)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def peak_memory_in_child(script: str, cell: dict) -> int | None:
+    """Bytes a cell needs at its peak above the idle process, or None if it ran out of memory.
+
+    Args:
+        script: The benchmark; called with `--memory-cell JSON` it must call `print_peak_memory`.
+        cell: What to run.
+    """
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    finished = subprocess.run(
+        [sys.executable, script, "--memory-cell", json.dumps(cell)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode < 0:
+        return None  # Killed: the machine had no more memory.
+    if finished.returncode:
+        raise RuntimeError(f"memory cell {cell} failed:\n{finished.stderr[-2000:]}")
+    return int(finished.stdout.split()[-1])
+
+
+def print_peak_memory(device: torch.device, run: Callable[[], object]) -> None:
+    """In the child: run a cell, weights included, and print its peak above the idle process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        print(torch.cuda.max_memory_allocated())
+        return
+    idle = _reset_peak()
+    run()
+    print(_memory("VmHWM") - idle)
+
+
+def _reset_peak() -> int:
+    """Forget the peak of the imports; bytes in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

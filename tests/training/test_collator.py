@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from adaptive_longformer.testing import tiny_model
+from adaptive_longformer.training.collator import GlobalAttentionCollator
+from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_byte_level_tokenizer(["some words to learn from"] * 3, vocab_size=300)
+
+
+def test_pads_to_the_longest_and_marks_the_first_token(tokenizer):
+    batch = GlobalAttentionCollator(tokenizer)(
+        [{"input_ids": [0, 7, 2], "label": 1}, {"input_ids": [0, 7, 8, 9, 2], "label": 0}]
+    )
+    assert batch["input_ids"].tolist() == [[0, 7, 2, 1, 1], [0, 7, 8, 9, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["global_attention_mask"].tolist() == [[1, 0, 0, 0, 0]] * 2
+    assert batch["labels"].tolist() == [1, 0]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_first_valid_token_under_left_padding(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "padding_side", "left")
+    batch = GlobalAttentionCollator(tokenizer)([{"input_ids": [0, 2]}, {"input_ids": [0, 7, 2]}])
+    assert batch["input_ids"].tolist() == [[1, 0, 2], [0, 7, 2]]
+    assert batch["global_attention_mask"].tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert "labels" not in batch
+
+
+@pytest.mark.parametrize(
+    ("global_tokens", "expected"),
+    [
+        ("none", [0, 0, 0, 0, 0, 0, 0]),
+        ("first", [1, 0, 0, 0, 0, 0, 0]),
+        ("question", [1, 1, 0, 0, 0, 0, 0]),
+        ("after_separator", [0, 0, 0, 0, 1, 1, 1]),
+    ],
+)
+def test_global_tokens(tokenizer, global_tokens, expected):
+    collator = GlobalAttentionCollator(tokenizer, global_tokens=global_tokens)
+    batch = collator([{"input_ids": [0, 7, 2, 2, 8, 9, 2]}])
+    assert batch["global_attention_mask"].tolist() == [expected]
+
+
+def test_a_mask_and_labels_of_every_token_are_kept_and_padded(tokenizer):
+    batch = GlobalAttentionCollator(tokenizer, pad_to_multiple_of=4)(
+        [{"input_ids": [0, 7, 2], "global_attention_mask": [0, 1, 0], "labels": [1, 0, 1]}]
+    )
+    assert batch["global_attention_mask"].tolist() == [[0, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 0, 1, -100]]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "the batch is empty"),
+        ([{"input_ids": []}], "input_ids of example 0 is empty"),
+        ([{"input_ids": [0]}, {"input_ids": [0, 300]}], "example 1 has the token id 300"),
+        ([{"input_ids": [-1]}], "token id -1, 0 <= id < vocab_size = "),
+        ([{"input_ids": [0] * 9}], "has 9 tokens, at most max_length = 8"),
+        ([{"input_ids": [0], "label": 2}], "label of example 0 is 2, 0 <= label < num_labels = 2"),
+        ([{"input_ids": [0], "label": -1}], "label of example 0 is -1"),
+        ([{"input_ids": [0], "attention_mask": [1, 1]}], "attention_mask of an example has 2"),
+    ],
+)
+def test_bad_examples_are_named(tokenizer, examples, message):
+    vocab_size = len(tokenizer)
+    examples = [
+        {**e, "input_ids": [vocab_size if i == 300 else i for i in e["input_ids"]]}
+        for e in examples
+    ]
+    message = message.replace("id 300", f"id {vocab_size}")
+    with pytest.raises(ValueError, match=message):
+        GlobalAttentionCollator(tokenizer, num_labels=2, max_length=8)(examples)
+
+
+def test_bad_settings_are_named(tokenizer):
+    with pytest.raises(ValueError, match="global_tokens is 'cls', allowed are 'none'"):
+        GlobalAttentionCollator(tokenizer, global_tokens="cls")
+
+
+def test_the_model_takes_the_batch_and_ignores_padding(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    collator = GlobalAttentionCollator(tokenizer)
+    short, long = ({"input_ids": [0, *range(5, n), 2]} for n in (20, 60))
+    with torch.no_grad():
+        alone = model(**collator([short])).last_hidden_state
+        together = model(**collator([short, long])).last_hidden_state
+    torch.testing.assert_close(together[:1, : alone.shape[1]], alone)
