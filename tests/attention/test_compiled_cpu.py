@@ -1,14 +1,22 @@
 """The compiled CPU kernel equals the definition, in value and in gradient."""
 
 import ctypes
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adaptive_longformer.attention import AttentionSpan, explain_backends, sparse_attention
+from adaptive_longformer.attention import (
+    AttentionSpan,
+    explain_backends,
+    extension,
+    sparse_attention,
+)
 from adaptive_longformer.attention.compiled import compiled_attention
 from adaptive_longformer.attention.compiled_cpu import _Arguments
 from adaptive_longformer.attention.extension import kernel_library, why_unavailable
@@ -201,6 +209,25 @@ def test_any_number_of_threads_matches_reference(threads):
         compare(random_layout(500, SlidingWindow(90)), 1, 3, 500, 16, with_bias=True)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("floats,options", [(4, []), (16, ["-march=native"])], ids=["4", "16"])
+def test_other_vector_widths_match_reference(floats, options, tmp_path, monkeypatch):
+    """What a machine without AVX or with AVX-512 would build; the compiler splits wide vectors."""
+    library = tmp_path / "kernel.so"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    sources = [str(path) for path in (extension.SOURCES / "cpu").glob("*.cpp")]
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi",
+         *options, f"-DVECTOR_FLOATS={floats}", *sources, f"-L{torch_libraries}", "-ltorch_cpu",
+         "-lc10", "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    monkeypatch.setattr(extension, "_loaded", {"cpu": ctypes.CDLL(str(library))})
+    layout = random_layout(203, SlidingWindow(60, 45), heads=3)
+    options = {"dropout_p": 0.1, "dropout_seed": SEED}
+    compare(layout, 2, 3, 203, 24, span=40.0, with_bias=True, **options)
+    compare(layout, 2, 3, 203, 24, torch.bfloat16, is_causal=True, **options)
 
 
 def run_once(length=300, **options):
