@@ -426,7 +426,7 @@ class _Problem:
         lead = torch.broadcast_shapes(*(piece.shape[:2] for piece in pieces))
         return torch.cat([piece.expand(*lead, -1) for piece in pieces], dim=-1)[:, :, None, :]
 
-    def scores(self, tile: _Tile, prepared: "_Prepared", query: torch.Tensor) -> torch.Tensor:
+    def scores(self, prepared: "_Prepared", query: torch.Tensor) -> torch.Tensor:
         """Scores with every bias added, of scaled queries: [batch, heads, rows, columns]."""
         scores = (query @ prepared.key.transpose(-1, -2)).to(self.dtype)
         start = 0
@@ -494,7 +494,7 @@ def blocked_attention(
             output[tile.at], lse[tile.at] = 0.0, -torch.inf
             continue
         query_tile = (query[tile.at].to(problem.dtype) * scale).to(problem.matmul_dtype)
-        weights = problem.scores(tile, prepared, query_tile)
+        weights = problem.scores(prepared, query_tile)
         # A row that sees nothing has a maximum of -inf; the clamp makes its weights 0 instead of
         # NaN.
         row_max = weights.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(problem.dtype).min)
@@ -564,7 +564,7 @@ def _blocked_attention_backward(
         delta = (grad_tile.to(dtype) * output[tile.at].to(dtype)).sum(dim=-1, keepdim=True)
         delta -= grad_lse[tile.at][..., None]
         grad_tile = (grad_tile / (1 - dropout_p)).to(matmul_dtype)
-        weights = problem.scores(tile, prepared, query_tile)
+        weights = problem.scores(prepared, query_tile)
         weights.sub_(lse[tile.at][..., None]).exp_()
         grad_scores = (grad_tile @ prepared.value.transpose(-1, -2)).to(dtype)
         applied = weights
@@ -580,7 +580,7 @@ def _blocked_attention_backward(
         grads.add(tile, prepared, grad_key_tile.to(dtype), grad_value_tile.to(dtype))
         if entry_bias is not None or span_length is not None:
             grads.add_biases(tile, prepared, grad_scores)
-    return grad_query, *grads.finish(key, value, entry_bias, span_length, counts)
+    return grad_query, *grads.finish(key, value, entry_bias, span_length)
 
 
 class _Accumulators:
@@ -654,7 +654,6 @@ class _Accumulators:
         value: torch.Tensor,
         entry_bias: torch.Tensor | None,
         span_length: torch.Tensor | None,
-        counts: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of key, value, entry_bias and span_length, in the shapes and types of
         these.

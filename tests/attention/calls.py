@@ -82,6 +82,7 @@ def value_and_gradients(pattern, tensors, options, leaves, backend):
     generator = torch.Generator().manual_seed(99)
     upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     upstream_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
+    upstream, upstream_lse = upstream.to(output.device), upstream_lse.to(output.device)
     finite = lse.isfinite()
     assert not lse.isnan().any()
     lse = lse.masked_fill(~finite, -1.0)
