@@ -9,9 +9,17 @@ from typing import NoReturn
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
+    "build-kernels": (
+        "adaptive_longformer.build_kernels",
+        "compile the attention kernels now instead of at their first use",
+    ),
     "convert": (
         "adaptive_longformer.conversion.command",
         "take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+    ),
+    "doctor": (
+        "adaptive_longformer.doctor",
+        "what each attention backend can do on this machine, and why not",
     ),
     "quickstart": (
         "adaptive_longformer.quickstart",

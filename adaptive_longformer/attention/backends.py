@@ -1,5 +1,6 @@
 """The backends of the attention operator, and how "auto" chooses among them."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from adaptive_longformer.attention.reference import reference_attention
 # Longest input for which dense attention with a mask is preferred, by device: measured for a window
 # of 512 tokens.
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
+
+# What "auto" stands for in this process; read once, so that torch.compile sees a constant.
+AUTO = os.environ.get("ADAPTIVE_LONGFORMER_BACKEND", "auto")
 
 
 class Backend(NamedTuple):
@@ -45,10 +49,14 @@ BACKENDS = {
 def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
     """The backend that runs a call; "auto" takes the fastest that can.
 
+    The environment variable ADAPTIVE_LONGFORMER_BACKEND names a backend to take in place of "auto".
+
     Raises:
         ValueError: the name is unknown, or the named backend cannot run the call (it never falls
             back).
     """
+    if name == "auto":
+        name = AUTO
     if name == "auto":
         if (
             call.query.shape[2] <= DENSE_CROSSOVER.get(call.query.device.type, 0)

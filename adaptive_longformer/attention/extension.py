@@ -6,6 +6,7 @@ Environment variables:
         "on" is the default.
     ADAPTIVE_LONGFORMER_CACHE: folder of the builds; ~/.cache/adaptive_longformer if not set.
     ADAPTIVE_LONGFORMER_VERBOSE: "1" shows the compiler's output.
+    ADAPTIVE_LONGFORMER_BACKEND: the backend that "auto" stands for, which then runs or raises.
 """
 
 import contextlib
@@ -30,6 +31,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent.parent / "csrc"
+ENVIRONMENT = (
+    "ADAPTIVE_LONGFORMER_KERNELS",
+    "ADAPTIVE_LONGFORMER_CACHE",
+    "ADAPTIVE_LONGFORMER_VERBOSE",
+    "ADAPTIVE_LONGFORMER_BACKEND",
+)
 LOCK_TIMEOUT = 600.0
 # Written last; holds the file name of the library.
 _DONE = "done"
@@ -73,6 +80,11 @@ def why_unavailable(kind: str) -> str | None:
     return None
 
 
+def is_built(kind: str) -> bool:
+    """Whether the cache holds a finished build for this machine."""
+    return (build_folder(kind) / _DONE).exists()
+
+
 def forget() -> None:
     """Forgets what was loaded or failed, so that the next use tries again."""
     with _loading:
@@ -89,7 +101,7 @@ def _load(kind: str) -> ctypes.CDLL:
         )
     folder = build_folder(kind)
     try:
-        if not (folder / _DONE).exists():
+        if not is_built(kind):
             if mode == "cached":
                 raise ExtensionUnavailableError(
                     f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {folder} holds no finished build"
@@ -98,7 +110,7 @@ def _load(kind: str) -> ctypes.CDLL:
             refuse_unsafe_folder(folder.parent)
             with _locked(folder):
                 # Another process may have built while this one waited.
-                if not (folder / _DONE).exists():
+                if not is_built(kind):
                     _build(kind, folder)
         refuse_unsafe_folder(folder)
         library = folder / (folder / _DONE).read_text()

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CUDA_SOURCES, build_emulator
+from emulation import CUDA_SOURCES, build_emulator
 
 from adaptive_longformer.attention import AttentionSpan, compiled_cuda, extension
 from adaptive_longformer.attention.functional import make_call

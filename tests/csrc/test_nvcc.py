@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import CUDA_SOURCES
+from emulation import CUDA_SOURCES
 
 KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
 # Bytes that may spill, by kernel and head_dim; 0 elsewhere.
