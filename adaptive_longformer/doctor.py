@@ -140,4 +140,3 @@ def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, s
     long = torch.zeros(1, 1, _LONG_LENGTH, 64, device=device, dtype=dtype)
     chosen = choose_backend(make_call(long, long, long, SlidingWindow(256)))
     yield "auto", f"takes {chosen.name} for {_LONG_LENGTH} tokens with a window of 512", False
-
