@@ -7,9 +7,9 @@
 
 namespace adaptive {
 
-// Columns of scores that are in registers at a time: head_dim 96 and 128 leave room for 16.
+// Columns of scores that are in registers at a time: as many as leave room for the sums.
 template <int D>
-constexpr int CHUNK_COLUMNS = D <= 64 ? 64 : 16;
+constexpr int CHUNK_COLUMNS = D <= 32 ? 64 : D <= 64 ? 32 : 16;
 
 constexpr int ROW_SUM_WARPS = 4;
 
