@@ -9,6 +9,10 @@ from typing import NoReturn
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
+    "answer": (
+        "adaptive_longformer.inference.answer_command",
+        "find the answer to a question in a long text",
+    ),
     "convert": (
         "adaptive_longformer.conversion.command",
         "take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
