@@ -12,6 +12,9 @@ _COMMANDS = {
     "build-kernels": (
         "adaptive_longformer.build_kernels",
         "compile the attention kernels now instead of at their first use",
+    "answer": (
+        "adaptive_longformer.inference.answer_command",
+        "find the answer to a question in a long text",
     ),
     "convert": (
         "adaptive_longformer.conversion.command",

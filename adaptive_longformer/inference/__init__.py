@@ -1,0 +1,1 @@
+"""Ready-made uses of trained models, where Transformers has no pipeline for them."""
