@@ -41,6 +41,7 @@ POSITIVE = (
     "num_random_blocks",
     "block_size",
 )
+WITHOUT_GLOBAL_TOKENS = ("full", "sliding_window")
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -161,7 +162,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         """
         if getattr(self, "auto_map", None):
             os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory)
+            write_remote_code(save_directory, self.model_type)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
@@ -180,7 +181,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     @property
     def uses_global_tokens(self) -> bool:
         """Whether the pattern takes global tokens at all."""
-        return self.attention_pattern not in ("full", "sliding_window")
+        return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     def pattern(self, layer_idx: int) -> Pattern:
         """The attention pattern of one layer, without its global tokens."""

@@ -6,6 +6,9 @@ from torch import nn
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 
 
 class AdaptiveSparseAttention(nn.Module):
@@ -13,11 +16,21 @@ class AdaptiveSparseAttention(nn.Module):
 
     With `config.separate_global_projections` the rows of global tokens attend through their own
     query, key and value projections (Beltagy et al. 2020, section 3.1).
+
+    Args:
+        config: the configuration of the model; of an encoder-decoder, the encoder is meant.
+        layer_idx: number of the layer, which may have a window of its own.
+        bias: whether the projections have biases.
     """
 
     is_causal = False
 
-    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: AdaptiveSparseConfig | AdaptiveSparseSeq2SeqConfig,
+        layer_idx: int,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -26,15 +39,15 @@ class AdaptiveSparseAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
         self.dropout_p = float(config.attention_probs_dropout_prob)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.has_global_projections = config.separate_global_projections
         if self.has_global_projections:
-            self.query_global = nn.Linear(config.hidden_size, config.hidden_size)
-            self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
-            self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+            self.query_global = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+            self.key_global = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+            self.value_global = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
 
     def forward(
         self,

@@ -25,10 +25,8 @@ from typing_extensions import TypedDict, Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
-from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
-    can_read_values,
     check_choices,
     check_extra_arguments,
     check_indices,
@@ -41,6 +39,7 @@ from adaptive_longformer.modeling.losses import (
     span_loss,
     token_loss,
 )
+from adaptive_longformer.modeling.masks import resolve_masks
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -211,13 +210,18 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
             config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
         except OSError:
             return  # no config there, as in an adapter's folder: Transformers says what is missing
-        model_type = config.get("model_type", AdaptiveSparseConfig.model_type)
-        if model_type != AdaptiveSparseConfig.model_type:
+        needed = cls.config_class.model_type
+        model_type = config.get("model_type", needed)
+        if model_type != needed:
+            remedy = (
+                "Take a class of that model_type, or an Auto class"
+                if str(model_type).startswith("adaptive_sparse")
+                else "Convert it first, then load TARGET:\n"
+                f"    adaptive-longformer convert {source} TARGET"
+            )
             raise ValueError(
                 f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
-                f"{AdaptiveSparseConfig.model_type!r} is needed. "
-                "Convert it first, then load TARGET:\n"
-                f"    adaptive-longformer convert {source} TARGET"
+                f"{needed!r} is needed. {remedy}"
             )
 
     def get_correct_attn_implementation(
@@ -317,8 +321,14 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
 
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        attention_mask, global_mask = self._resolve_masks(
-            hidden_states, attention_mask, global_mask, input_ids, token_type_ids
+        attention_mask, global_mask = resolve_masks(
+            self.config,
+            hidden_states,
+            attention_mask,
+            global_mask,
+            auto_global_tokens=self.auto_global_tokens,
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
         )
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
@@ -354,43 +364,6 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
                         f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
                     )
                 check_indices(name, indices, size, meaning, validate)
-
-    def _resolve_masks(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The masks for the layers, on their device; None for a mask seen to have no effect."""
-        config, device = self.config, hidden_states.device
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(device)
-        if not config.uses_global_tokens:
-            global_mask = None
-        elif global_mask is not None:
-            global_mask = global_mask.to(device)
-        else:
-            valid = attention_mask
-            if valid is None:
-                valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=device)
-            strategy = config.default_global_tokens
-            global_mask = default_global_mask(
-                self.auto_global_tokens if strategy == "auto" else strategy,
-                valid,
-                input_ids=input_ids,
-                token_type_ids=token_type_ids,
-                sep_token_id=config.sep_token_id,
-            )
-        if global_mask is not None and config.max_global_tokens is not None:
-            global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
-        if can_read_values(hidden_states, validate=False):
-            if attention_mask is not None and attention_mask.all():
-                attention_mask = None
-            if global_mask is not None and not global_mask.any():
-                global_mask = None
-        return attention_mask, global_mask
 
 
 class AdaptiveSparseLMHead(nn.Module):
