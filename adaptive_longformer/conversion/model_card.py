@@ -5,6 +5,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from adaptive_longformer.configuration.remote_code import auto_class
+
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PIPELINES = {
@@ -14,6 +16,7 @@ _PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
+    "ForConditionalGeneration": "summarization",
 }
 
 
@@ -35,10 +38,10 @@ def model_card(
     Args:
         name: the folder's name.
         source: what the user named as the source: a hub id or a folder.
-        config: the AdaptiveSparseConfig of the result.
+        config: the configuration of the result.
         parity: what is known about the difference between the logits.
     """
-    head = target_class.removeprefix("AdaptiveSparse")
+    head = "For" + target_class.split("For", 1)[1] if "For" in target_class else "Model"
     is_hub_id = bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
     front_matter = f"base_model: {source}\n" if is_hub_id else ""
     link = f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{Path(source).name}`"
@@ -50,7 +53,7 @@ def model_card(
         source_class=source_class,
         source_link=link,
         target_class=target_class,
-        auto_class=f"AutoModel{head.removeprefix('Model')}",
+        auto_class=auto_class(target_class),
         num_parameters=f"{num_parameters:,}",
         dtype=str(config.dtype).removeprefix("torch."),
         max_sequence_length=config.max_sequence_length,

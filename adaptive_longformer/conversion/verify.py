@@ -41,6 +41,7 @@ def measure_agreement(
     max_length: int,
     windows: list[int],
     takes_global_attention_mask: bool,
+    target_length: int | None = None,
     with_pooler: bool = True,
     progress: Callable[[str, int, int], None],
 ) -> Agreement:
@@ -48,11 +49,16 @@ def measure_agreement(
 
     Two rows per batch, the second padded on the right; a few lengths around the window; without a
     global mask (each model's own default) and, where the source takes one, with a random one.
+
+    Args:
+        target_length: of an encoder-decoder, how many tokens the decoder can read; else None.
     """
     lengths = _lengths(max_length, max(windows))
     worst, largest = 0.0, 0.0
     for step, length in enumerate(lengths):
         for inputs in _inputs(source.config, head, length, takes_global_attention_mask):
+            if target_length is not None:
+                inputs.update(_decoder_inputs(inputs, source.config, head, target_length))
             with torch.no_grad():
                 expected = outputs_of(source, inputs, with_pooler)
                 found = outputs_of(converted, inputs, with_pooler)
@@ -70,7 +76,13 @@ def outputs_of(
 ) -> list[torch.Tensor]:
     """Return a model's logits, or what a model without a head puts out."""
     output = model(**inputs)
-    names = ["logits", "start_logits", "end_logits", "last_hidden_state"]
+    names = [
+        "logits",
+        "start_logits",
+        "end_logits",
+        "last_hidden_state",
+        "encoder_last_hidden_state",
+    ]
     if with_pooler:
         names.append("pooler_output")
     return [output[name] for name in names if output.get(name) is not None]
@@ -98,19 +110,20 @@ def _inputs(
     attention_mask[1, valid:] = 0
     input_ids[1, valid:] = config.pad_token_id if config.pad_token_id is not None else 0
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if config.type_vocab_size > 1:
+    if getattr(config, "type_vocab_size", 1) > 1:
         shape = input_ids.shape
         inputs["token_type_ids"] = torch.randint(config.type_vocab_size, shape, generator=generator)
     if takes_global_attention_mask:
         global_mask = (torch.rand(input_ids.shape, generator=generator) < 0.05).long()
         global_mask[:, 0] = 1
         yield _as_choices({**inputs, "global_attention_mask": global_mask * attention_mask}, head)
-        if head in ("ForQuestionAnswering", "ForMultipleChoice"):
+        separator = getattr(config, "sep_token_id", None)
+        if head in ("ForQuestionAnswering", "ForMultipleChoice") and separator is not None:
             # Question, two separators, text, separator: what the source insists on.
             if valid < 8:
                 return
             for row, end in enumerate((length, valid)):
-                input_ids[row, [3, 4, end - 1]] = config.sep_token_id
+                input_ids[row, [3, 4, end - 1]] = separator
         elif head == "Model":
             # Without a head of its own the default depends on the head around it.
             inputs["global_attention_mask"] = torch.zeros_like(input_ids)
@@ -122,3 +135,16 @@ def _as_choices(inputs: dict[str, torch.Tensor], head: str) -> dict[str, torch.T
     if head != "ForMultipleChoice":
         return inputs
     return {name: tensor.unsqueeze(0) for name, tensor in inputs.items()}
+
+
+def _decoder_inputs(
+    inputs: dict[str, torch.Tensor], config, head: str, target_length: int
+) -> dict[str, torch.Tensor]:
+    """A short random text for the decoder, or what makes it read the document itself."""
+    input_ids = inputs["input_ids"]
+    if head != "ForSequenceClassification":
+        length = min(9, target_length, input_ids.shape[1])
+        return {"decoder_input_ids": input_ids[:, :length].flip(1)}
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    last = inputs["attention_mask"].sum(dim=1, keepdim=True) - 1
+    return {"input_ids": input_ids.scatter(1, last, end)}
