@@ -11,7 +11,11 @@ from typing import NoReturn
 _COMMANDS = {
     "convert": (
         "adaptive_longformer.conversion.command",
-        "take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        "take over a Longformer, LED, RoBERTa or BERT checkpoint, or give it back",
+    ),
+    "summarize": (
+        "adaptive_longformer.inference.summarize_command",
+        "summarise a text file",
     ),
     "quickstart": (
         "adaptive_longformer.quickstart",
