@@ -16,12 +16,16 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseModel,
     AdaptiveSparsePreTrainedModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
 from adaptive_longformer.modeling.registration import register_with_transformers
 
 register_with_transformers()
 
 __all__ = [
     "AdaptiveSparseConfig",
+    "AdaptiveSparseForCausalLM",
     "AdaptiveSparseForMaskedLM",
     "AdaptiveSparseForMultipleChoice",
     "AdaptiveSparseForQuestionAnswering",

@@ -14,7 +14,7 @@ _HEADS = (
     "ForTokenClassification",
 )
 
-# One import each: a copy of the classes would be a second class with the same name.
+# Imports only: a copy of the classes would be a second class with the same name.
 REMOTE_CODE_FILES = {
     f"{_CONFIGURATION}.py": (
         f"from adaptive_longformer.configuration.{_CONFIGURATION} import AdaptiveSparseConfig\n"
@@ -22,12 +22,14 @@ REMOTE_CODE_FILES = {
     f"{_MODELING}.py": (
         f"from adaptive_longformer.modeling.{_MODELING} import "
         f"{', '.join('AdaptiveSparse' + head for head in _HEADS)}\n"
+        f"from adaptive_longformer.modeling.{_MODELING}_causal import AdaptiveSparseForCausalLM\n"
     ),
 }
 
 # For `auto_map` in config.json.
 AUTO_MAP = {"AutoConfig": f"{_CONFIGURATION}.AdaptiveSparseConfig"} | {
-    f"AutoModel{head.removeprefix('Model')}": f"{_MODELING}.AdaptiveSparse{head}" for head in _HEADS
+    f"AutoModel{head.removeprefix('Model')}": f"{_MODELING}.AdaptiveSparse{head}"
+    for head in (*_HEADS, "ForCausalLM")
 }
 
 

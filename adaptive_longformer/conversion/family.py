@@ -53,6 +53,8 @@ class Family:
         default_global_tokens: what the source does per head when the user gives no global mask.
         tokenizer_class: the tokenizer of a checkpoint that does not name one.
         takes_global_attention_mask: whether the source's forward has that argument.
+        heads: which heads the source has and we too.
+        is_dense: whether every token of the source attends to every other one.
         other_heads: names of source classes that hold one of our heads and more.
     """
 
@@ -64,6 +66,8 @@ class Family:
     default_global_tokens: dict[str, str]
     tokenizer_class: str
     takes_global_attention_mask: bool = False
+    heads: tuple[str, ...] = HEADS
+    is_dense: bool = True
     other_heads: dict[str, str] = field(default_factory=dict)
 
     def position_offset(self, config: PreTrainedConfig) -> int:
@@ -87,6 +91,16 @@ class Family:
             fields["attention_window"] = 2 * usable
         fields.update(self.constants, default_global_tokens=self.default_global_tokens[head])
         return fields
+
+    def exact_length(self, config: PreTrainedConfig, head: str) -> int | None:
+        """Return up to how many tokens both models see the same; None: for any length."""
+        if not self.is_dense:
+            return None
+        return config.max_position_embeddings - self.position_offset(config)
+
+    def notes(self, config: PreTrainedConfig, head: str) -> list[str]:
+        """Return what a user of this source should know, one sentence each."""
+        return []
 
 
 def _one_value_if_equal(window: int | list[int]) -> int | list[int]:

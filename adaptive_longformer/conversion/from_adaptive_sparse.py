@@ -43,7 +43,8 @@ def plan_reversal(folder: Path) -> Plan:
     check_family(raw.get("model_type"), {AdaptiveSparseConfig.model_type})
     config = _read_config(raw)
     family = _family(config)
-    head = head_of(TARGET_CLASS_PREFIX, (config.architectures or ["AdaptiveSparseModel"])[0], {})
+    architecture = (config.architectures or ["AdaptiveSparseModel"])[0]
+    head = head_of(TARGET_CLASS_PREFIX, architecture, family.heads, {})
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
 
@@ -69,7 +70,7 @@ def plan_reversal(folder: Path) -> Plan:
     missing = [name for name in missing if not _is_duplicate(family, name, full_names)]
     if missing:
         notes.append(f"no {', '.join(missing)} in this checkpoint: newly initialised at loading")
-    _note_what_is_lost(family, config, source_config, notes)
+    _note_what_is_lost(family, head, config, source_config, notes)
     extra_file = Checkpoint(folder, [folder / EXTRA_FILE]) if extra else None
 
     def load(name: str) -> torch.Tensor:
@@ -87,8 +88,8 @@ def plan_reversal(folder: Path) -> Plan:
         config=reversed_raw,
         tensors=tensors,
         load=load,
-        complete=not missing,
-        exact_length=_exact_length(family, config, rows),
+        complete=not any(_is_read(name, family, head, config) for name in missing),
+        exact_length=_exact_length(family, head, config, source_config, rows),
         model_max_length=rows - family.position_offset(config)
         if rows != config.max_position_embeddings
         else None,
@@ -109,7 +110,7 @@ def _family(config: AdaptiveSparseConfig) -> Family:
         return FAMILIES[source_config["model_type"]]
     if config.separate_global_projections:
         return FAMILIES["longformer"]
-    return FAMILIES["bert" if config.head_style == "bert" else "roberta"]
+    return FAMILIES[config.head_style]
 
 
 def _full_name(name: str) -> str:
@@ -171,6 +172,8 @@ def _source_config(family: Family, head: str, config: AdaptiveSparseConfig) -> d
     for name in family.fields:
         if now.get(name) != then.get(name):
             raw[name] = now.get(name)
+    if bool(raw.get("is_decoder")) != (head == "ForCausalLM"):
+        raw["is_decoder"] = head == "ForCausalLM"
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if raw.get(dtype) not in (None, now.get("dtype")):
         raw[dtype] = now["dtype"]
@@ -213,19 +216,30 @@ def _is_duplicate(family: Family, name: str, tensors: dict[str, torch.Tensor]) -
     return usual in tensors and usual != name
 
 
-def _exact_length(family: Family, config: AdaptiveSparseConfig, rows: int) -> int | None:
-    if family.takes_global_attention_mask:
-        return None
+def _is_read(name: str, family: Family, head: str, config: AdaptiveSparseConfig) -> bool:
+    """Tell whether our model has a source's tensor too; BigBird's heads have idle poolers."""
+    with torch.device("meta"):
+        model = target_class(head)(config)
+    ours = {_full_name(our_name) for our_name, _ in model.named_parameters()}
+    return family.table.to_target(name) in ours
+
+
+def _exact_length(
+    family: Family, head: str, config: AdaptiveSparseConfig, source_config: Any, rows: int
+) -> int | None:
+    if not family.is_dense:
+        return family.exact_length(source_config, head)
     windows = config.attention_window
     narrowest = min(windows) if isinstance(windows, list) else windows
     return min(narrowest // 2 + 1, rows - family.position_offset(config))
 
 
 def _note_what_is_lost(
-    family: Family, config: AdaptiveSparseConfig, source_config: Any, notes: list[str]
+    family: Family, head: str, config: AdaptiveSparseConfig, source_config: Any, notes: list[str]
 ) -> None:
     dilated = config.attention_dilation not in (1, [1] * config.num_hidden_layers)
-    if config.attention_pattern != "longformer" or dilated:
+    pattern = family.target_fields(source_config, head)["attention_pattern"]
+    if config.attention_pattern != pattern or dilated:
         notes.append(
             f"attention_pattern {config.attention_pattern!r} with attention_dilation "
             f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"

@@ -39,12 +39,13 @@ def plan_conversion(
     check_family(raw.get("model_type"), FAMILIES)
     family = FAMILIES[raw["model_type"]]
     config = read_source_config(raw)
-    _check_is_encoder(raw)
+    _check_attention(raw)
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
 
     names = {name: family.table.to_target(name) for name in checkpoint.tensors}
     head = _head(family, raw, {name for name in names.values() if name}, notes)
+    _check_is_causal(config, head)
     fields, overrides, exact_length = _target_fields(
         family, config, head, max_positions, attention_window, notes
     )
@@ -127,10 +128,23 @@ def _dtype(tensors: dict[str, torch.Tensor]) -> str:
     return str(tensor.dtype if tensor is not None else torch.float32).removeprefix("torch.")
 
 
-def _check_is_encoder(raw: dict[str, Any]) -> None:
-    for name in ("is_decoder", "add_cross_attention"):
-        if raw.get(name):
-            raise ValueError(f"source: {name} = true in config.json; only encoders convert")
+def _check_is_causal(config: PreTrainedConfig, head: str) -> None:
+    is_decoder = bool(getattr(config, "is_decoder", False))
+    if is_decoder != (head == "ForCausalLM"):
+        allowed = "only encoders and causal language models convert"
+        if not is_decoder:
+            allowed = "its tokens attend to later ones, which a causal language model's must not"
+        raise ValueError(
+            f"source: is_decoder = {str(is_decoder).lower()} in config.json; {allowed}"
+        )
+
+
+def _check_attention(raw: dict[str, Any]) -> None:
+    if raw.get("add_cross_attention"):
+        raise ValueError(
+            "source: add_cross_attention = true in config.json; a decoder of an encoder does not "
+            "convert"
+        )
     style = raw.get("position_embedding_type", "absolute")
     if style != "absolute":
         raise ValueError(
@@ -141,7 +155,7 @@ def _check_is_encoder(raw: dict[str, Any]) -> None:
 def _head(family: Family, raw: dict[str, Any], names: set[str], notes: list[str]) -> str:
     architectures = raw.get("architectures")
     if architectures:
-        return head_of(family.class_prefix, architectures[0], family.other_heads)
+        return head_of(family.class_prefix, architectures[0], family.heads, family.other_heads)
     head = head_from_tensors(names)
     notes.append(
         f"config.json names no architecture; its tensors are those of {family.class_prefix}{head}"
@@ -162,7 +176,8 @@ def _target_fields(
     overrides: dict[str, Any] = {}
     offset = family.position_offset(config)
     usable = config.max_position_embeddings - offset
-    exact_length = None if family.takes_global_attention_mask else usable
+    exact_length = family.exact_length(config, head)
+    notes += family.notes(config, head)
     if max_positions is not None:
         if not usable <= max_positions <= MAX_POSITIONS:
             raise ValueError(
@@ -175,6 +190,11 @@ def _target_fields(
                 f"the position table was extended from {usable} to {max_positions} tokens by "
                 "repeating it: fine-tune before trusting inputs longer than the source's"
             )
+    if attention_window is not None and fields["attention_pattern"] != "longformer":
+        raise ValueError(
+            f"attention_window: {attention_window!r} is not allowed; the pattern "
+            f"{fields['attention_pattern']!r} of this source has none"
+        )
     if attention_window is not None:
         before = _windows(fields["attention_window"], config)
         if isinstance(attention_window, list) and len(attention_window) != len(before):
@@ -200,7 +220,7 @@ def _target_fields(
                 f"attention_window {attention_window} instead of {fields['attention_window']}: "
                 f"logits equal the source's only up to {exact_length} tokens"
             )
-    elif not family.takes_global_attention_mask:
+    elif family.is_dense:
         notes.append(
             f"attention_window {fields['attention_window']}, twice the source's {usable} tokens: "
             f"logits equal the source's up to {usable} tokens; --attention-window makes it smaller "
@@ -228,7 +248,8 @@ def _special_tokens(
             "sep_token_id": end[0] if isinstance(end, list) else end,
             "cls_token_id": config.bos_token_id,
         }
-    return found | {name: raw[name] for name in found if isinstance(raw.get(name), int)}
+    stated = {name: raw.get(name, getattr(config, name, None)) for name in found}
+    return found | {name: value for name, value in stated.items() if isinstance(value, int)}
 
 
 def _special_token_ids(folder: Path) -> dict[str, int]:
