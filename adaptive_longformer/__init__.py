@@ -19,6 +19,9 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseModel,
     AdaptiveSparsePreTrainedModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
     AdaptiveSparseSeq2SeqForQuestionAnswering,
@@ -32,6 +35,7 @@ register_with_transformers()
 
 __all__ = [
     "AdaptiveSparseConfig",
+    "AdaptiveSparseForCausalLM",
     "AdaptiveSparseForConditionalGeneration",
     "AdaptiveSparseForMaskedLM",
     "AdaptiveSparseForMultipleChoice",

@@ -39,6 +39,7 @@ ENCODER_ATTENTION_FIELDS = (
     "attention_stride",
     "num_random_blocks",
     "block_size",
+    "attention_seed",
     "default_global_tokens",
     "separate_global_projections",
     "attention_backend",
@@ -78,8 +79,8 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         attention_pattern: of the encoder, see `AdaptiveSparseConfig`; the decoder's self-attention
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
-            separate_global_projections, attention_backend, max_global_tokens, zero_padded_rows: of
-            the encoder, see `AdaptiveSparseConfig`.
+            attention_seed, separate_global_projections, attention_backend, max_global_tokens,
+            zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -133,6 +134,7 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     attention_stride: int = 128
     num_random_blocks: int = 3
     block_size: int = 64
+    attention_seed: int = 0
     default_global_tokens: str = "auto"
     separate_global_projections: bool = False
     attention_backend: str = "auto"

@@ -5,12 +5,16 @@ from pathlib import Path
 
 _HEADS = (
     "Model",
+    "ForCausalLM",
     "ForMaskedLM",
     "ForMultipleChoice",
     "ForQuestionAnswering",
     "ForSequenceClassification",
     "ForTokenClassification",
 )
+
+# Where a class is if not in modeling_{model_type}.
+_MODULES = {"AdaptiveSparseForCausalLM": "modeling_adaptive_sparse_causal"}
 
 # Model type -> configuration class, and Auto class -> model class.
 _CLASSES = {
@@ -50,16 +54,21 @@ def auto_class(architecture: str) -> str:
 def remote_code_files(model_type: str) -> dict[str, str]:
     """File name -> content of the files that `auto_map` names.
 
-    One import each: a copy of the classes would be a second class with the same name.
+    Imports only: a copy of the classes would be a second class with the same name.
     """
     configuration, models = _CLASSES[model_type]
-    package = "adaptive_longformer"
+    module = f"modeling_{model_type}"
+    imported: dict[str, list[str]] = {}
+    for model in models.values():
+        imported.setdefault(_MODULES.get(model, module), []).append(model)
     return {
         f"configuration_{model_type}.py": (
-            f"from {package}.configuration.configuration_{model_type} import {configuration}\n"
+            f"from adaptive_longformer.configuration.configuration_{model_type} "
+            f"import {configuration}\n"
         ),
-        f"modeling_{model_type}.py": (
-            f"from {package}.modeling.modeling_{model_type} import {', '.join(models.values())}\n"
+        f"{module}.py": "".join(
+            f"from adaptive_longformer.modeling.{name} import {', '.join(names)}\n"
+            for name, names in imported.items()
         ),
     }
 

@@ -43,8 +43,11 @@ def resolve_masks(
         if valid is None:
             valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=device)
         strategy = config.default_global_tokens
+        if strategy == "auto":
+            has_global_blocks = config.attention_pattern == "big_bird"
+            strategy = "none" if has_global_blocks else auto_global_tokens
         global_mask = default_global_mask(
-            auto_global_tokens if strategy == "auto" else strategy,
+            strategy,
             valid,
             input_ids=input_ids,
             token_type_ids=token_type_ids,

@@ -156,7 +156,7 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
         super().__init__(config, config.encoder_ffn_dim)
-        self.attention = AdaptiveSparseAttention(config, layer_idx, bias=config.use_bias)
+        self.attention = AdaptiveSparseAttention(config, layer_idx, output_bias=config.use_bias)
         self.attention_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
@@ -165,9 +165,12 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
+        random_step: torch.Tensor | None = None,
     ) -> torch.Tensor:
         read = self._before(self.attention_layer_norm, hidden_states)
-        attended, _ = self.attention(read, attention_mask, global_mask, output_attentions)
+        attended, _ = self.attention(
+            read, attention_mask, global_mask, output_attentions, random_step
+        )
         hidden_states = self._after(self.attention_layer_norm, hidden_states, attended)
         hidden_states = self._feed_forward(hidden_states)
         if hidden_states.dtype == torch.float16:
@@ -254,6 +257,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         is_pre_norm = config.norm_style == "pre"
         self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
         self.auto_global_tokens = auto_global_tokens
+        self._register_random_step()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -318,8 +322,9 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         )
         if output_attentions is None:
             output_attentions = config.output_attentions
+        random_step = self._next_random_step()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, global_mask, output_attentions)
+            hidden_states = layer(hidden_states, mask, global_mask, output_attentions, random_step)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -594,7 +599,10 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
     """Encoder and decoder with a language head, for summaries and other texts about a document."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embeddings.word_embeddings.weight"}
-    _keys_to_ignore_on_load_missing = ["final_logits_bias"]
+    _keys_to_ignore_on_load_missing = [
+        "final_logits_bias",
+        *(AdaptiveSparsePreTrainedModel._keys_to_ignore_on_load_missing or ()),
+    ]
     accepts_loss_kwargs = True
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:

@@ -4,6 +4,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
@@ -32,6 +33,9 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
     AdaptiveSparseSeq2SeqForQuestionAnswering,
@@ -42,6 +46,7 @@ from adaptive_longformer.modeling.peft_targets import register_peft_targets
 
 AUTO_MODELS = {
     AutoModel: AdaptiveSparseModel,
+    AutoModelForCausalLM: AdaptiveSparseForCausalLM,
     AutoModelForMaskedLM: AdaptiveSparseForMaskedLM,
     AutoModelForMultipleChoice: AdaptiveSparseForMultipleChoice,
     AutoModelForPreTraining: AdaptiveSparseForMaskedLM,

@@ -71,7 +71,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a Longformer, LED, RoBERTa or BERT checkpoint to ours, with equal logits, or back.
+    """Convert a checkpoint of another family to ours, with equal logits, or back.
 
     The target is written to a temporary folder beside it and moved to its place at the end: after
     an error there is nothing at the target, or what was there before.
@@ -83,7 +83,7 @@ def convert_checkpoint(
             131072; the position table is extended by repeating it. None: as many as the source.
         attention_window: tokens each token sees around itself, both sides together, even; one
             number or one per layer. None: Longformer's own; for RoBERTa and BERT twice their
-            longest input, which makes the logits equal.
+            longest input, which makes the logits equal. BigBird attends by blocks: not allowed.
         verify: run both models on random token ids and refuse a result whose logits differ by more
             than 1e-5 * max(1, max|logit|).
         reverse: the source is one of our checkpoints and goes back to the family it came from.
@@ -179,7 +179,6 @@ def _verify(
     source = _load(plan.source_class, folder, plan.complete)
     converted = _load(plan.target_class, staging, plan.complete)
     ours, theirs = (source, converted) if reverse else (converted, source)
-    windows = ours.config.attention_window
     usable = min(ours.config.max_sequence_length, family.max_length(theirs.config))
     target_length = None
     if family.target is SEQ2SEQ:
@@ -191,7 +190,7 @@ def _verify(
         converted,
         head=head,
         max_length=min(usable, plan.exact_length or usable),
-        windows=windows if isinstance(windows, list) else [windows],
+        windows=_windows(ours.config),
         with_pooler=plan.complete,
         takes_global_attention_mask=family.takes_global_attention_mask,
         target_length=target_length,
@@ -203,6 +202,14 @@ def _verify(
             f"{TOLERANCE * max(1.0, agreement.largest):.3g}; nothing was written"
         )
     return agreement.difference
+
+
+def _windows(config: Any) -> list[int]:
+    """Return after how many tokens each layer of our model stops seeing everything, about."""
+    if config.attention_pattern == "big_bird":
+        return [config.pattern(0).dense_length]
+    windows = config.attention_window
+    return windows if isinstance(windows, list) else [windows]
 
 
 def _head(class_name: str) -> str:

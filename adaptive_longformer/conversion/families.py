@@ -3,13 +3,16 @@
 import transformers
 
 from adaptive_longformer.conversion.bert import BERT
+from adaptive_longformer.conversion.big_bird import BIG_BIRD
+from adaptive_longformer.conversion.bigbird_pegasus import BIGBIRD_PEGASUS
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.led import LED
 from adaptive_longformer.conversion.longformer import LONGFORMER
 from adaptive_longformer.conversion.roberta import ROBERTA
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LONGFORMER, LED, ROBERTA, BERT)
+    family.model_type: family
+    for family in (LONGFORMER, LED, BIG_BIRD, BIGBIRD_PEGASUS, ROBERTA, BERT)
 }
 
 
@@ -22,7 +25,7 @@ def head_of(family: Family, architecture: str) -> str:
     """Return the head that the name of a source's class stands for.
 
     Raises:
-        ValueError: the class has a head that we have not.
+        ValueError: the class has a head that its family has not, or we have not.
     """
     prefix = family.class_prefix
     head = architecture.removeprefix(prefix)
@@ -37,7 +40,7 @@ def head_of(family: Family, architecture: str) -> str:
 
 def head_from_tensors(names: set[str]) -> str:
     """Guess a head from (our) names of a checkpoint's tensors, if its configuration names none."""
-    if "qa_outputs.weight" in names:
+    if names & {"qa_outputs.weight", "qa_outputs.out_proj.weight"}:
         return "ForQuestionAnswering"
     if "classifier.out_proj.weight" in names:
         return "ForSequenceClassification"

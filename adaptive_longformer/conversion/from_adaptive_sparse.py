@@ -90,7 +90,7 @@ def plan_reversal(folder: Path) -> Plan:
         config=reversed_raw,
         tensors=tensors,
         load=load,
-        complete=not missing,
+        complete=not any(_is_read(name, family, head, config) for name in missing),
         exact_length=_exact_length(family, head, config, source_config, rows),
         model_max_length=rows - family.position_offset(config) if rows != our_rows else None,
         notes=notes,
@@ -109,10 +109,10 @@ def _family(config: Any) -> Family:
     if source_config.get("model_type") in FAMILIES:
         return FAMILIES[source_config["model_type"]]
     if config.model_type == SEQ2SEQ.config_class.model_type:
-        return FAMILIES["led"]
+        return FAMILIES["led" if config.norm_style == "post" else "bigbird_pegasus"]
     if config.separate_global_projections:
         return FAMILIES["longformer"]
-    return FAMILIES["bert" if config.head_style == "bert" else "roberta"]
+    return FAMILIES[config.head_style]
 
 
 def _name_tensors(
@@ -177,6 +177,8 @@ def _source_config(family: Family, head: str, config: Any) -> dict[str, Any]:
     for ours, theirs in family.copied_fields.items():
         if now.get(ours) != then.get(ours):
             raw[theirs] = now.get(ours)
+    if bool(raw.get("is_decoder")) != (head == "ForCausalLM"):
+        raw["is_decoder"] = head == "ForCausalLM"
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if raw.get(dtype) not in (None, now.get("dtype")):
         raw[dtype] = now["dtype"]
@@ -218,6 +220,14 @@ def _is_duplicate(family: Family, name: str, tensors: dict[str, torch.Tensor]) -
         return False
     usual = family.table.to_source(ours)
     return usual in tensors and usual != name
+
+
+def _is_read(name: str, family: Family, head: str, config: Any) -> bool:
+    """Tell whether our model has a source's tensor too; BigBird's heads have idle poolers."""
+    with torch.device("meta"):
+        model = family.target.classes[head](config)
+    ours = {family.target.full_name(our_name) for our_name, _ in model.named_parameters()}
+    return family.table.to_target(name) in ours
 
 
 def _exact_length(

@@ -12,6 +12,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PIPELINES = {
     "Model": "feature-extraction",
     "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
@@ -57,11 +58,23 @@ def model_card(
         num_parameters=f"{num_parameters:,}",
         dtype=str(config.dtype).removeprefix("torch."),
         max_sequence_length=config.max_sequence_length,
-        pattern=f"{config.attention_pattern}, window {config.attention_window} tokens",
+        pattern=_pattern(config),
         global_tokens=config.default_global_tokens,
         parity=parity,
         notes="".join(f"- {note}\n" for note in notes) or "None.\n",
     )
+
+
+def _pattern(config: Any) -> str:
+    """Return the attention pattern in words."""
+    if config.attention_pattern == "big_bird":
+        return (
+            f"big_bird, blocks of {config.block_size} tokens, {config.num_random_blocks} random "
+            "blocks in training"
+        )
+    if config.attention_pattern == "full":
+        return "full"
+    return f"{config.attention_pattern}, window {config.attention_window} tokens"
 
 
 def _license(folder: Path) -> str:

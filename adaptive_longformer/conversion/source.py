@@ -37,6 +37,7 @@ _HUB_COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "sentencepiece.bpe.model",
+    "spiece.model",
     "generation_config.json",
     "chat_template.jinja",
     "README.md",

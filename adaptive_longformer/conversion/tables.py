@@ -53,8 +53,13 @@ class Table:
         return _all(self._to_source, name)
 
 
-def bert_encoder(prefix: str) -> list[tuple[str, str]]:
-    """Return the rows of the encoder that BERT introduced and RoBERTa and Longformer kept."""
+def bert_encoder(prefix: str, pooler: str = "pooler.dense") -> list[tuple[str, str]]:
+    """Return the rows of the encoder that BERT introduced and the other families kept.
+
+    Args:
+        prefix: the source's name for its base model, with the dot.
+        pooler: its name for the pooler's linear layer.
+    """
     layer = prefix + "encoder.layer.{layer}."
     ours = "model.layers.{layer}."
     return [
@@ -79,7 +84,17 @@ def bert_encoder(prefix: str) -> list[tuple[str, str]]:
         (layer + "intermediate.dense.{parameter}", ours + "intermediate.{parameter}"),
         (layer + "output.dense.{parameter}", ours + "output.{parameter}"),
         (layer + "output.LayerNorm.{parameter}", ours + "output_layer_norm.{parameter}"),
-        (prefix + "pooler.dense.{parameter}", "model.pooler.dense.{parameter}"),
+        (prefix + pooler + ".{parameter}", "model.pooler.dense.{parameter}"),
+    ]
+
+
+def bert_lm_head() -> list[tuple[str, str]]:
+    """Return the rows of the language modelling head that BERT introduced and BigBird kept."""
+    return [
+        ("cls.predictions.transform.dense.{parameter}", "lm_head.dense.{parameter}"),
+        ("cls.predictions.transform.LayerNorm.{parameter}", "lm_head.layer_norm.{parameter}"),
+        ("cls.predictions.bias", "lm_head.decoder.bias"),
+        ("cls.predictions.decoder.{parameter}", "lm_head.decoder.{parameter}"),
     ]
 
 

@@ -16,6 +16,9 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
     AdaptiveSparseSeq2SeqForQuestionAnswering,
@@ -70,6 +73,7 @@ ENCODER = Target(
     classes={
         "Model": AdaptiveSparseModel,
         "ForMaskedLM": AdaptiveSparseForMaskedLM,
+        "ForCausalLM": AdaptiveSparseForCausalLM,
         "ForSequenceClassification": AdaptiveSparseForSequenceClassification,
         "ForTokenClassification": AdaptiveSparseForTokenClassification,
         "ForQuestionAnswering": AdaptiveSparseForQuestionAnswering,

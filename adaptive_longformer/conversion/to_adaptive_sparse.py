@@ -33,13 +33,14 @@ def plan_conversion(
     family = FAMILIES[raw["model_type"]]
     target = family.target
     config = read_source_config(raw)
-    _check_is_supported(raw)
+    _check_attention(raw)
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
 
     names = {name: family.table.to_target(name) for name in checkpoint.tensors}
     head = _head(family, raw, {name for name in names.values() if name}, notes)
     target_class = target.classes[head]
+    _check_is_causal(config, head)
     fields, overrides, exact_length = _target_fields(
         family, config, head, max_positions, attention_window, notes
     )
@@ -123,12 +124,23 @@ def _dtype(word_embeddings: torch.Tensor | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_is_supported(raw: dict[str, Any]) -> None:
-    for name in ("is_decoder", "add_cross_attention"):
-        if raw.get(name):
-            raise ValueError(
-                f"source: {name} = true in config.json; only encoders and encoder-decoders convert"
-            )
+def _check_is_causal(config: PreTrainedConfig, head: str) -> None:
+    is_decoder = bool(getattr(config, "is_decoder", False))
+    if is_decoder != (head == "ForCausalLM"):
+        allowed = "only encoders and causal language models convert"
+        if not is_decoder:
+            allowed = "its tokens attend to later ones, which a causal language model's must not"
+        raise ValueError(
+            f"source: is_decoder = {str(is_decoder).lower()} in config.json; {allowed}"
+        )
+
+
+def _check_attention(raw: dict[str, Any]) -> None:
+    if raw.get("add_cross_attention"):
+        raise ValueError(
+            "source: add_cross_attention = true in config.json; a decoder of an encoder does not "
+            "convert"
+        )
     style = raw.get("position_embedding_type", "absolute")
     if style != "absolute":
         raise ValueError(
@@ -174,6 +186,11 @@ def _target_fields(
                 f"the position table was extended from {usable} to {max_positions} tokens by "
                 "repeating it: fine-tune before trusting inputs longer than the source's"
             )
+    if attention_window is not None and fields["attention_pattern"] != "longformer":
+        raise ValueError(
+            f"attention_window: {attention_window!r} is not allowed; the pattern "
+            f"{fields['attention_pattern']!r} of this source has none"
+        )
     if attention_window is not None:
         before = _windows(fields["attention_window"], config)
         if isinstance(attention_window, list) and len(attention_window) != len(before):
@@ -227,7 +244,8 @@ def _special_tokens(
             "sep_token_id": end[0] if isinstance(end, list) else end,
             "cls_token_id": config.bos_token_id,
         }
-    found |= {name: raw[name] for name in found if isinstance(raw.get(name), int)}
+    stated = {name: raw.get(name, getattr(config, name, None)) for name in found}
+    found |= {name: value for name, value in stated.items() if isinstance(value, int)}
     return {
         name: value for name, value in found.items() if hasattr(family.target.config_class, name)
     }

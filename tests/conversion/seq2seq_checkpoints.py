@@ -12,8 +12,16 @@ from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.conversion.target import SEQ2SEQ
 from adaptive_longformer.testing import randomize_all_parameters, vary_with_position
 
-FAMILIES = {"led": "LED"}
-HEADS = {"led": ("Model", "ForConditionalGeneration", "ForQuestionAnswering")}
+FAMILIES = {"led": "LED", "bigbird_pegasus": "BigBirdPegasus"}
+HEADS = {
+    "led": ("Model", "ForConditionalGeneration", "ForQuestionAnswering"),
+    "bigbird_pegasus": (
+        "Model",
+        "ForConditionalGeneration",
+        "ForQuestionAnswering",
+        "ForSequenceClassification",
+    ),
+}
 OUTPUTS = (
     "logits",
     "start_logits",
@@ -40,6 +48,13 @@ def source_config(family, **fields):
             attention_window=64,
             max_encoder_position_embeddings=4096,
             max_decoder_position_embeddings=1100,
+        )
+    else:
+        common.update(
+            max_position_embeddings=1100,
+            block_size=16,
+            num_random_blocks=2,
+            use_bias=True,
         )
     common.update(fields)
     return getattr(transformers, FAMILIES[family] + "Config")(**common)
@@ -87,7 +102,8 @@ def _models(family, head, varied, fields):
         lists = {name: list(value) for name, value in fields if isinstance(value, tuple)}
         source = source_model(family, head, **{**dict(fields), **lists})
         if varied:
-            vary_with_position(source, 10.0)
+            # Scaled word embeddings are larger.
+            vary_with_position(source, 10.0 if family == "led" else 50.0)
         source.save_pretrained(f"{folder}/source")
         convert_checkpoint(f"{folder}/source", f"{folder}/target")
         return source, load_converted(f"{folder}/target", head)
@@ -140,6 +156,9 @@ def make_inputs(
 
 def outputs_of(model, inputs, valid=None):
     """What a head puts out, and the encoded document (with `valid`, only where that is True)."""
+    if hasattr(model.get_encoder(), "set_attention_type"):
+        # After one short input Transformers' BigBird-Pegasus stays dense for good.
+        model.get_encoder().set_attention_type(model.config.attention_type)
     output = model(**inputs)
     found = {name: output[name] for name in OUTPUTS if output.get(name) is not None}
     if valid is not None:
