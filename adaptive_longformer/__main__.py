@@ -9,16 +9,21 @@ from typing import NoReturn
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
-    "build-kernels": (
-        "adaptive_longformer.build_kernels",
-        "compile the attention kernels now instead of at their first use",
     "answer": (
         "adaptive_longformer.inference.answer_command",
         "find the answer to a question in a long text",
     ),
+    "build-kernels": (
+        "adaptive_longformer.build_kernels",
+        "compile the attention kernels now instead of at their first use",
+    ),
     "convert": (
         "adaptive_longformer.conversion.command",
-        "take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        "take over a Longformer, LED, RoBERTa or BERT checkpoint, or give it back",
+    ),
+    "summarize": (
+        "adaptive_longformer.inference.summarize_command",
+        "summarise a text file",
     ),
     "doctor": (
         "adaptive_longformer.doctor",

@@ -13,9 +13,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `convert` and its arguments."""
     parser = subparsers.add_parser(
         "convert",
-        help="take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        help="take over a checkpoint of another family, or give it back",
         description=(
-            "Convert a Longformer, RoBERTa or BERT checkpoint with equal logits, or give it back."
+            "Convert a Longformer, LED, BigBird, RoBERTa or BERT checkpoint with equal logits, or "
+            "give it back."
         ),
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
