@@ -150,15 +150,16 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         total = past_length + length
         mask = boolean_mask("attention_mask", attention_mask, (batch_size, total), validate)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
         if mask is not None:
-            device = input_ids.device if input_ids is not None else inputs_embeds.device
-            mask = mask.to(device)
+            mask = mask.to(tokens.device)
             if can_read_values(mask, validate=False) and mask.all():
                 mask = None
         if position_ids is None:
-            position_ids = self._position_ids(mask, past_length, total)
+            position_ids = self._position_ids(mask, past_length, total, tokens.device)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        sink_rank = self._sink_rank(mask, batch_size, total)
+        sink_rank = self._sink_rank(mask, batch_size, total, tokens.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -178,10 +179,9 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         )
 
     def _position_ids(
-        self, mask: torch.Tensor | None, past_length: int, total: int
+        self, mask: torch.Tensor | None, past_length: int, total: int, device: torch.device
     ) -> torch.Tensor:
         """Rows of the position table of the new tokens: [batch or 1, length]."""
-        device = self.embeddings.position_embeddings.weight.device
         longest = total
         if mask is None:
             index = torch.arange(past_length, total, device=device)[None]
@@ -193,14 +193,13 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         return index + self.config.position_offset
 
     def _sink_rank(
-        self, mask: torch.Tensor | None, batch_size: int, total: int
+        self, mask: torch.Tensor | None, batch_size: int, total: int, device: torch.device
     ) -> torch.Tensor | None:
         """The how-manieth sink every token is, int64 [batch, total]; None if there are none."""
         num_sinks = self.config.num_sink_tokens
         if num_sinks == 0 or not self.config.uses_global_tokens:
             return None
         if mask is None:
-            device = self.embeddings.position_embeddings.weight.device
             rank = torch.arange(total, device=device).expand(batch_size, -1)
         else:
             rank = (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, num_sinks)
