@@ -24,6 +24,12 @@ from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive import (
+    AdaptiveSelection,
+    SelectionState,
+    density_loss,
+    set_selection_strength,
+)
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
 from adaptive_longformer.modeling.input_checks import (
@@ -151,8 +157,11 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
+        selection_state: SelectionState | None = None,
     ) -> torch.Tensor:
-        attended, _ = self.attention(hidden_states, attention_mask, global_mask, output_attentions)
+        attended, _ = self.attention(
+            hidden_states, attention_mask, global_mask, output_attentions, selection_state
+        )
         hidden_states = self.attention_layer_norm(self.dropout(attended) + hidden_states)
         if not self.chunk_size:
             return self._feed_forward(hidden_states)
@@ -186,6 +195,8 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
     _can_compile_fullgraph = True
     _supports_context_parallel = False
+    # A checkpoint of another pattern becomes adaptive by its configuration alone.
+    _keys_to_ignore_on_load_missing = [r"\.adaptive\."]
     _can_record_outputs = {
         "hidden_states": AdaptiveSparseLayer,
         "attentions": AdaptiveSparseAttention,
@@ -219,6 +230,29 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
                 "Convert it first, then load TARGET:\n"
                 f"    adaptive-longformer convert {source} TARGET"
             )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AdaptiveSelection):
+            module.reset_parameters()
+
+    def set_selection_strength(self, strength: float) -> None:
+        """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
+
+        Args:
+            strength: from 0 (not at all, the source's pattern) to 1 (as the window is).
+
+        Raises:
+            ValueError: the number is out of range, or the pattern is another one.
+        """
+        set_selection_strength(self, strength)
+
+    def add_density_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of a head with what `config.target_density` adds to it in training."""
+        target = self.config.target_density
+        if target is None or not self.training or self.config.attention_pattern != "adaptive":
+            return loss
+        return loss + density_loss(self, target)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -322,9 +356,21 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         )
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, global_mask, output_attentions)
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                global_mask,
+                output_attentions,
+                self._selection_state(validate),
+            )
         pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _selection_state(self, validate: bool) -> SelectionState | None:
+        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
+        if self.config.attention_pattern != "adaptive" or torch.compiler.is_compiling():
+            return None
+        return SelectionState(validate)
 
     def _check_indices(
         self,
@@ -463,6 +509,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return MaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -545,6 +592,7 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type)
+            loss = self.add_density_loss(loss)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -601,6 +649,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
@@ -663,6 +712,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            loss = self.add_density_loss(loss)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -727,8 +777,11 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
         outputs = self.model(*flat, validate, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         logits = logits.view(batch_size, num_choices)
+        loss = None
+        if labels is not None:
+            loss = self.add_density_loss(choice_loss(logits, labels))
         return MultipleChoiceModelOutput(
-            loss=None if labels is None else choice_loss(logits, labels),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -656,7 +656,7 @@ class _Search:
         """The vote over all nodes of a level: votes, candidates [1, 1, nodes], and which are
         open.
         """
-        heads, rows = self.queries.shape[:2]
+        rows = self.queries.shape[1]
         span = FAN_OUT ** (level - 1)
         num_nodes = _ceil_div(self.row.num_blocks, span)
         if self.is_causal:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -194,7 +196,7 @@ def test_visited_nodes_grow_with_the_logarithm_of_the_length():
     options = RoutingOptions()
     lengths = [2**k for k in range(14, 24)]
     visited = [options.visited_nodes(length // 64) for length in lengths]
-    for shorter, longer in zip(visited, visited[1:]):
+    for shorter, longer in itertools.pairwise(visited):
         assert longer - shorter <= 256
     assert visited[-1] <= visited[0] + 256 * 5
 
@@ -340,11 +342,8 @@ def test_attention_is_one_softmax_over_window_globals_and_chosen_blocks(kind, is
         for head in range(2):
             for row in range(selected.counts.shape[2]):
                 for block in chosen(selected, batch, head, row):
-                    rows, columns = (
-                        slice(row * 16, row * 16 + 16),
-                        slice(block * 16, block * 16 + 16),
-                    )
-                    visible[batch, head, rows, columns] = True
+                    rows = slice(row * 16, row * 16 + 16)
+                    visible[batch, head, rows, block * 16 : block * 16 + 16] = True
     if is_global is not None:
         real_global = is_global & mask
         visible |= real_global[:, None, None] | real_global[:, None, :, None]
