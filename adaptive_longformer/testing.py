@@ -9,6 +9,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import Adap
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
+from adaptive_longformer.modeling.adaptive import selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,
@@ -97,6 +98,30 @@ def tiny_model(
 ) -> Any:
     """A model of `tiny_config(**overrides)` in evaluation mode, every parameter random."""
     return randomize_all_parameters(model_class(tiny_config(**overrides))).eval()
+
+
+def tiny_adaptive_model(
+    model_class: type[AdaptiveSparsePreTrainedModel] = AdaptiveSparseModel, **overrides: Any
+) -> Any:
+    """A tiny model that selects 4 blocks of 16 tokens at full strength, every parameter random.
+
+    Gates, budgets and windows are drawn between 0.5 and 1.
+    """
+    values: dict[str, Any] = {
+        "attention_pattern": "adaptive",
+        "block_size": 16,
+        "query_block_size": 16,
+        "num_selected_blocks": 4,
+        "selection_strength": 1.0,
+        "selection_top_p": 1.0,
+    }
+    model = tiny_model(model_class, **{**values, **overrides})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in selections(model):
+            for parameter in (part.gate, part.budget, part.span):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5)
+    return model
 
 
 def tiny_inputs(

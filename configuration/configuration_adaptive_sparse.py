@@ -1,14 +1,17 @@
 """The configuration of the adaptive_sparse encoder."""
 
 import os
+from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from adaptive_longformer.attention.backends import BACKENDS
+from adaptive_longformer.attention.routing import RoutingOptions
 from adaptive_longformer.configuration.presets import preset
 from adaptive_longformer.configuration.remote_code import write_remote_code
 from adaptive_longformer.patterns.big_bird import BigBird
+from adaptive_longformer.patterns.block_layout import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from adaptive_longformer.patterns.fixed import Fixed
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.pattern import Pattern
@@ -26,6 +29,7 @@ ALLOWED = {
         "fixed",
         "random_blocks",
         "big_bird",
+        "adaptive",
     ),
     "default_global_tokens": ("auto", "none", "first", "question", "after_separator"),
     "position_style": ("roberta", "bert"),
@@ -42,6 +46,10 @@ POSITIVE = (
     "attention_stride",
     "num_random_blocks",
     "block_size",
+    "query_block_size",
+    "num_selected_blocks",
+    "selection_start_nodes",
+    "selection_beam_width",
 )
 WITHOUT_GLOBAL_TOKENS = ("full", "sliding_window")
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
@@ -73,15 +81,36 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             "random_blocks" (random blocks and sliding window), "big_bird" (global blocks at both
             ends, a window of blocks, in training also random blocks; see
             `adaptive_longformer.patterns.big_bird`); the last four also take global tokens.
+            "adaptive" is "longformer", and every block of queries reads a few more blocks of keys
+            that it chooses itself, as far as `selection_strength` lets it.
         attention_window: keys seen around each query, in tokens, half on each side (Longformer's
             convention: 512 means 256 before and 256 after). One even number, or one per layer.
         attention_dilation: only every so-manieth neighbour is in the window; one number, or one per
             layer.
         attention_stride: stride of the patterns "strided" and "fixed", in tokens.
         num_random_blocks: blocks each query block draws in "random_blocks" and "big_bird".
-        block_size: tokens per block in "random_blocks" and "big_bird".
+        block_size: tokens per block in "random_blocks" and "big_bird", and per block of keys in
+            "adaptive".
         attention_seed: seed of the blocks that "big_bird" draws anew for every layer and training
             step.
+        query_block_size: tokens per block of queries in "adaptive"; it divides `block_size` or is a
+            multiple of it.
+        num_selected_blocks: blocks of keys that each block of queries may choose.
+        selection_strength: from 0, chosen blocks are not read at all, to 1, they are read as the
+            window is; 0 reproduces "longformer" bit for bit. Of a fresh layer: a checkpoint brings
+            its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
+        selection_top_p: a block of queries chooses no more blocks once the window, the global
+            tokens and the chosen blocks have this share of its attention; 1: no limit. Of a fresh
+            layer, as above.
+        selection_start_nodes: nodes of the pyramid that the search starts from; documents of up to
+            `selection_start_nodes * block_size` tokens are searched exactly.
+        selection_beam_width: nodes the search keeps per level.
+        num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
+            of a document, at most 4.
+        target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
+            that training should leave to a query; None: budgets and windows are not pressed.
+        head_budgets: for every layer the number of blocks that each head may choose, as written by
+            `calibrate`; None: `num_selected_blocks`.
         default_global_tokens: which tokens are global when no `global_attention_mask` is given.
             "none", "first" (first valid token), "question" (before the first separator),
             "after_separator", or "auto": "none" for the pattern "big_bird", which has its global
@@ -137,6 +166,15 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
+    query_block_size: int = 64
+    num_selected_blocks: int = 8
+    selection_strength: float | int = 0.0
+    selection_top_p: float | int = 0.95
+    selection_start_nodes: int = 256
+    selection_beam_width: int = 64
+    num_learned_global_blocks: int = 0
+    target_density: float | int | None = None
+    head_budgets: list[list[int]] | None = None
     default_global_tokens: str = "auto"
     separate_global_projections: bool = False
     attention_backend: str = "auto"
@@ -200,8 +238,22 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         """Whether the pattern takes global tokens at all."""
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
+    @property
+    def routing_options(self) -> RoutingOptions:
+        """How "adaptive" layers choose blocks."""
+        return RoutingOptions(
+            num_blocks=self.num_selected_blocks,
+            block_size=self.block_size,
+            query_block_size=self.query_block_size,
+            start_nodes=self.selection_start_nodes,
+            beam_width=self.selection_beam_width,
+            num_global_blocks=self.num_learned_global_blocks,
+        )
+
     def pattern(self, layer_idx: int) -> Pattern:
-        """The attention pattern of one layer, without its global tokens."""
+        """The attention pattern of one layer, without its global tokens and without the blocks that
+        an adaptive layer chooses.
+        """
         if self.attention_pattern == "full":
             return Full()
         if self.attention_pattern == "strided":
@@ -263,6 +315,71 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                     f"position_style 'roberta' needs at least "
                     f"pad_token_id + 2 = {self.pad_token_id + 2}"
                 )
+        self._validate_selection()
+
+    def _validate_selection(self) -> None:
+        if not 0 <= self.selection_strength <= 1:
+            raise ValueError(
+                f"selection_strength is {self.selection_strength}, a number from 0 to 1 is needed"
+            )
+        for name in ("selection_top_p", "target_density"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}, a number above 0 and up to 1 is needed")
+        if not 0 <= self.num_learned_global_blocks <= 4:
+            raise ValueError(
+                f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
+            )
+        known = {field.name for field in fields(self)}
+        unknown = sorted(n for n in vars(self) if n.startswith("selection_") and n not in known)
+        if unknown:
+            raise ValueError(
+                f"unknown fields {', '.join(unknown)}: this configuration may be from a newer "
+                "version of adaptive-longformer"
+            )
+        if self.attention_pattern == "adaptive":
+            self._validate_adaptive_sizes()
+        if self.head_budgets is not None:
+            is_shaped = len(self.head_budgets) == self.num_hidden_layers and all(
+                len(heads) == self.num_attention_heads for heads in self.head_budgets
+            )
+            if not is_shaped or not all(
+                0 <= budget <= self.num_selected_blocks
+                for heads in self.head_budgets
+                for budget in heads
+            ):
+                raise ValueError(
+                    f"head_budgets is {self.head_budgets}, num_hidden_layers = "
+                    f"{self.num_hidden_layers} lists of num_attention_heads = "
+                    f"{self.num_attention_heads} numbers from 0 to num_selected_blocks = "
+                    f"{self.num_selected_blocks} are needed"
+                )
+
+    def _validate_adaptive_sizes(self) -> None:
+        for name in ("block_size", "query_block_size"):
+            value = getattr(self, name)
+            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % 4:
+                raise ValueError(
+                    f"{name} is {value}, attention_pattern 'adaptive' needs a multiple of 4 from "
+                    f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
+                )
+        small, large = sorted((self.block_size, self.query_block_size))
+        if large % small:
+            raise ValueError(
+                f"query_block_size is {self.query_block_size} and block_size {self.block_size}: "
+                "one must be a multiple of the other"
+            )
+        num_blocks = -(-self.max_sequence_length // self.block_size)
+        if self.num_selected_blocks > num_blocks:
+            raise ValueError(
+                f"num_selected_blocks is {self.num_selected_blocks}, at most {num_blocks} is "
+                f"allowed: the longest document of {self.max_sequence_length} tokens has no more "
+                f"blocks of {self.block_size}"
+            )
+        dilations = self.attention_dilation
+        if any(d != 1 for d in (dilations if isinstance(dilations, list) else [dilations])):
+            raise ValueError(
+                f"attention_dilation is {dilations}, attention_pattern 'adaptive' needs 1"
+            )
 
     def _check_per_layer(self, name: str, needed: str, is_allowed) -> None:
         value = getattr(self, name)

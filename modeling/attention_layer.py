@@ -3,12 +3,15 @@
 import torch
 from torch import nn
 
+from adaptive_longformer.attention.alignment import left_padding, roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
+from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, SelectionState
+from adaptive_longformer.modeling.input_checks import can_read_values
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
@@ -56,6 +59,9 @@ class AdaptiveSparseAttention(nn.Module):
             self.key_global = nn.Linear(*sizes, bias=config.use_bias)
             self.value_global = nn.Linear(*sizes, bias=config.use_bias)
         self.output = nn.Linear(*sizes, bias=output_bias)
+        self.adaptive = None
+        if config.attention_pattern == "adaptive":
+            self.adaptive = AdaptiveSelection(config, layer_idx)
 
     def forward(
         self,
@@ -64,6 +70,7 @@ class AdaptiveSparseAttention(nn.Module):
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends and projects.
 
@@ -75,16 +82,28 @@ class AdaptiveSparseAttention(nn.Module):
                 memory).
             random_step: int64 scalar tensor, the training step that BigBird's random blocks are
                 drawn for; None: none are drawn.
+            selection_state: what an adaptive layer remembers of this forward pass.
 
         Returns:
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
         """
+        shifts = self._left_padding(attention_mask)
+        if shifts is not None:
+            hidden_states, attention_mask, global_mask = (
+                None if tensor is None else roll_rows(tensor, shifts)
+                for tensor in (hidden_states, attention_mask, global_mask)
+            )
+            assert hidden_states is not None
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
         )
-        pattern = self._pattern(hidden_states, random_step)
+        reads = Reads(self._pattern(hidden_states, random_step))
+        if self.adaptive is not None:
+            query, reads = self.adaptive(
+                query, key, attention_mask, global_mask, self.is_causal, selection_state
+            )
         dropout_p = self.dropout_p if self.training else 0.0
         if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
             # The operator then gives these projections gradients of zero, which DDP waits for.
@@ -94,12 +113,14 @@ class AdaptiveSparseAttention(nn.Module):
             "global_mask": global_mask,
             "global_qkv": self._global_projections(hidden_states),
             "scale": self.scale,
+            "entry_bias": reads.entry_bias,
+            "span": reads.span,
         }
         context = sparse_attention(
             query,
             key,
             value,
-            pattern,
+            reads.pattern_or_layout,
             dropout_p=dropout_p,
             dropout_seed=random_seed(query.device) if dropout_p else None,
             backend=self.config.attention_backend,
@@ -111,8 +132,25 @@ class AdaptiveSparseAttention(nn.Module):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
-            probabilities = attention_probabilities(query, key, pattern, **where)
-        return self.output(context), probabilities
+            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
+        output = self.output(context)
+        if shifts is not None:
+            output = roll_rows(output, -shifts)
+            if probabilities is not None:
+                probabilities = roll_rows(probabilities.transpose(1, 3), -shifts).transpose(1, 3)
+                probabilities = roll_rows(probabilities.transpose(1, 2), -shifts).transpose(1, 2)
+        return output, probabilities
+
+    def _left_padding(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """How far rows must move for their blocks to start at the first valid token; None: none
+        must.
+        """
+        if self.adaptive is None or attention_mask is None or not self.adaptive.is_active:
+            return None
+        shifts = left_padding(attention_mask)
+        if can_read_values(shifts, validate=False) and not shifts.any():
+            return None
+        return shifts
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None

@@ -25,6 +25,12 @@ from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive import (
+    AdaptiveSelection,
+    SelectionState,
+    density_loss,
+    set_selection_strength,
+)
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
@@ -156,9 +162,15 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
-            hidden_states, attention_mask, global_mask, output_attentions, random_step
+            hidden_states,
+            attention_mask,
+            global_mask,
+            output_attentions,
+            random_step,
+            selection_state,
         )
         return self.after_attention(attended, hidden_states)
 
@@ -196,8 +208,9 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
     _can_compile_fullgraph = True
-    # What the pooler or BigBird's training has left in a checkpoint may be missing or unused.
-    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$"]
+    # What the pooler or BigBird's training has left in a checkpoint may be missing or unused; a
+    # checkpoint of another pattern becomes adaptive by its configuration alone.
+    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$", r"\.adaptive\."]
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)random_step$", r"(^|\.)pooler\."]
     _supports_context_parallel = False
     _can_record_outputs = {
@@ -244,6 +257,8 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AdaptiveSparsePreTrainedModel) and "random_step" in module._buffers:
             init.zeros_(module.random_step)
+        if isinstance(module, AdaptiveSelection):
+            module.reset_parameters()
 
     def _register_random_step(self) -> None:
         """Gives a model whose layers draw BigBird's random blocks the number of its training step.
@@ -290,6 +305,24 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
                         f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
                     )
                 check_indices(name, indices, size, meaning, validate)
+
+    def set_selection_strength(self, strength: float) -> None:
+        """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
+
+        Args:
+            strength: from 0 (not at all, the source's pattern) to 1 (as the window is).
+
+        Raises:
+            ValueError: the number is out of range, or the pattern is another one.
+        """
+        set_selection_strength(self, strength)
+
+    def add_density_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of a head with what `config.target_density` adds to it in training."""
+        target = self.config.target_density
+        if target is None or not self.training or self.config.attention_pattern != "adaptive":
+            return loss
+        return loss + density_loss(self, target)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -404,10 +437,21 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         random_step = self._next_random_step()
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, attention_mask, global_mask, output_attentions, random_step
+                hidden_states,
+                attention_mask,
+                global_mask,
+                output_attentions,
+                random_step,
+                self._selection_state(validate),
             )
         pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _selection_state(self, validate: bool) -> SelectionState | None:
+        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
+        if self.config.attention_pattern != "adaptive" or torch.compiler.is_compiling():
+            return None
+        return SelectionState(validate)
 
 
 class AdaptiveSparseLMHead(nn.Module):
@@ -481,6 +525,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return MaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -568,6 +613,7 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type)
+            loss = self.add_density_loss(loss)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -624,6 +670,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
@@ -717,6 +764,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            loss = self.add_density_loss(loss)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -788,8 +836,11 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
         outputs = self.model(*flat, validate, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         logits = logits.view(batch_size, num_choices)
+        loss = None
+        if labels is not None:
+            loss = self.add_density_loss(choice_loss(logits, labels))
         return MultipleChoiceModelOutput(
-            loss=None if labels is None else choice_loss(logits, labels),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -9,6 +9,7 @@ pass recomputes them from the saved log-sum-exp.
 node with fixed shapes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -148,10 +149,13 @@ class _Problem:
             assert isinstance(window, SlidingWindow) and window.right is not None
             self.left = min(window.left, self.length)
             self.right = 0 if is_causal else min(window.right, self.length)
+            if span_length is not None:
+                self._narrow_to_span(span_length)
         self.tile_rows = min(_TILE_ROWS.get(self.device.type, 128), max(self.length, 1))
         if self.extra is not None:
             self.tile_rows = self.extra.query_block_size
         self.band = self._band()
+        self.span_tables = self._span_tables()
 
         self.positions = None
         near_valid = attention_mask
@@ -209,18 +213,28 @@ class _Problem:
         padded = torch.nn.functional.pad(tensor, (0, 0, 0, filler))
         return padded.reshape(-1, self.extra.key_block_size * self.head_dim)
 
+    def _narrow_to_span(self, span_length: torch.Tensor) -> None:
+        """Leaves out the columns in which no head has any weight."""
+        longest = float(span_length.detach().max()) + self.span_ramp
+        if math.isfinite(longest):
+            reach = max(math.ceil(longest) - 1, 0)
+            self.left, self.right = min(self.left, reach), min(self.right, reach)
+
+    def _band_offsets(self) -> torch.Tensor:
+        """Key position minus query position, in a tile whose first row has all its columns: [rows,
+        columns].
+        """
+        row = torch.arange(self.tile_rows, device=self.device)[:, None]
+        column = torch.arange(self.tile_rows + self.left + self.right, device=self.device)
+        return column - self.left - row
+
     def _band(self) -> torch.Tensor | None:
-        """0 inside the window and -inf outside, for a tile whose first row has all its columns:
-        [rows, columns].
+        """0 inside the window and -inf outside, for a tile as in `_band_offsets`: [rows,
+        columns].
         """
         if self.window is None or self.left + self.right >= 2 * self.length - 1:
             return None
-        row = torch.arange(self.tile_rows, device=self.device)[:, None]
-        offset = (
-            torch.arange(self.tile_rows + self.left + self.right, device=self.device)
-            - self.left
-            - row
-        )
+        offset = self._band_offsets()
         outside = (offset < -self.left) | (offset > self.right)
         return torch.zeros(outside.shape, dtype=self.dtype, device=self.device).masked_fill_(
             outside, -torch.inf
@@ -314,10 +328,29 @@ class _Problem:
 
     def span_weight(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """The adaptive span's weight and its logarithm: [heads, rows, columns]."""
+        if self.span_tables is None:
+            row = torch.arange(tile.start, tile.end, device=self.device)[:, None]
+            distance = (torch.arange(tile.first, tile.last, device=self.device) - row).abs()
+            return self._span_weight(distance, tile.heads)
+        offset = tile.first - (tile.start - self.left)
+        columns = slice(offset, offset + tile.last - tile.first)
+        weight, log_weight = self.span_tables
+        at = (tile.heads, slice(tile.end - tile.start), columns)
+        return weight[at], log_weight[at]
+
+    def _span_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The span's weight and its logarithm for a tile as in `_band_offsets`, the same for
+        all.
+        """
+        if self.span_length is None or self.band is None:
+            return None
+        return self._span_weight(self._band_offsets().abs(), slice(None))
+
+    def _span_weight(
+        self, distance: torch.Tensor, heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.span_length is not None
-        row = torch.arange(tile.start, tile.end, device=self.device)[:, None]
-        distance = (torch.arange(tile.first, tile.last, device=self.device) - row).abs()
-        length = self.span_length.detach().to(self.dtype)[tile.heads, None, None]
+        length = self.span_length.detach().to(self.dtype)[heads, None, None]
         weight = (length + self.span_ramp - distance) / self.span_ramp
         return weight, weight.clamp(MIN_WEIGHT, 1.0).log().masked_fill(weight <= 0, -torch.inf)
 

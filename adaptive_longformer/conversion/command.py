@@ -45,6 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--reverse", action="store_true", help="convert one of our checkpoints back to its source"
     )
     parser.add_argument(
+        "--drop-adaptive",
+        action="store_true",
+        help="with --reverse: leave out a selection of blocks that is in use (other logits)",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at TARGET"
     )
 
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             attention_window=args.attention_window,
             verify=args.verify,
             reverse=args.reverse,
+            drop_adaptive=args.drop_adaptive,
             overwrite=args.overwrite,
             progress=progress,
         )

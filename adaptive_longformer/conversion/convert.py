@@ -68,6 +68,7 @@ def convert_checkpoint(
     attention_window: int | list[int] | None = None,
     verify: bool = False,
     reverse: bool = False,
+    drop_adaptive: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -87,6 +88,8 @@ def convert_checkpoint(
         verify: run both models on random token ids and refuse a result whose logits differ by more
             than 1e-5 * max(1, max|logit|).
         reverse: the source is one of our checkpoints and goes back to the family it came from.
+        drop_adaptive: with reverse, leave out a selection of blocks that is in use; the logits
+            then differ.
         overwrite: replace a checkpoint that is at the target.
         progress: called with what is being done, how much of it is done, and how much there is.
 
@@ -104,12 +107,14 @@ def convert_checkpoint(
     if reverse and (max_positions is not None or attention_window is not None):
         name = "max_positions" if max_positions is not None else "attention_window"
         raise ValueError(f"{name}: not allowed together with reverse")
+    if drop_adaptive and not reverse:
+        raise ValueError("drop_adaptive: allowed only together with reverse")
     if isinstance(max_positions, bool) or not isinstance(max_positions, int | None):
         raise ValueError(f"max_positions: {max_positions!r} is not allowed; give a whole number")
     folder = locate(source, TARGETS if reverse else FAMILIES)
     target_folder = check_target(target, folder, overwrite)
     if reverse:
-        plan = plan_reversal(folder)
+        plan = plan_reversal(folder, drop_adaptive)
     else:
         plan = plan_conversion(folder, max_positions, attention_window)
     if verify:

@@ -23,11 +23,18 @@ from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
 from adaptive_longformer.conversion.to_adaptive_sparse import read_source_config
 
 
-def plan_reversal(folder: Path) -> Plan:
+def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
     """Decide what one of our checkpoints becomes in its source's family.
 
     A checkpoint that was only converted comes back bit for bit, names included; one that was
     fine-tuned comes back under the family's usual names.
+
+    Args:
+        folder: the checkpoint.
+        drop_adaptive: whether a selection that is in use may be left out, which changes the logits.
+
+    Raises:
+        ValueError: a selection is in use and may not be left out, or the checkpoint is damaged.
     """
     raw = read_json(folder / "config.json")
     check_family(raw.get("model_type"), TARGETS)
@@ -43,6 +50,7 @@ def plan_reversal(folder: Path) -> Plan:
         )
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
+    _leave_out_selection(config, checkpoint, drop_adaptive, notes)
 
     tensors, ours, extra = _name_tensors(family, head, config, folder, checkpoint, notes)
     reversed_raw = _source_config(family, head, config)
@@ -115,6 +123,30 @@ def _family(config: Any) -> Family:
     return FAMILIES[config.head_style]
 
 
+def _is_adaptive(name: str) -> bool:
+    return "adaptive" in name.split(".")
+
+
+def _leave_out_selection(
+    config: Any, checkpoint: Checkpoint, drop_adaptive: bool, notes: list[str]
+) -> None:
+    """Refuse a selection that is in use unless it may be dropped; without strength it is inert."""
+    if config.attention_pattern != "adaptive":
+        return
+    names = [
+        name for name in checkpoint.tensors if _is_adaptive(name) and name.endswith(".strength")
+    ]
+    strengths = [float(checkpoint.load(name)) for name in names] or [config.selection_strength]
+    if max(strengths) == 0:
+        return
+    if not drop_adaptive:
+        raise ValueError(
+            f"source: it selects blocks with strength {max(strengths):g}, which its source's "
+            "family cannot do; --drop-adaptive (drop_adaptive=True) leaves the selection out"
+        )
+    notes.append("the adaptive selection was left out: other logits")
+
+
 def _name_tensors(
     family: Family,
     head: str,
@@ -140,6 +172,8 @@ def _name_tensors(
     prefix = family.table.source_prefix
     tensors, ours, dropped = {}, {}, []
     for our_name, tensor in checkpoint.tensors.items():
+        if _is_adaptive(our_name):
+            continue
         usual = family.table.to_source(target.full_name(our_name))
         if usual is None:
             dropped.append(our_name)
@@ -245,7 +279,7 @@ def _note_what_is_lost(
 ) -> None:
     dilated = config.attention_dilation not in (1, [1] * config.num_hidden_layers)
     pattern = family.target_fields(source_config, head)["attention_pattern"]
-    if config.attention_pattern != pattern or dilated:
+    if config.attention_pattern not in (pattern, "adaptive") or dilated:
         notes.append(
             f"attention_pattern {config.attention_pattern!r} with attention_dilation "
             f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"

@@ -273,7 +273,7 @@ def _cached_layout(
             _pattern_entries(rest, window, *sizes, num_heads if rest.varies_by_head else 1)
         )
     if window is not None:
-        pieces.append(_window_entries(window, *sizes))
+        pieces.append(window_entries(window, *sizes))
     if not pieces:
         raise ValueError(
             f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the lists"
@@ -300,18 +300,24 @@ def _cached_layout(
     )
 
 
-def _window_entries(
-    window: SlidingWindow, length: int, query_block_size: int, key_block_size: int
+def window_entries(
+    window: SlidingWindow,
+    length: int,
+    query_block_size: int,
+    key_block_size: int,
+    device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key blocks and flags [1, num_query_blocks, width] of a window; flag 0 where there is no
-    entry.
+    entry, which is only at the end of a list.
     """
-    start = torch.arange(-(-length // query_block_size))[:, None] * query_block_size
+    start = torch.arange(-(-length // query_block_size), device=device)[:, None] * query_block_size
     end = (start + query_block_size).clamp(max=length) - 1
     first = (start - window.left).clamp(min=0) // key_block_size
     last = (end + window.right).clamp(max=length - 1) // key_block_size
-    width = int((last - first).max()) + 1 if length else 0
-    blocks = first + torch.arange(width)
+    assert window.right is not None
+    reach = (window.left + window.right + query_block_size - 2) // key_block_size + 2
+    width = min(reach, -(-length // key_block_size))
+    blocks = first + torch.arange(width, device=device)
     key_start = blocks * key_block_size
     key_end = (key_start + key_block_size).clamp(max=length) - 1
     full = (key_start >= end - window.left) & (key_end <= start + window.right)

@@ -1,0 +1,72 @@
+"""Writes what the heads have learned to do without into the model, for speed."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptive_longformer.analysis.sparsity import sparsity_report
+from adaptive_longformer.modeling.adaptive import selections
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model needs after training.
+
+    Attributes:
+        head_budgets: for every layer the blocks each head may select.
+        head_windows: for every layer the tokens each head sees to either side.
+        keys_per_query: keys of nonzero weight that a query reads, mean over the batches.
+        full_keys_per_query: the same if every budget and window were as wide as the configuration
+            allows.
+    """
+
+    head_budgets: list[list[int]]
+    head_windows: list[list[int]]
+    keys_per_query: float
+    full_keys_per_query: float
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibration:
+    """Fixes the number of blocks that every head may select to what its budget has left it.
+
+    Entries beyond it have no weight, so no output changes; a layer then searches for no more blocks
+    than its widest head reads, and not at all if no head reads any. The numbers are written into
+    the model, to be saved with it or with its adapter, and into `config.head_budgets`.
+
+    Args:
+        model: a model with attention_pattern "adaptive", trained, as it is or wrapped by PEFT.
+        batches: what its forward takes, to measure on; at least one.
+
+    Raises:
+        ValueError: there is no batch, or the model has no adaptive layers.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty, at least one batch to measure on is needed")
+    parts = selections(model)
+    after = [sparsity_report(model, batch).keys_per_query for batch in batches]
+    learned = [(part.gate.clone(), part.budget.clone(), part.span.clone()) for part in parts]
+    try:
+        for part in parts:
+            for parameter in (part.gate, part.budget, part.span):
+                parameter.fill_(1.0)
+        full = [sparsity_report(model, batch).keys_per_query for batch in batches]
+    finally:
+        for part, (gate, budget, span) in zip(parts, learned, strict=True):
+            part.gate.copy_(gate)
+            part.budget.copy_(budget)
+            part.span.copy_(span)
+    for part in parts:
+        part.head_budgets.copy_(part.rank_limit())
+    head_budgets = [part.head_budgets.tolist() for part in parts]
+    parts[0].config.head_budgets = head_budgets
+    return Calibration(
+        head_budgets=head_budgets,
+        head_windows=[part.head_windows().tolist() for part in parts],
+        keys_per_query=sum(after) / len(after),
+        full_keys_per_query=sum(full) / len(full),
+    )

@@ -1,0 +1,60 @@
+"""Lets a converted model start as its source and end with all it can choose."""
+
+import math
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adaptive_longformer.modeling.adaptive import set_selection_strength
+
+
+class SelectionRampCallback(TrainerCallback):
+    """Raises the selection strength from 1 / steps to its final value at the start of a training.
+
+    Before step s of the ramp's `steps` the strength is set to final_strength * s / steps, in the
+    model and in its configuration. A resumed training goes on where it was.
+
+    Args:
+        ramp_ratio: share of the training over which the strength rises.
+        final_strength: from above 0 to 1.
+
+    Raises:
+        ValueError: a number is out of range; or, when the training begins, the model's
+            attention_pattern is not "adaptive".
+    """
+
+    def __init__(self, ramp_ratio: float = 0.25, final_strength: float = 1.0) -> None:
+        if not 0 <= ramp_ratio <= 1:
+            raise ValueError(f"ramp_ratio is {ramp_ratio}, a number from 0 to 1 is needed")
+        if not 0 < final_strength <= 1:
+            raise ValueError(
+                f"final_strength is {final_strength}, a number above 0 and up to 1 is needed"
+            )
+        self.ramp_ratio = ramp_ratio
+        self.final_strength = final_strength
+        self._last: float | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._last = None
+        self.on_step_begin(args, state, control, **kwargs)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        steps = max(1, math.ceil(self.ramp_ratio * state.max_steps))
+        strength = self.final_strength * min(1.0, (state.global_step + 1) / steps)
+        if strength != self._last:
+            set_selection_strength(model, strength)
+            self._last = strength

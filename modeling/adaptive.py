@@ -1,0 +1,324 @@
+"""What a layer reads besides its window and the global tokens, and how strongly."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.routing import (
+    RoutingOptions,
+    SelectedBlocks,
+    select_blocks,
+    selection_layout,
+)
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+MIN_WEIGHT = 1e-6
+# Over how many ranks a budget fades out, and over how many tokens a window does.
+BUDGET_RAMP = 2.0
+WINDOW_RAMP = 32.0
+# How fast the price of density answers to a density above the target.
+PRICE_STEP = 0.01
+
+
+class Reads(NamedTuple):
+    """What a layer reads, as `sparse_attention` takes it."""
+
+    pattern_or_layout: Pattern | BlockLayout
+    entry_bias: torch.Tensor | None = None
+    span: AttentionSpan | None = None
+
+
+class SelectionState:
+    """One forward pass of one layer; the same object comes back when a checkpointed layer is
+    recomputed, and with it the choice that was made.
+
+    Attributes:
+        validate: whether to raise on values that are not finite.
+        selected: what was chosen, once it was.
+    """
+
+    def __init__(self, validate: bool = False) -> None:
+        self.validate = validate
+        self.selected: SelectedBlocks | None = None
+
+
+class AdaptiveSelection(nn.Module):
+    """Chooses blocks of keys for every block of queries, and weighs them.
+
+    The j-th best block of head h gets the weight
+
+        strength * gate_h * clamp((budget_h * num_blocks + ramp - j) / ramp, 0, 1)
+
+    as an additive logarithm, and leaves the list where that is 0. Blocks that a learned direction
+    chooses for the whole document get strength * gate_h * exp(direction . mean key). A learned
+    window per head, `AttentionSpan`, narrows what the pattern's window reads.
+
+    gate, budget and span start at 1, where nothing is weakened or narrowed. strength is 0 in a
+    converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
+    that PEFT's `modules_to_save=["adaptive"]` stores what a task has learned.
+
+    Attributes:
+        gate, budget, span: [heads]. The budget is a share of `num_selected_blocks`, the span of the
+            window's radius.
+        global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
+        strength, top_p: scalars, see `AdaptiveSparseConfig`.
+        head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`.
+        price: scalar, what a unit of density costs in training; the same in every layer.
+    """
+
+    strength: torch.Tensor
+    top_p: torch.Tensor
+    head_budgets: torch.Tensor
+    price: torch.Tensor
+
+    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.options: RoutingOptions = config.routing_options
+        window = config.pattern(layer_idx)
+        assert isinstance(window, SlidingWindow)
+        self.window = window
+        heads = config.num_attention_heads
+        self.gate = nn.Parameter(torch.ones(heads))
+        self.budget = nn.Parameter(torch.ones(heads))
+        self.span = nn.Parameter(torch.ones(heads))
+        if config.num_learned_global_blocks:
+            self.global_direction = nn.Parameter(torch.zeros(heads, config.hidden_size // heads))
+        else:
+            self.register_parameter("global_direction", None)
+        self.register_buffer("strength", torch.zeros(()))
+        self.register_buffer("top_p", torch.ones(()))
+        self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
+        self.register_buffer("price", torch.zeros(()))
+        self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Everything as in a fresh layer, except what a checkpoint brought."""
+        for parameter in (self.gate, self.budget, self.span):
+            init.ones_(parameter)
+        if self.global_direction is not None:
+            init.zeros_(self.global_direction)
+        init.constant_(self.strength, float(self.config.selection_strength))
+        init.constant_(self.top_p, float(self.config.selection_top_p))
+        init.zeros_(self.price)
+        if self.config.head_budgets is None:
+            init.constant_(self.head_budgets, self.config.num_selected_blocks)
+        else:
+            budgets = torch.tensor(self.config.head_budgets[self.layer_idx])
+            init.copy_(self.head_budgets, budgets)
+
+    def train(self, mode: bool = True) -> "AdaptiveSelection":
+        """As in torch; and forgets what was read, as some optimisers write behind torch's back."""
+        self._known.clear()
+        return super().train(mode)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is chosen or narrowed at all."""
+        return self._read("strength", lambda strength: bool(strength > 0))
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        global_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        state: SelectionState | None = None,
+    ) -> tuple[torch.Tensor, Reads]:
+        """Says what the layer reads.
+
+        Args:
+            query, key: [batch, heads, length, head_dim]; blocks start at slot 0, where each row's
+                first valid token should be.
+            attention_mask: bool [batch, length], True where a token is not padding; None: all are.
+            global_mask: bool [batch, length], True where a token is global; None: none is.
+            is_causal: whether later keys are hidden.
+            state: of this forward pass; None: nothing is remembered.
+
+        Returns:
+            The query, through which every trainable parameter of this module gets a gradient, zeros
+            if it took no part; and what the layer reads.
+        """
+        if torch.is_grad_enabled():
+            query = _Join.apply(query, *self.parameters())  # type: ignore[assignment]
+        if not self.is_active:
+            return query, Reads(self.window)
+        span = self._attention_span()
+        length, num_blocks = query.shape[2], self._read("head_budgets", lambda b: int(b.max()))
+        # Where the window reaches everywhere there is nothing to choose.
+        if length <= self.window.left + 1 or (
+            num_blocks == 0 and self.options.num_global_blocks == 0
+        ):
+            return query, Reads(self.window, span=span)
+        options = replace(self.options, num_blocks=max(num_blocks, 1))
+        selected = None if state is None else state.selected
+        if selected is None:
+            selected = select_blocks(
+                query.detach(),
+                key.detach(),
+                self.window,
+                options,
+                attention_mask=attention_mask,
+                global_mask=global_mask,
+                is_causal=is_causal,
+                top_p=self.top_p,
+                global_directions=self.global_direction,
+                validate=state is not None and state.validate,
+            )
+            if state is not None:
+                state.selected = selected
+        layout, slots = selection_layout(selected, self.window, length, options, self.rank_limit())
+        return query, Reads(layout, self._entry_bias(selected, slots), span)
+
+    def rank_limit(self) -> torch.Tensor:
+        """How many blocks of each head have a weight above 0: int64 [heads]."""
+        with torch.no_grad():
+            limit = (self._rank_weight(self.options.num_blocks) > 0).sum(dim=-1)
+            limit = torch.minimum(limit, self.head_budgets)
+            return limit * (self.gate > 0) * (self.strength > 0)
+
+    def head_windows(self) -> torch.Tensor:
+        """How many tokens each head sees to either side with a weight above 0: int64 [heads]."""
+        with torch.no_grad():
+            radius = self.window.left
+            reach = _precise(self.span).clamp(min=0.0) * radius + WINDOW_RAMP
+            return (reach.ceil() - 1).clamp(max=radius).long()
+
+    def density(self) -> torch.Tensor:
+        """The share of the keys of the full budget that a query may read, mean over heads.
+
+        A gate counts like a smaller budget, so that closing a head is a way to save as well.
+        """
+        window = 2.0 * self.window.left
+        blocks = float(self.options.num_blocks * self.options.block_size)
+        gate, budget, span = (
+            parameter.clamp(min=0.0) for parameter in (self.gate, self.budget, self.span)
+        )
+        return ((gate * budget * blocks + span * window) / (blocks + window)).mean()
+
+    def _rank_weight(self, num_blocks: int) -> torch.Tensor:
+        """The budget's weight of the best, second best, ... block: [heads, num_blocks]."""
+        rank = torch.arange(1, num_blocks + 1, device=self.budget.device)
+        kappa = _precise(self.budget)[:, None] * self.options.num_blocks
+        return ((kappa + BUDGET_RAMP - rank) / BUDGET_RAMP).clamp(0.0, 1.0)
+
+    def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
+        """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
+        weights = self._rank_weight(selected.key_blocks.shape[-1]).clamp(min=MIN_WEIGHT)
+        of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
+        of_head = of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
+        table = (weights.log() + of_head[:, None]).expand(slots.shape[0], -1, -1)
+        if self.global_direction is not None:
+            direction = _precise(self.global_direction)[:, None]
+            scores = (selected.global_means * direction).sum(dim=-1)
+            table = torch.cat([table, scores + of_head[:, None]], dim=-1)
+        table = table[:, :, None].expand(-1, -1, slots.shape[2], -1)
+        return table.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
+
+    def _attention_span(self) -> AttentionSpan | None:
+        """The learned windows; None where they are as wide as the pattern's and stay so."""
+        is_trained = torch.is_grad_enabled() and self.span.requires_grad
+        if not is_trained and not self._read("span", lambda span: bool((span < 1).any())):
+            return None
+        length = self.span.clamp(min=0.0) * self.window.left
+        return AttentionSpan(length, WINDOW_RAMP)
+
+    def _read(self, name: str, read: Callable[[torch.Tensor], Any]) -> Any:
+        """A value on the host that depends on one tensor, read again only when that changes."""
+        tensor = getattr(self, name)
+        if torch.compiler.is_compiling() and name in self._known:
+            return self._known[name][2]
+        version = None if tensor.is_inference() else tensor._version
+        known = self._known.get(name)
+        if known is None or version is None or known[0] is not tensor or known[1] != version:
+            known = self._known[name] = (tensor, version, read(tensor))
+        return known[2]
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _Join(torch.autograd.Function):
+    """The first tensor as it is; zeros as gradients of the others.
+
+    DistributedDataParallel waits for every parameter's gradient, also where its branch did not run.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        zeros = [
+            torch.zeros_like(parameter) if needed else None
+            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        ]
+        return grad, *zeros
+
+
+def selections(model: nn.Module) -> list[AdaptiveSelection]:
+    """The adaptive parts of a model, layer by layer; also of one that PEFT has wrapped."""
+    return [
+        module.adaptive  # type: ignore[misc]
+        for module in model.modules()
+        if "adaptive" in module._modules and hasattr(module.adaptive, "rank_limit")
+    ]
+
+
+def set_selection_strength(model: nn.Module, strength: float) -> None:
+    """Sets how strongly chosen blocks are read, in every layer and in the configuration.
+
+    Args:
+        model: one of our models, as it is or wrapped by PEFT.
+        strength: from 0 (they are not read and nothing is computed) to 1 (as the window is).
+
+    Raises:
+        ValueError: the number is out of range, or the model's attention_pattern is not "adaptive".
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, a number from 0 to 1 is needed")
+    parts = selections(model)
+    if not parts:
+        raise ValueError(
+            "the model has nothing to select with: load it with attention_pattern='adaptive'"
+        )
+    for part in parts:
+        part.strength.fill_(strength)
+        part.config.selection_strength = float(strength)
+
+
+def density_loss(model: nn.Module, target: float) -> torch.Tensor:
+    """What is added to a loss so that training ends at a density of `target`.
+
+    max(0, price + excess) * excess for an excess of density - target, with gradients of the second
+    factor only (augmented Lagrangian). The price rises while the density is above the target and
+    falls, to 0 at the least, below it (dual ascent); every call in training mode moves it.
+
+    Args:
+        model: a model with adaptive layers.
+        target: see `AdaptiveSparseConfig.target_density`.
+    """
+    parts = selections(model)
+    density = torch.stack([part.density() for part in parts]).mean()
+    excess = density - target
+    price = parts[0].price.clone()
+    if model.training:
+        with torch.no_grad():
+            moved = (price + PRICE_STEP * excess).clamp(min=0.0)
+            for part in parts:
+                part.price.copy_(moved)
+    return (price + excess.detach()).clamp(min=0.0) * excess

@@ -1,0 +1,383 @@
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.modeling.adaptive import (
+    BUDGET_RAMP,
+    AdaptiveSelection,
+    SelectionState,
+    density_loss,
+    selections,
+    set_selection_strength,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForSequenceClassification,
+    AdaptiveSparseForTokenClassification,
+    AdaptiveSparseModel,
+)
+from adaptive_longformer.testing import (
+    MODEL_CLASSES,
+    loss_of,
+    tiny_adaptive_model,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
+
+by_name = pytest.mark.parametrize("model_class", MODEL_CLASSES, ids=lambda cls: cls.__name__)
+
+
+def hidden_states_of(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state
+
+
+def operations_of(model, inputs):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        model(**inputs)
+    return [event.name for event in profiler.events()]
+
+
+@pytest.mark.parametrize("length", [10, 70, 900])
+@pytest.mark.parametrize("separate", [False, True])
+def test_without_strength_it_is_the_source_bit_for_bit(length, separate, tmp_path):
+    source = tiny_model(separate_global_projections=separate)
+    source.save_pretrained(tmp_path)
+    model = AdaptiveSparseModel.from_pretrained(tmp_path, attention_pattern="adaptive").eval()
+    source = AdaptiveSparseModel.from_pretrained(tmp_path).eval()
+    inputs = tiny_inputs(source, length, padding="left" if length == 70 else "right")
+    assert torch.equal(hidden_states_of(model, inputs), hidden_states_of(source, inputs))
+    assert operations_of(model, inputs) == operations_of(source, inputs)
+
+
+def test_without_strength_gradients_are_those_of_the_source(tmp_path):
+    source = tiny_model()
+    source.save_pretrained(tmp_path)
+    model = AdaptiveSparseModel.from_pretrained(tmp_path, attention_pattern="adaptive")
+    inputs = tiny_inputs(source, 200)
+    loss_of(source, inputs).backward()
+    loss_of(model, inputs).backward()
+    for name, parameter in model.named_parameters():
+        if ".adaptive." in name:
+            assert parameter.grad is not None and not parameter.grad.any(), name
+        else:
+            assert torch.equal(parameter.grad, source.get_parameter(name).grad), name
+
+
+@by_name
+def test_a_checkpoint_of_another_pattern_loads_by_configuration_alone(
+    model_class, tmp_path, caplog
+):
+    tiny_model(model_class).save_pretrained(tmp_path)
+    model, report = model_class.from_pretrained(
+        tmp_path,
+        attention_pattern="adaptive",
+        num_learned_global_blocks=1,
+        selection_strength=0.5,
+        output_loading_info=True,
+    )
+    assert not any(report.values())
+    assert "adaptive" not in caplog.text
+    for part in selections(model):
+        assert (part.gate == 1).all() and (part.budget == 1).all() and (part.span == 1).all()
+        assert (part.strength, part.price) == (0.5, 0) and part.top_p == pytest.approx(0.95)
+        assert (part.head_budgets == 8).all()
+
+
+def test_everything_learned_is_saved_and_loaded(tmp_path):
+    model = tiny_adaptive_model(AdaptiveSparseForMaskedLM, num_learned_global_blocks=2)
+    model.set_selection_strength(0.25)
+    for part in selections(model):
+        part.price.fill_(0.125)
+        part.head_budgets.fill_(3)
+        part.top_p.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = AdaptiveSparseForMaskedLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.selection_strength == 0.25
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    inputs = tiny_inputs(model, 300)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("length", [1, 33, 64, 65, 500, 1000])
+def test_every_length_equals_the_dense_definition(length):
+    model = tiny_adaptive_model(separate_global_projections=length % 2 == 0)
+    inputs = tiny_inputs(model, length, padding="left" if length % 3 else "right")
+    output = hidden_states_of(model, inputs)
+    model.config.attention_backend = "reference"
+    torch.testing.assert_close(output, hidden_states_of(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
+    model = tiny_adaptive_model()
+    inputs = tiny_inputs(model, 300, padding="left")
+    with torch.no_grad():
+        output = model(**inputs, output_attentions=True)
+    padded = inputs["attention_mask"] == 0
+    for attention in output.attentions:
+        assert attention.shape == (2, 4, 300, 300)
+        sums = attention.sum(dim=-1)
+        torch.testing.assert_close(sums[0], torch.ones(4, 300))
+        assert not attention[1, :, :, padded[1]].any()
+        # More than the window and the first token are read.
+        position = torch.arange(300)
+        far = ((position[:, None] - position).abs() > 16) & (position != 0)
+        assert (attention[0] * far).sum() > 1
+
+
+@pytest.mark.parametrize(
+    ("length", "left", "right"),
+    [(300, 1, 0), (300, 64, 0), (300, 0, 64), (20, 700, 24), (300, 0, 700), (300, 700, 0)],
+)
+@pytest.mark.parametrize("start_nodes", [256, 2])
+def test_padding_changes_nothing(length, left, right, start_nodes):
+    model = tiny_adaptive_model(selection_start_nodes=start_nodes, selection_beam_width=2)
+    inputs = tiny_inputs(model, length, padding="none")
+    expected = hidden_states_of(model, inputs)
+    pad = model.config.pad_token_id
+    padded = {
+        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (left, right), value=pad),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (left, right)),
+    }
+    actual = hidden_states_of(model, padded)[:, left : left + length]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_strength_matters_and_choice_reaches_far():
+    model = tiny_adaptive_model(num_hidden_layers=1)
+    inputs = tiny_inputs(model, 600, padding="none")
+    outputs = []
+    for strength in (0.0, 1e-3, 0.5, 1.0):
+        model.set_selection_strength(strength)
+        outputs.append(hidden_states_of(model, inputs))
+    differences = [(output - outputs[0]).abs().max() for output in outputs]
+    assert 0 < differences[1] < differences[2] < differences[3]
+
+
+def tiny_selection(**overrides):
+    config = tiny_config(
+        attention_pattern="adaptive", block_size=8, query_block_size=8, num_selected_blocks=4,
+        num_attention_heads=2, hidden_size=8, attention_window=8, selection_strength=0.7,
+        selection_top_p=1.0, **overrides,
+    )  # fmt: skip
+    return AdaptiveSelection(config, 0).double()
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        1.0,  # weight 1 of the last block: a kink
+        1.1,
+        0.5,  # weights 1, 1, 0.5, 0: the second and the fourth at kinks
+        0.4,
+        0.0,
+    ],
+)
+@pytest.mark.parametrize("span", [1.0, 0.6])
+def test_gradients_are_those_of_the_weights_at_and_beside_the_kinks(budget, span):
+    """One-sided differences bracket the gradient at a kink and equal it elsewhere."""
+    torch.manual_seed(0)
+    part = tiny_selection(num_learned_global_blocks=1)
+    query, key, value = torch.randn(3, 1, 2, 60, 4, dtype=torch.float64)
+    state = SelectionState()
+    with torch.no_grad():
+        part.budget.fill_(budget)
+        part.span.fill_(span)
+        part.gate.copy_(torch.tensor([0.9, 0.3]))
+        part.global_direction.normal_(generator=torch.Generator().manual_seed(1))
+
+    def loss():
+        _, reads = part(query, key, state=state)
+        layout, bias, attention_span = reads
+        output = sparse_attention(
+            query, key, value, layout, entry_bias=bias, span=attention_span, backend="blocked"
+        )
+        weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
+        return (output.flatten() * weight).sum()
+
+    loss().backward()
+    step = 1e-6
+    for name, parameter in part.named_parameters():
+        for index in range(parameter.numel()):
+            slopes = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    start = parameter.view(-1)[index].item()
+                    base = loss().item()
+                    parameter.view(-1)[index] = start + sign * step
+                    slopes.append((loss().item() - base) / (sign * step))
+                    parameter.view(-1)[index] = start
+            gradient = parameter.grad.view(-1)[index].item()
+            assert gradient == gradient
+            low, high = min(slopes), max(slopes)
+            margin = 1e-5 * max(1.0, abs(low), abs(high))
+            assert low - margin <= gradient <= high + margin, (name, index)
+
+
+def test_gradients_of_queries_keys_and_values_pass_gradcheck():
+    torch.manual_seed(0)
+    part = tiny_selection()
+    tensors = [torch.randn(1, 2, 22, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    state = SelectionState()  # the choice is held fixed, as it has no gradient
+
+    def attend(query, key, value, gate, budget, span):
+        with torch.no_grad():
+            part(query, key, state=state)
+        for name, tensor in (("gate", gate), ("budget", budget), ("span", span)):
+            part._parameters[name] = tensor
+        query, reads = part(query, key, state=state)
+        return sparse_attention(
+            query, key, value, reads.pattern_or_layout, entry_bias=reads.entry_bias,
+            span=reads.span, backend="blocked",
+        )  # fmt: skip
+
+    weights = [
+        torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        for values in ([0.9, 0.4], [0.8, 0.6], [0.9, 0.7])
+    ]
+    assert torch.autograd.gradcheck(attend, (*tensors, *weights))
+
+
+def test_entries_of_weight_zero_leave_the_list():
+    torch.manual_seed(0)
+    part = tiny_selection()
+    query, key = torch.randn(2, 1, 2, 200, 4, dtype=torch.float64)
+    with torch.no_grad():
+        part.budget.copy_(torch.tensor([0.0, 0.25]))  # kappa 0 and 1
+        _, reads = part(query, key)
+    assert part.rank_limit().tolist() == [1, 2]
+    far = (reads.pattern_or_layout.flags & 32) != 0
+    assert far.sum(dim=-1).amax(dim=-1).tolist() == [[1, 2]]
+    expected = torch.log(torch.tensor([0.7 * (BUDGET_RAMP - 1) / BUDGET_RAMP])).item()
+    assert reads.entry_bias[0, 0][far[0, 0]].unique().item() == pytest.approx(expected)
+    with torch.no_grad():
+        part.gate.fill_(0.0)
+        _, reads = part(query, key)
+    assert not ((reads.pattern_or_layout.flags & 32) != 0).any()
+
+
+def test_a_narrower_window_reads_less_and_a_full_one_costs_nothing():
+    part = tiny_selection()
+    query, key = torch.randn(2, 1, 2, 200, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert part(query, key)[1].span is None
+        part.span[0] = 0.5
+        assert part(query, key)[1].span.length.tolist() == [2.0, 4.0]
+    assert part(query, key)[1].span is not None
+
+
+def test_checkpointed_layers_do_not_choose_again(monkeypatch):
+    from adaptive_longformer.modeling import adaptive
+
+    calls, original = [], adaptive.select_blocks
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(adaptive, "select_blocks", counted)
+    model = tiny_adaptive_model(AdaptiveSparseForMaskedLM).train()
+    inputs = tiny_inputs(model, 300, with_labels=True)
+    loss_of(model, inputs).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for use_reentrant in (False, True):
+        calls.clear()
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        loss_of(model, inputs).backward()
+        assert len(calls) == 2  # one per layer
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@by_name
+def test_every_head_trains_the_selection(model_class):
+    model = tiny_adaptive_model(model_class, num_learned_global_blocks=1).train()
+    inputs = tiny_inputs(model, 300, with_labels=True)
+    loss_of(model, inputs).backward()
+    # Of the last layer some heads read only a global token, which selects nothing.
+    for name in ("gate", "budget", "span", "global_direction"):
+        assert getattr(selections(model)[0], name).grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("length", [5, 300])
+def test_parameters_that_took_no_part_get_gradients_of_zero(length):
+    model = tiny_adaptive_model(AdaptiveSparseForMaskedLM).train()
+    model.set_selection_strength(0.0 if length == 300 else 1.0)
+    loss_of(model, tiny_inputs(model, length, with_labels=True)).backward()
+    for part in selections(model):
+        assert not part.gate.grad.any() and not part.budget.grad.any()
+        assert part.span.grad is not None
+
+
+def test_compiled_model_equals_the_eager_one():
+    torch._dynamo.reset()
+    model = tiny_adaptive_model(num_hidden_layers=1).train()
+    inputs = tiny_inputs(model, 100)
+    loss_of(model, inputs).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    expected = hidden_states_of(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(hidden_states_of(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
+    model.zero_grad()
+    loss_of(compiled, inputs).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4)
+
+
+def test_not_finite_states_raise_when_values_are_checked():
+    model = tiny_adaptive_model(AdaptiveSparseForTokenClassification)
+    inputs = tiny_inputs(model, 300, padding="none")
+    with torch.no_grad():
+        model.model.embeddings.position_embeddings.weight[50] = torch.nan
+        model(**inputs)
+        with pytest.raises(ValueError, match="is NaN or infinite at batch row 0, head 0, token 48"):
+            model(**inputs, validate=True)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_strength_out_of_range_is_refused(strength):
+    with pytest.raises(ValueError, match=r"strength is .* a number from 0 to 1"):
+        tiny_adaptive_model().set_selection_strength(strength)
+
+
+def test_strength_of_another_pattern_is_refused():
+    with pytest.raises(ValueError, match="attention_pattern='adaptive'"):
+        set_selection_strength(tiny_model(), 0.5)
+
+
+def test_density_falls_to_the_target_and_stays():
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, target_density=0.6)
+    model.train()
+    parameters = [p for part in selections(model) for p in (part.gate, part.budget, part.span)]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(1.0)
+    optimizer = torch.optim.SGD(parameters, lr=2.0)
+    densities = []
+    for _ in range(250):
+        optimizer.zero_grad()
+        density_loss(model, 0.6).backward()
+        optimizer.step()
+        densities.append(torch.stack([part.density() for part in selections(model)]).mean().item())
+    assert densities[-50:] == pytest.approx([0.6] * 50, abs=0.03)
+
+
+@by_name
+def test_every_head_adds_the_density_to_its_loss_in_training(model_class):
+    if model_class is AdaptiveSparseModel:
+        return  # has no loss
+    model = tiny_adaptive_model(model_class, target_density=0.5)
+    inputs = tiny_inputs(model, 40, with_labels=True)
+    plain = model(**inputs).loss
+    for part in selections(model):
+        part.price.fill_(3.0)
+    assert torch.equal(model(**inputs).loss, plain)  # evaluation
+    density = torch.stack([part.density() for part in selections(model)]).mean()
+    excess = density - 0.5
+    torch.testing.assert_close(model.train()(**inputs).loss, plain + (3.0 + excess) * excess)
+    assert selections(model)[0].price > 3.0 or density < 0.5

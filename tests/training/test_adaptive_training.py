@@ -1,0 +1,158 @@
+import sys
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from transformers import Trainer, TrainingArguments
+
+from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForSequenceClassification,
+)
+from adaptive_longformer.testing import loss_of, tiny_adaptive_model, tiny_inputs, tiny_model
+from adaptive_longformer.training.adaptive_optimizer import adaptive_parameter_groups
+from adaptive_longformer.training.selection_ramp import SelectionRampCallback
+
+
+def examples(model, count=8, length=100):
+    inputs = tiny_inputs(model, length, batch_size=count, with_labels=True)
+    return [{name: tensor[row] for name, tensor in inputs.items()} for row in range(count)]
+
+
+def trainer_of(model, folder, callback, max_steps, **options):
+    arguments = TrainingArguments(
+        folder, max_steps=max_steps, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(adaptive_parameter_groups(model, 1e-3))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Trainer(
+        model, arguments, train_dataset=examples(base), callbacks=[callback],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+
+
+class Recorder(SelectionRampCallback):
+    """Also notes the strength of every step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        super().on_step_begin(args, state, control, **kwargs)
+        self.seen = [*getattr(self, "seen", []), selections(kwargs["model"])[0].strength.item()]
+
+
+def test_strength_rises_over_the_first_quarter_and_is_saved(tmp_path):
+    model = tiny_adaptive_model(
+        AdaptiveSparseForSequenceClassification, selection_strength=0.0, num_hidden_layers=1
+    )
+    callback = Recorder()
+    trainer = trainer_of(model, tmp_path, callback, 8, save_steps=4)
+    trainer.train()
+    assert callback.seen[1:] == [0.5] + [1.0] * 7
+    assert model.config.selection_strength == 1.0
+    loaded = AdaptiveSparseForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8")
+    assert selections(loaded)[0].strength == 1.0
+    resumed = Recorder(ramp_ratio=1.0)
+    trainer_of(model, tmp_path, resumed, 8).train(str(tmp_path / "checkpoint-4"))
+    assert resumed.seen[1:] == [5 / 8, 6 / 8, 7 / 8, 1.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"ramp_ratio": 1.5}, {"final_strength": 0.0}, {"final_strength": 2.0}]
+)
+def test_ramps_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        SelectionRampCallback(**options)
+
+
+def test_adaptive_parameters_learn_faster_and_do_not_decay():
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification)
+    groups = adaptive_parameter_groups(model, 1e-4, weight_decay=0.1, multiplier=30)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert groups[2]["lr"] == pytest.approx(3e-3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(".adaptive." in names[id(p)] for p in groups[2]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    with pytest.raises(ValueError, match="multiplier is 0"):
+        adaptive_parameter_groups(model, 1e-4, multiplier=0)
+    with pytest.raises(ValueError, match="no trainable adaptive parameter"):
+        adaptive_parameter_groups(tiny_model(), 1e-4)
+
+
+def adapted(base, **options):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        base, LoraConfig(task_type="SEQ_CLS", modules_to_save=["adaptive", "classifier"], **options)
+    )
+
+
+def test_an_adapter_brings_its_selection_to_a_fresh_base(tmp_path):
+    pytest.importorskip("peft")
+    from peft import PeftModel
+
+    base = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, selection_strength=0.0)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base)
+    inputs = tiny_inputs(base, 300, with_labels=True)
+    callback = SelectionRampCallback()
+    trainer_of(model, tmp_path / "run", callback, 3).train()
+    assert all(part.strength == 1.0 for part in selections(model))
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with model.disable_adapter():
+            plain = model(**inputs).logits
+    assert not torch.allclose(expected, plain)
+    model.save_pretrained(tmp_path / "adapter")
+
+    fresh = AdaptiveSparseForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(**inputs).logits, plain)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(**inputs).logits, expected)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    assert [part.strength.item() for part in selections(merged)] == [1.0, 1.0]
+
+
+STEPS = {
+    "without strength": (0.0, [(100, 100), (100, 20)]),
+    "documents shorter than the window": (1.0, [(100, 10), (10, 10)]),
+}
+
+
+def _train(rank, meeting_point, results):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2
+    )
+    for name, (strength, lengths) in STEPS.items():
+        model = tiny_adaptive_model(
+            AdaptiveSparseForSequenceClassification, selection_strength=strength
+        ).train()
+        replica = torch.nn.parallel.DistributedDataParallel(model)
+        for length in lengths:  # the second step fails if the first one missed a gradient
+            inputs = tiny_inputs(model, length[rank], with_labels=True, seed=rank)
+            loss_of(replica, inputs).backward()
+        missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+        gradient = model.model.layers[0].attention.query.weight.grad.sum().item()
+        results.put((name, rank, missing, gradient))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="starts processes that talk over gloo")
+def test_two_processes_agree_on_their_gradients(tmp_path):
+    results = multiprocessing.get_context("spawn").Queue()
+    processes = multiprocessing.start_processes(
+        _train, (tmp_path / "meeting_point", results), nprocs=2, join=False, start_method="spawn"
+    )
+    while not processes.join():
+        pass
+    outcomes = {}
+    for _ in range(2 * len(STEPS)):
+        name, rank, missing, gradient = results.get(timeout=10)
+        assert missing == [], (name, rank)
+        outcomes.setdefault(name, set()).add(gradient)
+    assert all(len(gradients) == 1 for gradients in outcomes.values()), outcomes
