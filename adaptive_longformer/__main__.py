@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
+
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         # Also what lies below us may raise an error of several lines.
         print(f"adaptive-longformer: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2

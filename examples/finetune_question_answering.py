@@ -50,8 +50,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="outputs/question_answering")
     parser.add_argument("--max-length", type=int, default=16384, help="tokens read per document")
     parser.add_argument("--max-target-length", type=int, default=64)
-    parser.add_argument("--max-train", type=int, help="questions (documents of --dataset) to train on")
-    parser.add_argument("--max-eval", type=int, help="questions (documents of --dataset) to evaluate on")
+    parser.add_argument(
+        "--max-train", type=int, help="questions (documents of --dataset) to train on"
+    )
+    parser.add_argument(
+        "--max-eval", type=int, help="questions (documents of --dataset) to evaluate on"
+    )
     parser.add_argument("--num-beams", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-5)

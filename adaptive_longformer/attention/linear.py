@@ -55,7 +55,7 @@ def _features(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _causal_sums(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Sums over all keys up to each query: chunks of tokens densely, earlier chunks as one state."""
+    """Sums over all keys up to each query: its chunk densely, earlier chunks as one state."""
     length = query.shape[2]
     filler = -length % _CHUNK_SIZE
 

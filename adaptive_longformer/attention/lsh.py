@@ -40,7 +40,7 @@ def lsh_attention(
         For encoders: where chunks end depends on all tokens, so that a later token would reach
         earlier ones through the sorting even if its key were hidden.
     """
-    batch, heads, length, head_dim = query.shape
+    batch, _, length, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = head_dim**-0.5 if scale is None else scale
     queries, values = query.to(dtype), value.to(dtype)
@@ -61,7 +61,16 @@ def lsh_attention(
     outputs, sums = [], []
     for index in range(num_hashes):
         output, lse = _one_hash(
-            queries, keys, values, valid, buckets, chunk, order[:, :, index], index, chunk_size, scale
+            queries,
+            keys,
+            values,
+            valid,
+            buckets,
+            chunk,
+            order[:, :, index],
+            index,
+            chunk_size,
+            scale,
         )
         back = rank[:, :, index]
         outputs.append(output.gather(2, back[..., None].expand_as(output)))

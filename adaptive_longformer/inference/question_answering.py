@@ -77,7 +77,9 @@ def answer_question(
             f"max_length is {max_length}, 1 to the model's {capacity} tokens is allowed"
         )
     max_length = max_length or capacity
-    with_question = len(tokenizer(question, "")["input_ids"])
+    # Not with an empty document, which a tokenizer may take for none.
+    some_document = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    with_question = len(tokenizer(question, "a")["input_ids"]) - some_document
     room = max_length - with_question
     if room < 1:
         raise ValueError(
@@ -118,9 +120,7 @@ def _best_spans(
     model: PreTrainedModel, pieces: Any, piece: int, count: int, max_answer_tokens: int
 ) -> list[tuple[float, int, int]]:
     """Score, first and last character of the best spans of one piece."""
-    names = [
-        name for name in ("input_ids", "attention_mask", "token_type_ids") if name in pieces
-    ]
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in pieces]
     inputs = {name: torch.tensor([pieces[name][piece]], device=model.device) for name in names}
     output = model(**inputs)
     offsets = pieces["offset_mapping"][piece]
@@ -135,9 +135,7 @@ def _best_spans(
         for logits in (output.start_logits, output.end_logits)
     )
     # scores[i, j]: the answer from token i to token i + j.
-    padded = torch.nn.functional.pad(
-        end_logits, (0, max_answer_tokens - 1), value=-torch.inf
-    )
+    padded = torch.nn.functional.pad(end_logits, (0, max_answer_tokens - 1), value=-torch.inf)
     scores = start_logits[:, None] + padded.unfold(0, max_answer_tokens, 1)
     best = scores.flatten().topk(min(count, scores.numel()))
     spans = []

@@ -7,7 +7,9 @@ from adaptive_longformer.attention.lsh import hash_buckets, lsh_attention
 
 def draw(length, heads=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) for _ in "qv"]
+    return [
+        torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) for _ in "qv"
+    ]
 
 
 def dense(query, value, mask, *, num_hashes, chunk_size, seed):

@@ -1,4 +1,6 @@
 import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -51,3 +53,14 @@ def test_an_unreadable_file_is_one_line(checkpoint, tmp_path, capsys, content, w
     assert main(["answer", checkpoint, "Who?", str(file)]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_a_config_with_a_wrong_type_is_one_line(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    assert main(["answer", str(folder), "Who?", str(tmp_path / "document.txt")]) == 2
+    error = capsys.readouterr().err
+    assert "hidden_size" in error and error.count("\n") == 1

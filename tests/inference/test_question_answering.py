@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -82,7 +84,7 @@ def test_several_answers_do_not_overlap_and_are_in_order(model, tokenizer):
     assert len(answers) == 4
     assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
     spans = sorted((a.start, a.end) for a in answers)
-    assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:]))
+    assert all(left[1] <= right[0] for left, right in pairwise(spans))
 
 
 def test_a_model_in_training_stays_in_training(model, tokenizer):

@@ -12,12 +12,13 @@ def write(folder, *rows):
 
 
 def test_summaries_and_queries_are_read(tmp_path):
+    queries = [{"query": "a", "answer": "b"}, {"query": "c", "answer": "d"}]
     file = write(
         tmp_path,
         {"document": "one", "summary": "1"},
         {"document": "two", "query": "how many?", "summary": ["2", "two"]},
-        {"document": "three", "queries": [{"query": "a", "answer": "b"}, {"query": "c", "answer": "d"}]},
-    )  # fmt: skip
+        {"document": "three", "queries": queries},
+    )
     assert load_document_pairs(file) == [
         {"document": "one", "query": "", "targets": ["1"]},
         {"document": "two", "query": "how many?", "targets": ["2", "two"]},

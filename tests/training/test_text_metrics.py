@@ -50,9 +50,13 @@ def test_sentences_end_at_marks_and_lines():
 
 @pytest.mark.parametrize(
     "predictions, references, word",
-    [([], [], "0 predictions"), (["a"], [["a"], ["b"]], "2 lists"), (["a"], [[]], r"references\[0\]"),
-     (["a"], ["a"], r"references\[0\]")],
-)  # fmt: skip
+    [
+        ([], [], "0 predictions"),
+        (["a"], [["a"], ["b"]], "2 lists"),
+        (["a"], [[]], r"references\[0\]"),
+        (["a"], ["a"], r"references\[0\]"),
+    ],
+)
 @pytest.mark.parametrize("metrics", [answer_metrics, rouge_metrics])
 def test_bad_arguments_are_named(metrics, predictions, references, word):
     with pytest.raises(ValueError, match=word):
