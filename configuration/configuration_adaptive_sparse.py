@@ -30,6 +30,11 @@ ALLOWED = {
         "random_blocks",
         "big_bird",
         "adaptive",
+        "random_selection",
+        "oracle",
+        "linear",
+        "window_linear",
+        "lsh",
     ),
     "default_global_tokens": ("auto", "none", "first", "question", "after_separator"),
     "position_style": ("roberta", "bert"),
@@ -46,12 +51,16 @@ POSITIVE = (
     "attention_stride",
     "num_random_blocks",
     "block_size",
+    "num_hashes",
     "query_block_size",
     "num_selected_blocks",
     "selection_start_nodes",
     "selection_beam_width",
 )
-WITHOUT_GLOBAL_TOKENS = ("full", "sliding_window")
+# Patterns whose layers choose blocks, and those that no list of keys expresses.
+SELECTING_PATTERNS = ("adaptive", "random_selection", "oracle")
+BASELINE_PATTERNS = ("linear", "window_linear", "lsh")
+WITHOUT_GLOBAL_TOKENS = ("full", "sliding_window", *BASELINE_PATTERNS)
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -82,7 +91,11 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             ends, a window of blocks, in training also random blocks; see
             `adaptive_longformer.patterns.big_bird`); the last four also take global tokens.
             "adaptive" is "longformer", and every block of queries reads a few more blocks of keys
-            that it chooses itself, as far as `selection_strength` lets it.
+            that it chooses itself, as far as `selection_strength` lets it. For comparison: the same
+            with blocks drawn at random ("random_selection") or chosen by their exact share of full
+            attention ("oracle", O(length^2)); linear attention alone and beside a window
+            ("linear", "window_linear") and Reformer's hashed buckets ("lsh"), all three without
+            global tokens.
         attention_window: keys seen around each query, in tokens, half on each side (Longformer's
             convention: 512 means 256 before and 256 after). One even number, or one per layer.
         attention_dilation: only every so-manieth neighbour is in the window; one number, or one per
@@ -93,6 +106,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             "adaptive".
         attention_seed: seed of the blocks that "big_bird" draws anew for every layer and training
             step.
+        num_hashes: how many hashes "lsh" draws.
         query_block_size: tokens per block of queries in "adaptive"; it divides `block_size` or is a
             multiple of it.
         num_selected_blocks: blocks of keys that each block of queries may choose.
@@ -166,6 +180,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
+    num_hashes: int = 2
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
@@ -336,7 +351,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                 f"unknown fields {', '.join(unknown)}: this configuration may be from a newer "
                 "version of adaptive-longformer"
             )
-        if self.attention_pattern == "adaptive":
+        if self.attention_pattern in SELECTING_PATTERNS:
             self._validate_adaptive_sizes()
         if self.head_budgets is not None:
             is_shaped = len(self.head_budgets) == self.num_hidden_layers and all(
@@ -359,7 +374,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % 4:
                 raise ValueError(
-                    f"{name} is {value}, attention_pattern 'adaptive' needs a multiple of 4 from "
+                    f"{name} is {value}, attention_pattern {self.attention_pattern!r} needs a "
+                    f"multiple of 4 from "
                     f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
                 )
         small, large = sorted((self.block_size, self.query_block_size))
@@ -378,7 +394,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         dilations = self.attention_dilation
         if any(d != 1 for d in (dilations if isinstance(dilations, list) else [dilations])):
             raise ValueError(
-                f"attention_dilation is {dilations}, attention_pattern 'adaptive' needs 1"
+                f"attention_dilation is {dilations}, "
+                f"attention_pattern {self.attention_pattern!r} needs 1"
             )
 
     def _check_per_layer(self, name: str, needed: str, is_allowed) -> None:

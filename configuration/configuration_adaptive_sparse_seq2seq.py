@@ -5,6 +5,7 @@ import os
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from adaptive_longformer.attention.routing import RoutingOptions
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     WITHOUT_GLOBAL_TOKENS,
     AdaptiveSparseConfig,
@@ -40,6 +41,16 @@ ENCODER_ATTENTION_FIELDS = (
     "num_random_blocks",
     "block_size",
     "attention_seed",
+    "num_hashes",
+    "query_block_size",
+    "num_selected_blocks",
+    "selection_strength",
+    "selection_top_p",
+    "selection_start_nodes",
+    "selection_beam_width",
+    "num_learned_global_blocks",
+    "target_density",
+    "head_budgets",
     "default_global_tokens",
     "separate_global_projections",
     "attention_backend",
@@ -79,8 +90,10 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         attention_pattern: of the encoder, see `AdaptiveSparseConfig`; the decoder's self-attention
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
-            attention_seed, separate_global_projections, attention_backend, max_global_tokens,
-            zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
+            attention_seed, num_hashes, query_block_size, num_selected_blocks, selection_strength,
+            selection_top_p, selection_start_nodes, selection_beam_width, num_learned_global_blocks,
+            target_density, head_budgets, separate_global_projections, attention_backend,
+            max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -135,6 +148,16 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
+    num_hashes: int = 2
+    query_block_size: int = 64
+    num_selected_blocks: int = 8
+    selection_strength: float | int = 0.0
+    selection_top_p: float | int = 0.95
+    selection_start_nodes: int = 256
+    selection_beam_width: int = 64
+    num_learned_global_blocks: int = 0
+    target_density: float | int | None = None
+    head_budgets: list[list[int]] | None = None
     default_global_tokens: str = "auto"
     separate_global_projections: bool = False
     attention_backend: str = "auto"
@@ -169,6 +192,11 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     def uses_global_tokens(self) -> bool:
         """Whether the encoder's pattern takes global tokens at all."""
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
+
+    @property
+    def routing_options(self) -> RoutingOptions:
+        """How the encoder's layers choose blocks."""
+        return self._encoder_attention().routing_options
 
     def pattern(self, layer_idx: int) -> Pattern:
         """The attention pattern of one encoder layer, without its global tokens."""

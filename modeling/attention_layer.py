@@ -6,7 +6,10 @@ from torch import nn
 from adaptive_longformer.attention.alignment import left_padding, roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse import (
+    SELECTING_PATTERNS,
+    AdaptiveSparseConfig,
+)
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
@@ -60,7 +63,7 @@ class AdaptiveSparseAttention(nn.Module):
             self.value_global = nn.Linear(*sizes, bias=config.use_bias)
         self.output = nn.Linear(*sizes, bias=output_bias)
         self.adaptive = None
-        if config.attention_pattern == "adaptive":
+        if config.attention_pattern in SELECTING_PATTERNS:
             self.adaptive = AdaptiveSelection(config, layer_idx)
 
     def forward(

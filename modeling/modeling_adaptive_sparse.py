@@ -24,7 +24,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse import (
+    SELECTING_PATTERNS,
+    AdaptiveSparseConfig,
+)
 from adaptive_longformer.modeling.adaptive import (
     AdaptiveSelection,
     SelectionState,
@@ -32,6 +35,7 @@ from adaptive_longformer.modeling.adaptive import (
     set_selection_strength,
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.baseline_attention import LinearMix, encoder_attention
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
     check_choices,
@@ -146,7 +150,7 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention = AdaptiveSparseAttention(config, layer_idx)
+        self.attention = encoder_attention(config, layer_idx)
         self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
@@ -257,7 +261,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AdaptiveSparsePreTrainedModel) and "random_step" in module._buffers:
             init.zeros_(module.random_step)
-        if isinstance(module, AdaptiveSelection):
+        if isinstance(module, AdaptiveSelection | LinearMix):
             module.reset_parameters()
 
     def _register_random_step(self) -> None:
@@ -320,9 +324,19 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     def add_density_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of a head with what `config.target_density` adds to it in training."""
         target = self.config.target_density
-        if target is None or not self.training or self.config.attention_pattern != "adaptive":
+        if (
+            target is None
+            or not self.training
+            or self.config.attention_pattern not in SELECTING_PATTERNS
+        ):
             return loss
         return loss + density_loss(self, target)
+
+    def _selection_state(self, validate: bool) -> SelectionState | None:
+        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
+        if self.config.attention_pattern not in SELECTING_PATTERNS or torch.compiler.is_compiling():
+            return None
+        return SelectionState(validate)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -446,12 +460,6 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
             )
         pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-
-    def _selection_state(self, validate: bool) -> SelectionState | None:
-        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
-        if self.config.attention_pattern != "adaptive" or torch.compiler.is_compiling():
-            return None
-        return SelectionState(validate)
 
 
 class AdaptiveSparseLMHead(nn.Module):

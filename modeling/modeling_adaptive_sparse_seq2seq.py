@@ -29,7 +29,9 @@ from typing_extensions import Unpack
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
+from adaptive_longformer.modeling.adaptive import SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.baseline_attention import encoder_attention
 from adaptive_longformer.modeling.decoder_attention import (
     DecoderCrossAttention,
     DecoderSelfAttention,
@@ -156,7 +158,7 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
         super().__init__(config, config.encoder_ffn_dim)
-        self.attention = AdaptiveSparseAttention(config, layer_idx, output_bias=config.use_bias)
+        self.attention = encoder_attention(config, layer_idx, output_bias=config.use_bias)
         self.attention_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
@@ -166,10 +168,11 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
     ) -> torch.Tensor:
         read = self._before(self.attention_layer_norm, hidden_states)
         attended, _ = self.attention(
-            read, attention_mask, global_mask, output_attentions, random_step
+            read, attention_mask, global_mask, output_attentions, random_step, selection_state
         )
         hidden_states = self._after(self.attention_layer_norm, hidden_states, attended)
         hidden_states = self._feed_forward(hidden_states)
@@ -324,7 +327,14 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             output_attentions = config.output_attentions
         random_step = self._next_random_step()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, global_mask, output_attentions, random_step)
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                global_mask,
+                output_attentions,
+                random_step,
+                self._selection_state(validate),
+            )
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -696,6 +706,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return Seq2SeqLMOutput(loss=loss, logits=logits, **_beside_the_head(outputs))
 
     def _validate_generated_length(self, generation_config, *args, **kwargs) -> None:
@@ -768,6 +779,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            loss = self.add_density_loss(loss)
         return Seq2SeqQuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -857,6 +869,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type)
+            loss = self.add_density_loss(loss)
         return Seq2SeqSequenceClassifierOutput(
             loss=loss, logits=logits, **_beside_the_head(outputs)
         )

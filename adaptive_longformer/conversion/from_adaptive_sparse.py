@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
 from adaptive_longformer.conversion.families import FAMILIES, source_class
 from adaptive_longformer.conversion.family import Family
@@ -131,7 +132,7 @@ def _leave_out_selection(
     config: Any, checkpoint: Checkpoint, drop_adaptive: bool, notes: list[str]
 ) -> None:
     """Refuse a selection that is in use unless it may be dropped; without strength it is inert."""
-    if config.attention_pattern != "adaptive":
+    if config.attention_pattern not in SELECTING_PATTERNS:
         return
     names = [
         name for name in checkpoint.tensors if _is_adaptive(name) and name.endswith(".strength")
@@ -279,7 +280,7 @@ def _note_what_is_lost(
 ) -> None:
     dilated = config.attention_dilation not in (1, [1] * config.num_hidden_layers)
     pattern = family.target_fields(source_config, head)["attention_pattern"]
-    if config.attention_pattern not in (pattern, "adaptive") or dilated:
+    if config.attention_pattern not in (pattern, *SELECTING_PATTERNS) or dilated:
         notes.append(
             f"attention_pattern {config.attention_pattern!r} with attention_dilation "
             f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"
