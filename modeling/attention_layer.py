@@ -93,11 +93,11 @@ class AdaptiveSparseAttention(nn.Module):
         """
         shifts = self._left_padding(attention_mask)
         if shifts is not None:
-            hidden_states, attention_mask, global_mask = (
-                None if tensor is None else roll_rows(tensor, shifts)
-                for tensor in (hidden_states, attention_mask, global_mask)
-            )
-            assert hidden_states is not None
+            assert attention_mask is not None
+            hidden_states = roll_rows(hidden_states, shifts)
+            attention_mask = roll_rows(attention_mask, shifts)
+            if global_mask is not None:
+                global_mask = roll_rows(global_mask, shifts)
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)

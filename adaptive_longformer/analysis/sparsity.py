@@ -132,7 +132,8 @@ def _measure(
     valid = every if attention_mask is None else attention_mask
     is_global = ~every if global_mask is None else global_mask & valid
     window = part.head_windows() if reads.span is not None else None
-    sums = dict.fromkeys(("window", "global", "selected", "missed", "hits", "wanted", "rows"), 0.0)
+    names = ("window", "global", "selected", "missed", "hits", "wanted", "rows")
+    sums: dict[str, float] = dict.fromkeys(names, 0.0)
     position = torch.arange(length, device=query.device)
     block_of_key = position // key_size
     num_rows = -(-length // size)

@@ -204,15 +204,11 @@ def selection_layout(
         for the window and the filling.
     """
     device = selected.key_blocks.device
-    sizes = {
-        "query_block_size": options.query_block_size,
-        "key_block_size": options.block_size,
-    }
+    query_size, key_size = options.query_block_size, options.block_size
     near_blocks, near_flags = (
-        entries[0] for entries in window_entries(window, length, **sizes, device=device)
+        entries[0] for entries in window_entries(window, length, query_size, key_size, device)
     )  # [query_blocks, width]
     batch, heads, rows, num_ranked = selected.key_blocks.shape
-    # A narrower search than the options say: what a calibrated layer does.
     rank = torch.arange(num_ranked, device=device)
     counts = selected.counts
     if rank_limit is not None:
@@ -241,10 +237,10 @@ def selection_layout(
     key_blocks = torch.where(is_near, key_blocks, far.gather(-1, far_index))
     key_blocks = torch.where(used, key_blocks, 0).int()
     assert window.right is not None
-    start = torch.arange(rows, device=device)[:, None] * options.query_block_size
-    first = key_blocks * options.block_size
-    is_outside = (first + options.block_size - 1 < start - window.left) | (
-        first > start + options.query_block_size - 1 + window.right
+    start = torch.arange(rows, device=device)[:, None] * query_size
+    first = key_blocks * key_size
+    is_outside = (first + key_size - 1 < start - window.left) | (
+        first > start + query_size - 1 + window.right
     )
     routed_flags = torch.where(is_outside, _ROUTED | _FULL, _ROUTED)
     flags = torch.where(is_near, near_flags.gather(-1, near_index), routed_flags)
@@ -253,9 +249,10 @@ def selection_layout(
         key_blocks=key_blocks,
         counts=counts.int(),
         flags=torch.where(used, flags, 0).int(),
+        query_block_size=query_size,
+        key_block_size=key_size,
         length=length,
         window=window,
-        **sizes,
     )
     return layout, slots
 
@@ -295,14 +292,8 @@ def route_blocks(
     tokens_per_vote: int,
     num_global_blocks: int,
 ) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
     """`select_blocks` as one operator, whose inside torch.compile need not see."""
     options = RoutingOptions(
         num_blocks, block_size, query_block_size, start_nodes, beam_width, tokens_per_vote,
@@ -313,7 +304,11 @@ def route_blocks(
             query, key, attention_mask, global_mask, global_directions, left, right, is_causal,
             scale, options,
         )  # fmt: skip
-        return router.run(top_p)
+        selected = router.run(top_p)
+    return (
+        selected.key_blocks, selected.counts, selected.mass, selected.covered,
+        selected.global_blocks, selected.global_open, selected.global_means,
+    )  # fmt: skip
 
 
 @route_blocks.register_fake
@@ -336,23 +331,23 @@ def _(
     tokens_per_vote,
     num_global_blocks,
 ):
-    return _empty_result(query, query_block_size, num_blocks, num_global_blocks)
+    return tuple(_empty_result(query, query_block_size, num_blocks, num_global_blocks))
 
 
 def _empty_result(
     query: torch.Tensor, query_block_size: int, num_blocks: int, num_global_blocks: int
-) -> tuple[torch.Tensor, ...]:
+) -> SelectedBlocks:
     batch, heads, length, head_dim = query.shape
     rows = (length + query_block_size - 1) // query_block_size
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return (
-        query.new_zeros(batch, heads, rows, num_blocks, dtype=torch.int32),
-        query.new_zeros(batch, heads, rows, dtype=torch.int32),
-        query.new_zeros(batch, heads, rows, num_blocks, dtype=dtype),
-        query.new_zeros(batch, heads, rows, dtype=dtype),
-        query.new_zeros(batch, heads, num_global_blocks, dtype=torch.int32),
-        query.new_zeros(batch, heads, rows, num_global_blocks, dtype=torch.bool),
-        query.new_zeros(batch, heads, num_global_blocks, head_dim, dtype=dtype),
+    return SelectedBlocks(
+        key_blocks=query.new_zeros(batch, heads, rows, num_blocks, dtype=torch.int32),
+        counts=query.new_zeros(batch, heads, rows, dtype=torch.int32),
+        mass=query.new_zeros(batch, heads, rows, num_blocks, dtype=dtype),
+        covered=query.new_zeros(batch, heads, rows, dtype=dtype),
+        global_blocks=query.new_zeros(batch, heads, num_global_blocks, dtype=torch.int32),
+        global_open=query.new_zeros(batch, heads, rows, num_global_blocks, dtype=torch.bool),
+        global_means=query.new_zeros(batch, heads, num_global_blocks, head_dim, dtype=dtype),
     )
 
 
@@ -395,8 +390,8 @@ class _Router:
         self.result = _empty_result(
             query, options.query_block_size, options.num_blocks, options.num_global_blocks
         )
-        self.dtype = self.result[2].dtype
-        self.num_rows = self.result[1].shape[2]
+        self.dtype = self.result.mass.dtype
+        self.num_rows = self.result.counts.shape[2]
         if global_mask is not None and attention_mask is not None:
             global_mask = global_mask & attention_mask
         members = attention_mask
@@ -448,7 +443,7 @@ class _Router:
             is_voter = F.pad(is_voter, (0, 0, 1, 0), value=False)[:, :-1]
         return means, is_voter
 
-    def run(self, top_p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(self, top_p: torch.Tensor) -> SelectedBlocks:
         for batch in range(self.batch):
             row = _Row(self, batch)
             row.choose_global_blocks()
@@ -475,7 +470,7 @@ class _Row:
         if router.global_positions is not None:
             self.global_keys = router.global_keys[batch]  # [heads, G, head_dim]
             self.global_positions = router.global_positions[batch]
-        self.result = [tensor[batch] for tensor in router.result]  # views
+        self.result = SelectedBlocks(*(tensor[batch] for tensor in router.result))  # views
         self.global_blocks: torch.Tensor | None = None
 
     @property
@@ -545,11 +540,11 @@ class _Row:
         order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
         is_block = scores.gather(-1, order) > -torch.inf  # [heads, wanted]
         found = order.shape[-1]
-        self.result[4][:, :found] = order.where(is_block, 0)
+        self.result.global_blocks[:, :found] = order.where(is_block, 0)
         first, last = self.covered(torch.arange(self.router.num_rows, device=order.device))
         is_far = (order[:, None] < first[:, None]) | (order[:, None] > last[:, None])
-        self.result[5][:, :, :found] = is_far & is_block[:, None]
-        self.result[6][:, :found] = means.take_along_dim(order[..., None], dim=1)
+        self.result.global_open[:, :, :found] = is_far & is_block[:, None]
+        self.result.global_means[:, :found] = means.take_along_dim(order[..., None], dim=1)
         self.global_blocks = order.where(is_block, -1)
 
     def route(self, start: int, end: int, level: int, top_p: torch.Tensor) -> None:
@@ -564,10 +559,10 @@ class _Row:
             votes, candidates, is_open = search.vote_children(kept, level)
         key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p)
         found = key_blocks.shape[-1]
-        self.result[0][:, start:end, :found] = key_blocks
-        self.result[1][:, start:end] = counts
-        self.result[2][:, start:end, :found] = mass
-        self.result[3][:, start:end] = votes.covered
+        self.result.key_blocks[:, start:end, :found] = key_blocks
+        self.result.counts[:, start:end] = counts
+        self.result.mass[:, start:end, :found] = mass
+        self.result.covered[:, start:end] = votes.covered
 
     def _choose(
         self,

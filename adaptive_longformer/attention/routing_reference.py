@@ -31,7 +31,7 @@ def reference_votes(
         is_causal, scale: as in `select_blocks`.
     """
     length, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = float(head_dim**-0.5 if scale is None else scale)
     nothing = torch.zeros(length, dtype=torch.bool)
     is_global = nothing if is_global is None else is_global
     valid = ~nothing if valid is None else valid

@@ -122,3 +122,49 @@ def test_unknown_preset_names_the_known_ones():
 
 def test_overrides_replace_the_values_of_a_preset():
     assert AdaptiveSparseConfig.from_preset("tiny", attention_window=16).attention_window == 16
+
+
+def adaptive(**fields):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    return AdaptiveSparseConfig(**{**sizes, "attention_pattern": "adaptive", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"selection_strength": 1.01}, "selection_strength is 1.01, a number from 0 to 1"),
+        ({"selection_strength": -0.5}, "selection_strength is -0.5, a number from 0 to 1"),
+        ({"selection_top_p": 0.0}, "selection_top_p is 0.0, a number above 0 and up to 1"),
+        ({"target_density": 0.0}, "target_density is 0.0, a number above 0 and up to 1"),
+        ({"target_density": 1.5}, "target_density is 1.5, a number above 0 and up to 1"),
+        ({"selection_start_nodes": 0}, "selection_start_nodes is 0, a whole number >= 1"),
+        ({"selection_beam_width": 0}, "selection_beam_width is 0, a whole number >= 1"),
+        ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
+        ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
+        ({"num_learned_global_blocks": 5}, "num_learned_global_blocks is 5, 0 to 4"),
+        ({"block_size": 30}, "block_size is 30, attention_pattern 'adaptive' needs a multiple"),
+        ({"query_block_size": 256}, "query_block_size is 256, attention_pattern 'adaptive'"),
+        ({"query_block_size": 48}, "query_block_size is 48 and block_size 64: one must be"),
+        ({"attention_dilation": [1, 2]}, r"attention_dilation is \[1, 2\].*needs 1"),
+        ({"head_budgets": [[8, 8, 8, 8]]}, r"head_budgets is .*num_hidden_layers = 2 lists"),
+        ({"head_budgets": [[9, 8, 8, 8], [0, 0, 0, 0]]}, r"numbers from 0 to .* = 8"),
+        ({"selection_from_the_future": 1}, "unknown fields selection_from_the_future.*newer"),
+    ],
+)
+def test_a_selection_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        adaptive(**fields)
+
+
+def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
+    config = adaptive(
+        num_selected_blocks=5, block_size=32, query_block_size=16, selection_start_nodes=100,
+        selection_beam_width=10, num_learned_global_blocks=2, selection_strength=0.5,
+        target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
+    )  # fmt: skip
+    options = config.routing_options
+    assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)
+    assert (options.start_nodes, options.beam_width, options.num_global_blocks) == (100, 10, 2)
+    assert config.pattern(0) == SlidingWindow(256)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()

@@ -1,0 +1,247 @@
+"""Does the search through the pyramid find what an exact search would, and at what cost?
+
+    python benchmarks/router_recall.py --preset quick
+    python benchmarks/router_recall.py --preset full      # to 131072 tokens
+
+Keys are made up. "coherent" ones share topics with their neighbours at four scales, as those of a
+text do; every query block looks for four far blocks (its targets), each with a few of its phrases
+of four tokens. "adversarial" ones hide the targets: a block and its three siblings add up to
+nothing, so that the means above say nothing, and whole regions elsewhere look a little like it.
+
+recall: share of the exact search's blocks that a search finds. target: share of the targets in the
+lists. missed mass: attention of the asking tokens, exact per token, outside window and list.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from side_by_side.measure import environment, seconds
+from side_by_side.report import write_json
+
+from adaptive_longformer.attention.routing import RoutingOptions, SelectedBlocks, select_blocks
+from adaptive_longformer.patterns import SlidingWindow
+
+BLOCK, HEADS, HEAD_DIM = 64, 2, 64
+SCALES = (64, 256, 1024, 4096)
+WINDOW = SlidingWindow(256)
+EVERYTHING = 2**30
+PRESETS = {
+    "quick": {"lengths": [4096, 16384, 32768], "seeds": 1},
+    "full": {"lengths": [4096, 16384, 32768, 65536, 131072], "seeds": 3},
+}
+SAMPLED_BLOCKS = 16
+TARGETS, PHRASE = 4, 4
+
+
+class Document(NamedTuple):
+    """Queries and keys [1, heads, length, head_dim], the targets of every query block [heads,
+    blocks, TARGETS], and which tokens ask for one of them [heads, length].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    wanted: torch.Tensor
+    asks: torch.Tensor
+
+
+def coherent(length: int, generator: torch.Generator) -> Document:
+    topic = torch.zeros(HEADS, length, HEAD_DIM)
+    for scale in SCALES:
+        drawn = torch.randn(HEADS, -(-length // scale), HEAD_DIM, generator=generator) * 0.5
+        topic += drawn.repeat_interleave(scale, dim=1)[:, :length]
+    return _document(topic, generator)
+
+
+def adversarial(length: int, generator: torch.Generator) -> Document:
+    num_blocks = length // BLOCK
+    own = torch.randn(HEADS, num_blocks // 4, 4, HEAD_DIM, generator=generator)
+    own = (own - own.mean(dim=2, keepdim=True)).flatten(1, 2)
+    region = torch.randn(HEADS, num_blocks // 16, HEAD_DIM, generator=generator) * 0.7
+    topic = own + region.repeat_interleave(16, dim=1)
+    return _document(topic.repeat_interleave(BLOCK, dim=1), generator, aims=own)
+
+
+def _document(
+    topic: torch.Tensor, generator: torch.Generator, aims: torch.Tensor | None = None
+) -> Document:
+    """Half of the phrases of a block ask for its targets, the others for nothing."""
+    length = topic.shape[1]
+    num_blocks, phrases = length // BLOCK, length // PHRASE
+    key = topic + 0.5 * torch.randn(HEADS, length, HEAD_DIM, generator=generator)
+    reach = WINDOW.left // BLOCK + 2
+    offset = torch.randint(
+        reach, num_blocks - reach, (HEADS, num_blocks, TARGETS), generator=generator
+    )
+    wanted = (torch.arange(num_blocks)[:, None] + offset) % num_blocks
+    aims = topic.unflatten(1, (-1, BLOCK))[:, :, 0] if aims is None else aims
+    aims = aims / aims.norm(dim=-1, keepdim=True) * 10.0
+    choice = torch.randint(TARGETS, (HEADS, phrases), generator=generator)
+    of_phrase = wanted.repeat_interleave(BLOCK // PHRASE, dim=1)  # [heads, phrases, TARGETS]
+    target = of_phrase.gather(2, choice[..., None]).expand(-1, -1, HEAD_DIM)
+    asks = torch.rand(HEADS, phrases, generator=generator) < 0.5
+    aim = aims.gather(1, target) * asks[..., None]
+    query = torch.randn(HEADS, length, HEAD_DIM, generator=generator)
+    query += aim.repeat_interleave(PHRASE, dim=1)
+    return Document(query[None], key[None], wanted, asks.repeat_interleave(PHRASE, dim=1))
+
+
+KEYS = {"coherent": coherent, "adversarial": adversarial}
+
+
+def recall(found: SelectedBlocks, exact: SelectedBlocks) -> float:
+    """Share of the blocks of one choice that are in another."""
+    in_found = torch.arange(found.key_blocks.shape[-1]) < found.counts[..., None]
+    in_exact = torch.arange(exact.key_blocks.shape[-1]) < exact.counts[..., None]
+    same = exact.key_blocks[..., None] == found.key_blocks[..., None, :].where(
+        in_found[..., None, :], -1
+    )
+    return float((same.any(dim=-1) & in_exact).sum() / in_exact.sum())
+
+
+def found_targets(found: SelectedBlocks, wanted: torch.Tensor) -> float:
+    used = torch.arange(found.key_blocks.shape[-1]) < found.counts[..., None]
+    lists = found.key_blocks.where(used, -1)[0]  # [heads, blocks, num_blocks]
+    return float((wanted[..., None] == lists[:, :, None]).any(dim=-1).float().mean())
+
+
+def missed_mass(document: Document, found: SelectedBlocks) -> float:
+    """Mean attention outside window and list, exact, of the asking tokens of sampled blocks."""
+    length = document.key.shape[2]
+    rows = torch.linspace(0, length // BLOCK - 1, SAMPLED_BLOCKS).long().tolist()
+    position, missed = torch.arange(length), []
+    for row in rows:
+        for head in range(HEADS):
+            tokens = torch.arange(row * BLOCK, (row + 1) * BLOCK)
+            tokens = tokens[document.asks[head, tokens]]
+            scores = document.query[0, head, tokens] @ document.key[0, head].T / HEAD_DIM**0.5
+            of_block = torch.zeros(length // BLOCK, dtype=torch.bool)
+            of_block[found.key_blocks[0, head, row, : found.counts[0, head, row]].long()] = True
+            is_read = (position - tokens[:, None]).abs() <= WINDOW.left
+            is_read |= of_block.repeat_interleave(BLOCK)
+            missed.append((scores.softmax(dim=-1) * ~is_read).sum(dim=-1))
+    return float(torch.cat(missed).mean())
+
+
+def measure(kind: str, length: int, seed: int) -> list[dict]:
+    """The exact search, the beam, and variants, on one draw of queries and keys."""
+    generator = torch.Generator().manual_seed(seed)
+    document = KEYS[kind](length, generator)
+    variants = {
+        "exact": RoutingOptions(start_nodes=EVERYTHING),
+        "beam": RoutingOptions(),
+        "one mean query": RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
+        "beam of 16": RoutingOptions(beam_width=16),
+    }
+    if length <= 16384:
+        variants["every query"] = RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
+    cells, exact = [], None
+    for name, options in variants.items():
+        choices: list[SelectedBlocks] = []
+
+        def choose(options=options, choices=choices):
+            choices.append(select_blocks(document.query, document.key, WINDOW, options))
+
+        time = seconds(choose, torch.device("cpu"))
+        exact = exact or choices[0]
+        cells.append(
+            {
+                "keys": kind,
+                "length": length,
+                "seed": seed,
+                "search": name,
+                "recall": recall(choices[0], exact),
+                "target": found_targets(choices[0], document.wanted),
+                "missed_mass": missed_mass(document, choices[0]),
+                "visited_nodes": options.visited_nodes(length // BLOCK),
+                "seconds": time,
+            }
+        )
+    return cells
+
+
+def table(cells: list[dict]) -> str:
+    """Means over the seeds."""
+    lines = [
+        f"{'keys':<12}{'search':<16}{'length':>8}{'recall':>8}{'target':>8}{'missed':>8}"
+        f"{'visited':>9}{'seconds':>9}"
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        groups.setdefault((cell["keys"], cell["search"], cell["length"]), []).append(cell)
+    for (kind, search, length), group in sorted(groups.items()):
+        mean = {
+            name: sum(cell[name] for cell in group) / len(group)
+            for name in ("recall", "target", "missed_mass", "visited_nodes", "seconds")
+        }
+        lines.append(
+            f"{kind:<12}{search:<16}{length:>8}{mean['recall']:>8.3f}{mean['target']:>8.3f}"
+            f"{mean['missed_mass']:>8.3f}{mean['visited_nodes']:>9.0f}{mean['seconds']:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def growth(cells: list[dict]) -> list[dict]:
+    """Exponents of nodes visited and time per document, between the longest and 16384 tokens."""
+    results = []
+    for search in ("exact", "beam"):
+        points = [cell for cell in cells if cell["search"] == search and cell["length"] >= 16384]
+        low, high = (pick(cell["length"] for cell in points) for pick in (min, max))
+        if low == high:
+            continue
+        exponents = {}
+        for name in ("visited_nodes", "seconds"):
+            sums = [sum(c[name] for c in points if c["length"] == n) for n in (low, high)]
+            per_document = math.log(sums[1] / sums[0]) / math.log(high / low)
+            exponents[name] = per_document + (1 if name == "visited_nodes" else 0)
+        results.append({"search": search, "from": low, "to": high, **exponents})
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"multiples of {16 * BLOCK}")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--results", default="results", help="folder for the JSON")
+    parser.add_argument("--check", action="store_true", help="fail if the beam's recall is < 0.95")
+    args = parser.parse_args()
+    args.lengths = args.lengths or PRESETS[args.preset]["lengths"]
+    args.seeds = args.seeds or PRESETS[args.preset]["seeds"]
+    if any(length < 2048 or length % (16 * BLOCK) for length in args.lengths):
+        parser.error(f"--lengths is {args.lengths}, multiples of {16 * BLOCK} from 2048 are needed")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    cells = []
+    for kind in KEYS:
+        for length in args.lengths:
+            for seed in range(args.seeds):
+                cells += measure(kind, length, seed)
+                print(f"{kind}, {length} tokens, seed {seed}", file=sys.stderr)
+    print(table(cells))
+    exponents = growth(cells)
+    for line in exponents:
+        print(
+            f"{line['search']}: from {line['from']} to {line['to']} tokens the nodes visited grow "
+            f"as n^{line['visited_nodes']:.2f}, the time as n^{line['seconds']:.2f}"
+        )
+    about = environment(torch.device("cpu"))
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "window": 2 * WINDOW.left, "num_blocks": 8}
+    write_json(
+        Path(args.results) / "router_recall.json",
+        environment=about, settings=settings, cells=cells, growth=exponents,
+    )  # fmt: skip
+    low = [c for c in cells if c["keys"] == "coherent" and c["search"] == "beam"]
+    worst = min(cell["recall"] for cell in low)
+    print(f"lowest recall of the beam on coherent keys: {worst:.3f}")
+    return int(args.check and worst < 0.95)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What does choosing blocks cost beside the attention that reads them?
+
+    python benchmarks/selection_speed.py              # 16384 tokens
+    python benchmarks/selection_speed.py --check      # 16384 and 65536, asserts the claims
+
+Window 512, one global token, 8 chosen blocks of 64, 12 heads of 64; float32; a document whose keys
+share topics with their neighbours. "selection" is the search and the list, "adaptive" the attention
+over window, global token and chosen blocks, forward and backward, gradients of the weights of the
+entries and of the window included. "window" is the same attention without chosen blocks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from router_recall import SCALES
+from side_by_side.measure import environment, interleaved_medians
+from side_by_side.report import Verdicts, write_json
+
+from adaptive_longformer.attention import AttentionSpan, sparse_attention
+from adaptive_longformer.attention.routing import RoutingOptions, select_blocks, selection_layout
+from adaptive_longformer.patterns import SlidingWindow
+
+WINDOW, OPTIONS = SlidingWindow(256), RoutingOptions()
+
+
+def document(length: int, heads: int, head_dim: int, device: torch.device):
+    """Queries, keys and values of a document, [1, heads, length, head_dim]."""
+    generator = torch.Generator().manual_seed(length)
+    topic = torch.zeros(heads, length, head_dim)
+    for scale in SCALES:
+        drawn = torch.randn(heads, -(-length // scale), head_dim, generator=generator) * 0.5
+        topic += drawn.repeat_interleave(scale, dim=1)[:, :length]
+    noise = torch.randn(3, heads, length, head_dim, generator=generator)
+    query, key, value = noise[0] + 0.5 * topic, topic + 0.5 * noise[1], noise[2]
+    return [tensor[None].to(device).requires_grad_() for tensor in (query, key, value)]
+
+
+def calls_of(length: int, args: argparse.Namespace, device: torch.device) -> dict:
+    """Functions of no argument, by name."""
+    query, key, value = document(length, args.heads, args.head_dim, device)
+    gradient = torch.randn_like(query)
+    global_mask = torch.zeros(1, length, dtype=torch.bool, device=device)
+    global_mask[:, 0] = True
+    gate = torch.ones(args.heads, 1, 1, device=device, requires_grad=True)
+    span = torch.full((args.heads,), 256.0, device=device, requires_grad=True)
+
+    def selection():
+        selected = select_blocks(query, key, WINDOW, OPTIONS, global_mask=global_mask, top_p=0.95)
+        return selection_layout(selected, WINDOW, length, OPTIONS)
+
+    layout, slots = selection()
+
+    def adaptive() -> None:
+        entry_bias = gate.log() * (slots >= 0)
+        output = sparse_attention(
+            query, key, value, layout, global_mask=global_mask, entry_bias=entry_bias,
+            span=AttentionSpan(span, 32.0),
+        )  # fmt: skip
+        output.backward(gradient)
+
+    def window() -> None:
+        sparse_attention(query, key, value, WINDOW, global_mask=global_mask).backward(gradient)
+
+    return {"selection": selection, "adaptive": adaptive, "window": window}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", default="results", help="folder for the JSON")
+    parser.add_argument("--check", action="store_true", help="assert the claims at 16k and 64k")
+    args = parser.parse_args()
+    lengths = [16384, 65536] if args.check else args.lengths
+    device = torch.device(args.device)
+    calls = {
+        f"{name} {length}": call
+        for length in lengths
+        for name, call in calls_of(length, args, device).items()
+    }
+    medians = interleaved_medians(calls, device, args.repeats)
+    cells = []
+    for length in lengths:
+        cell = {name: medians[f"{name} {length}"] for name in ("selection", "adaptive", "window")}
+        cells.append({"length": length, **cell, "share": cell["selection"] / cell["adaptive"]})
+        print(
+            f"{length:>7} tokens: selection {cell['selection']:.3f} s, adaptive attention forward "
+            f"and backward {cell['adaptive']:.3f} s ({cells[-1]['share']:.1%}), window only "
+            f"{cell['window']:.3f} s"
+        )
+    about = environment(device)
+    settings = {"heads": args.heads, "head_dim": args.head_dim, "window": 512, "num_blocks": 8}
+    path = Path(args.results) / "selection_speed.json"
+    write_json(path, environment=about, settings=settings, cells=cells)
+    if not args.check:
+        return 0
+    verdicts = Verdicts()
+    verdicts.at_most(
+        "selection / adaptive attention forward+backward, 16k tokens", cells[0]["share"], 0.25
+    )
+    whole = [cell["selection"] + cell["adaptive"] for cell in cells]
+    verdicts.at_most("time(64k) / time(16k), selection and attention", whole[1] / whole[0], 5.0)
+    return int(verdicts.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
