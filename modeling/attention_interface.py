@@ -1,19 +1,29 @@
 """Our attention inside other Transformers models: `attn_implementation="adaptive_sparse"`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from adaptive_longformer.attention.alignment import left_padding, roll_rows
 from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.routing import (
+    RoutingOptions,
+    select_blocks,
+    selection_layout,
+)
 from adaptive_longformer.modeling.attention_layer import random_seed
 from adaptive_longformer.modeling.global_tokens import limit_global_tokens
+from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 NAME = "adaptive_sparse"
-DEFAULT_OPTIONS = {"attention_window": 512, "num_global_tokens": 1}
 # What attention layers of Transformers may ask for; None and False ask for nothing.
 _UNSUPPORTED = {
     "softcap": "soft-capped scores",
@@ -27,6 +37,83 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass(frozen=True)
+class AdaptiveSparseOptions:
+    """What a token of a foreign model reads.
+
+    Attributes:
+        attention_window: tokens around each query, half on each side (only the left half under
+            causality); even.
+        num_global_tokens: so many first tokens see all tokens and are seen by all.
+        num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
+        block_size, query_block_size: tokens per block of keys and of queries.
+        top_p: share of its attention after which a block of queries chooses no more.
+
+    Raises:
+        ValueError: a number is out of range, or the sizes do not nest.
+    """
+
+    attention_window: int = 512
+    num_global_tokens: int = 1
+    num_selected_blocks: int = 8
+    block_size: int = 64
+    query_block_size: int = 64
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name, least in (("attention_window", 2), ("num_global_tokens", 0),
+                            ("num_selected_blocks", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"config.{NAME}[{name!r}] is {value!r}, a whole number >= {least} is needed"
+                )
+        if self.attention_window % 2:
+            raise ValueError(
+                f"config.{NAME}['attention_window'] is {self.attention_window}, "
+                "an even number >= 2 is needed"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"config.{NAME}['top_p'] is {self.top_p!r}, a number above 0 and up to 1 is needed"
+            )
+        if self.num_selected_blocks:
+            self.routing_options()
+
+    def routing_options(self) -> RoutingOptions:
+        """The same in the words of the selection."""
+        return RoutingOptions(
+            num_blocks=self.num_selected_blocks,
+            block_size=self.block_size,
+            query_block_size=self.query_block_size,
+        )
+
+
+_overridden: ContextVar[dict[str, Any] | None] = ContextVar("adaptive_sparse_options", default=None)
+
+
+@contextmanager
+def adaptive_sparse_options(**options: Any) -> Iterator[None]:
+    """Sets options of `attn_implementation="adaptive_sparse"` for a while, over those of the
+    models' configurations.
+
+        with adaptive_sparse_options(attention_window=1024, num_selected_blocks=16):
+            model(**inputs)
+
+    Args:
+        options: fields of `AdaptiveSparseOptions`.
+
+    Raises:
+        ValueError: there is no such option, or a number is out of range.
+    """
+    _checked_options(options)
+    token = _overridden.set(options)
+    try:
+        yield
+    finally:
+        _overridden.reset(token)
+
+
 def adaptive_sparse_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -38,11 +125,11 @@ def adaptive_sparse_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Sliding window and first tokens global, with the signature of AttentionInterface.
+    """Sliding window, first tokens global, and chosen blocks, with the signature of
+    AttentionInterface.
 
-    `module.config.adaptive_sparse` sets the pattern: {"attention_window": 512, "num_global_tokens":
-    1} are the defaults. The window is the total, half on each side (only the left half under
-    causality).
+    The dictionary `module.config.adaptive_sparse`, or the context `adaptive_sparse_options`, holds
+    fields of `AdaptiveSparseOptions`.
 
     Args:
         module: the attention module; its config and `is_causal` are read.
@@ -75,21 +162,22 @@ def adaptive_sparse_attention_forward(
         raise _not_implemented(
             f"an attention_mask of shape {tuple(attention_mask.shape)}; pass [batch, length]"
         )
-    window, num_global_tokens = _options(module.config)
-    output = sparse_attention(
-        query,
-        key,
-        value,
-        SlidingWindow(window // 2),
-        attention_mask=attention_mask,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        global_mask=_first_tokens(query, attention_mask, num_global_tokens),
-        scale=scaling,
-        dropout_p=dropout,
-        dropout_seed=random_seed(query.device) if dropout else None,
-    )
-    assert isinstance(output, torch.Tensor)  # return_lse=False
-    return output.transpose(1, 2).contiguous(), None
+    options = _options(module.config)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    shifts = None
+    if options.num_selected_blocks and attention_mask is not None:
+        # Blocks start at the first real token, wherever the padding is.
+        shifts = left_padding(attention_mask)
+        query, key, value = (
+            roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        attention_mask = roll_rows(attention_mask, shifts)
+    output = _attend(query, key, value, attention_mask, options, causal, scaling, dropout)
+    output = output.transpose(1, 2)
+    if shifts is not None:
+        output = roll_rows(output, -shifts)
+    return output.contiguous(), None
 
 
 def adaptive_sparse_mask(
@@ -119,24 +207,62 @@ def adaptive_sparse_mask(
     return attention_mask
 
 
-def _options(config: Any) -> tuple[int, int]:
-    given = getattr(config, NAME, None) or {}
-    if unknown := set(given) - set(DEFAULT_OPTIONS):
+def _options(config: Any) -> AdaptiveSparseOptions:
+    return _checked_options({**(getattr(config, NAME, None) or {}), **(_overridden.get() or {})})
+
+
+def _checked_options(given: dict[str, Any]) -> AdaptiveSparseOptions:
+    allowed = [field.name for field in fields(AdaptiveSparseOptions)]
+    if unknown := set(given) - set(allowed):
         raise ValueError(
-            f"config.{NAME} has unknown options {sorted(unknown)}, "
-            f"allowed are {sorted(DEFAULT_OPTIONS)}"
+            f"config.{NAME} has unknown options {sorted(unknown)}, allowed are {sorted(allowed)}"
         )
-    window, num_global_tokens = {**DEFAULT_OPTIONS, **given}.values()
-    if not isinstance(window, int) or window < 2 or window % 2:
-        raise ValueError(
-            f"config.{NAME}['attention_window'] is {window!r}, an even number >= 2 is needed"
+    return AdaptiveSparseOptions(**given)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: AdaptiveSparseOptions,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Attention in the window, to the first tokens and to the chosen blocks."""
+    window = SlidingWindow(options.attention_window // 2)
+    global_mask = _first_tokens(query, attention_mask, options.num_global_tokens)
+    pattern_or_layout: Pattern | BlockLayout = window
+    length = query.shape[2]
+    if options.num_selected_blocks and length > window.left + 1:
+        routing = options.routing_options()
+        selected = select_blocks(
+            query.detach(),
+            key.detach(),
+            window,
+            routing,
+            attention_mask=attention_mask,
+            global_mask=global_mask,
+            is_causal=is_causal,
+            scale=scale,
+            top_p=options.top_p,
         )
-    if not isinstance(num_global_tokens, int) or num_global_tokens < 0:
-        raise ValueError(
-            f"config.{NAME}['num_global_tokens'] is {num_global_tokens!r}, "
-            "a whole number >= 0 is needed"
-        )
-    return window, num_global_tokens
+        pattern_or_layout, _ = selection_layout(selected, window, length, routing)
+    output = sparse_attention(
+        query,
+        key,
+        value,
+        pattern_or_layout,
+        attention_mask=attention_mask,
+        is_causal=is_causal,
+        global_mask=global_mask,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=random_seed(query.device) if dropout_p else None,
+    )
+    assert isinstance(output, torch.Tensor)  # return_lse=False
+    return output
 
 
 def _first_tokens(

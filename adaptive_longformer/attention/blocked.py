@@ -241,31 +241,44 @@ class _Problem:
         )
 
     def tiles(self) -> Iterator[_Tile]:
-        """The tiles, in an order that lets consecutive ones share keys."""
-        columns = self.tile_rows + max(self.left + self.right, 0) if self.window is not None else 0
-        columns = min(columns, self.length) if self.window is not None else 0
+        """The tiles, in an order that lets consecutive ones share keys.
+
+        A tile takes as many heads as its scores leave room for: few where a row of blocks reads
+        everything, as BigBird's first and last do, many where it reads little.
+        """
+        starts_by_step: dict[tuple[int, int], list[int]] = {}
+        for start in range(0, self.length, self.tile_rows):
+            scores = max(1, self.tile_rows * self._most_columns(start))
+            budget = max(1, _TILE_SCORES.get(self.device.type, 2**20) // scores)
+            batch_step = 1 if self.device.type == "cpu" else max(1, budget // max(self.heads, 1))
+            starts_by_step.setdefault((batch_step, min(self.heads, budget)), []).append(start)
+        for (batch_step, head_step), starts in starts_by_step.items():
+            for batch in range(0, self.batch, batch_step):
+                for head in range(0, self.heads, head_step):
+                    for start in starts:
+                        end = min(start + self.tile_rows, self.length)
+                        first = last = 0
+                        if self.window is not None:
+                            first = max(0, start - self.left)
+                            last = min(self.length, end + self.right)
+                        yield _Tile(
+                            slice(batch, min(batch + batch_step, self.batch)),
+                            slice(head, min(head + head_step, self.heads)),
+                            start,
+                            end,
+                            first,
+                            last,
+                        )
+
+    def _most_columns(self, start: int) -> int:
+        """Keys that the tile of rows from `start` on reads at most, without global ones."""
+        columns = 0
+        if self.window is not None:
+            columns = min(self.tile_rows + max(self.left + self.right, 0), self.length)
         if self.extra is not None:
-            columns += self.extra.key_blocks.shape[-1] * self.extra.key_block_size
-        budget = max(
-            1, _TILE_SCORES.get(self.device.type, 2**20) // max(1, self.tile_rows * columns)
-        )
-        head_step = min(self.heads, budget)
-        batch_step = 1 if self.device.type == "cpu" else max(1, budget // max(self.heads, 1))
-        for batch in range(0, self.batch, batch_step):
-            for head in range(0, self.heads, head_step):
-                for start in range(0, self.length, self.tile_rows):
-                    end = min(start + self.tile_rows, self.length)
-                    first = last = 0
-                    if self.window is not None:
-                        first, last = max(0, start - self.left), min(self.length, end + self.right)
-                    yield _Tile(
-                        slice(batch, min(batch + batch_step, self.batch)),
-                        slice(head, min(head + head_step, self.heads)),
-                        start,
-                        end,
-                        first,
-                        last,
-                    )
+            block = start // self.extra.query_block_size
+            columns += self.entries_per_block[block] * self.extra.key_block_size
+        return columns
 
     def entry_columns(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For the extra entries of a tile: token positions and used [batch or 1, heads or 1,

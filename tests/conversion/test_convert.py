@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import FAMILIES, HEADS, load_converted, write_source
-from transformers import AutoTokenizer, BertTokenizer
+from transformers import AutoTokenizer, BertTokenizer, BigBirdTokenizer
 
 from adaptive_longformer.conversion import source as source_module
 from adaptive_longformer.conversion.convert import convert_checkpoint
@@ -81,6 +81,20 @@ def test_the_tokenizer_goes_along_and_reads_the_new_length(tmp_path):
     assert (config.cls_token_id, config.sep_token_id) == (2, 3)
     convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "back").model_max_length == 512
+
+
+def test_the_tokenizer_of_big_bird_goes_along(tmp_path):
+    source = write_source(tmp_path / "source", "big_bird", "ForQuestionAnswering")
+    special = ["<pad>", "<s>", "</s>", "[SEP]", "[CLS]", "[MASK]"]
+    words = [(name, 0.0) for name in (*special, "<unk>", "\u2581word", "\u2581other")]
+    BigBirdTokenizer(words, model_max_length=512).save_pretrained(source)
+    convert_checkpoint(source, tmp_path / "target", max_positions=1024)
+    expected, found = (AutoTokenizer.from_pretrained(tmp_path / x) for x in ("source", "target"))
+    assert type(found) is type(expected)
+    assert found("word other", "word")["input_ids"] == expected("word other", "word")["input_ids"]
+    assert (expected.model_max_length, found.model_max_length) == (512, 1024)
+    config = load_converted(tmp_path / "target", "ForQuestionAnswering").config
+    assert (config.cls_token_id, config.sep_token_id) == (4, 3)
 
 
 def test_the_model_card_says_where_the_weights_come_from(tmp_path):

@@ -400,3 +400,15 @@ def test_trainer_teaches_it_to_continue_and_it_generates_what_it_learned(tmp_pat
     prompt = period.repeat(2)[None, :10]
     found = model.eval().generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=1)
     assert torch.equal(found[0], period.repeat(6)[:40])
+
+
+@pytest.mark.parametrize("length", [40, 800])
+def test_training_compiles_without_graph_breaks(length):
+    torch.compiler.reset()
+    model = causal().train()
+    input_ids, mask = left_padded([length, length - 9])
+    expected = model(input_ids, mask, labels=input_ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(input_ids, mask, labels=input_ids)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    found.loss.backward()
