@@ -255,7 +255,7 @@ def tiny_seq2seq_inputs(
         attention_mask[-1, slots] = 0
     # The last token of a document is its end.
     last = (attention_mask * torch.arange(1, length + 1)).argmax(dim=1, keepdim=True)
-    assert isinstance(config.eos_token_id, int)
+    assert isinstance(config.eos_token_id, int) and config.pad_token_id is not None
     input_ids = input_ids.scatter(1, last, config.eos_token_id)
     input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}

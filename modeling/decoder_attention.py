@@ -121,7 +121,9 @@ class DecoderSelfAttention(DecoderAttention):
 
 
 class DecoderCrossAttention(DecoderAttention):
-    """Attention to the encoded document, whose keys and values are computed once."""
+    """Attention to the encoded document, whose keys and values are computed and kept once, however
+    many texts about it are written at the same time (the beams of a search).
+    """
 
     is_causal = False
 
@@ -136,11 +138,12 @@ class DecoderCrossAttention(DecoderAttention):
         """Attends and projects.
 
         Args:
-            hidden_states: [batch, length, d_model].
-            encoder_hidden_states: [batch, document_length, d_model]; not read if the cache has
+            hidden_states: [batch, length, d_model]; batch is a multiple of the number of documents,
+                texts about the same document are neighbours.
+            encoder_hidden_states: [documents, document_length, d_model]; not read if the cache has
                 their keys and values.
-            attention_mask: bool [batch, 1, 1, document_length], True where a token of the document
-                is not padding; None: all are.
+            attention_mask: bool [documents, 1, 1, document_length], True where a token of the
+                document is not padding; None: all are.
             past_key_values: the cache; it is filled by the first call.
             output_attentions: whether to return the probabilities as well.
 
@@ -158,4 +161,10 @@ class DecoderCrossAttention(DecoderAttention):
                 cache = past_key_values.cross_attention_cache
                 key, value = cache.update(key, value, self.layer_idx)
                 past_key_values.is_updated[self.layer_idx] = True
-        return self._attend(hidden_states, key, value, attention_mask, output_attentions)
+        batch_size, length, _ = hidden_states.shape
+        # All texts about a document as one: nothing between them is compared here.
+        texts = hidden_states.reshape(key.shape[0], -1, hidden_states.shape[-1])
+        output, probabilities = self._attend(texts, key, value, attention_mask, output_attentions)
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return output.reshape(batch_size, length, -1), probabilities

@@ -388,8 +388,9 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         Args:
             input_ids: [batch, length] token ids that are not in the cache; or `inputs_embeds`.
             attention_mask: [batch, cached + length], 1 for tokens, 0 for padding. None: no padding.
-            encoder_hidden_states: [batch, document_length, d_model].
-            encoder_attention_mask: [batch, document_length], 1 for tokens, 0 for padding.
+            encoder_hidden_states: [documents, document_length, d_model]; several texts about one
+                document are neighbours in the batch.
+            encoder_attention_mask: [documents, document_length], 1 for tokens, 0 for padding.
             past_key_values: the cache of earlier calls.
             inputs_embeds: [batch, length, d_model] in place of the (scaled) word embeddings.
             use_cache: whether to return a cache; None: `config.use_cache`. Never while training
@@ -408,10 +409,11 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         batch_size, length = _check_decoder_tokens(input_ids, inputs_embeds, config.d_model)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None, the encoded document is needed")
-        if encoder_hidden_states.shape[0] != batch_size:
+        num_documents = encoder_hidden_states.shape[0]
+        if num_documents == 0 or batch_size % num_documents:
             raise ValueError(
-                f"decoder_input_ids has {batch_size} sequences, "
-                f"the document's batch size of {encoder_hidden_states.shape[0]} is needed"
+                f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
+                f"documents = {num_documents} is needed"
             )
         past_key_values = self._cache(past_key_values, use_cache)
         num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -430,7 +432,7 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         encoder_mask = boolean_mask(
             "attention_mask",
             encoder_attention_mask,
-            (batch_size, encoder_hidden_states.shape[1]),
+            (num_documents, encoder_hidden_states.shape[1]),
             validate,
         )
 
@@ -708,6 +710,31 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
             loss = self.add_density_loss(loss)
         return Seq2SeqLMOutput(loss=loss, logits=logits, **_beside_the_head(outputs))
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats what the decoder reads for every beam, but not the document."""
+        document = {
+            name: model_kwargs.pop(name)
+            for name in ("encoder_outputs", "attention_mask", "global_attention_mask")
+            if name in model_kwargs
+        }
+        expanded = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+        )
+        return expanded[0], {**expanded[1], **document}
+
+    def _reorder_cache(
+        self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor
+    ) -> EncoderDecoderCache:
+        """Lets the texts so far follow their beams; all beams read the same document."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
 
     def _validate_generated_length(self, generation_config, *args, **kwargs) -> None:
         """Refuses at the start of generate() what would fail at its end."""

@@ -345,6 +345,25 @@ def test_global_mask_is_passed_through_generate():
     assert expected[expected.isfinite()].abs().max() < 1e-4
 
 
+def test_texts_about_one_document_share_its_keys_and_values():
+    model = writing_model()
+    inputs = tiny_seq2seq_inputs(model)
+    ids = inputs.pop("decoder_input_ids")
+    ids = torch.cat([ids, ids.flip(1)])[[0, 2, 1, 3]]  # two texts per document
+    repeated = {name: tensor.repeat_interleave(2, dim=0) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        expected = model(**repeated, decoder_input_ids=ids, output_attentions=True)
+        found = model(**inputs, decoder_input_ids=ids, output_attentions=True)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found.cross_attentions, expected.cross_attentions):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert found.past_key_values.cross_attention_cache.layers[0].keys.shape[0] == 2
+    outputs = generate(model, inputs, num_beams=4, return_dict_in_generate=True)
+    cache = outputs.past_key_values
+    assert cache.self_attention_cache.layers[0].keys.shape[0] == 8
+    assert cache.cross_attention_cache.layers[0].keys.shape[0] == 2
+
+
 def test_generation_continues_given_decoder_inputs():
     model = writing_model()
     inputs = tiny_seq2seq_inputs(model, target_length=4)
@@ -592,7 +611,7 @@ def inputs_with(**changes):
             "both of decoder_input_ids and decoder_inputs_embeds",
         ),
         (inputs_with(decoder_input_ids=torch.zeros(2, 0).long()), "decoder_input_ids has shape"),
-        (inputs_with(decoder_input_ids=torch.full((3, 4), 7)), "3 sequences.*batch size of 2"),
+        (inputs_with(decoder_input_ids=torch.full((3, 4), 7)), "3 sequences, a multiple of .* = 2"),
         (
             inputs_with(decoder_input_ids=torch.full((2, 129), 7)),
             "the decoder is given 129 tokens.*= 128",
