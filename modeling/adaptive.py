@@ -125,7 +125,7 @@ class AdaptiveSelection(nn.Module):
     @property
     def is_active(self) -> bool:
         """Whether anything is chosen or narrowed at all."""
-        return self._read("strength", lambda strength: bool(strength > 0))
+        return self._read("strength", lambda strength: bool(strength > 0), True)
 
     def forward(
         self,
@@ -155,7 +155,10 @@ class AdaptiveSelection(nn.Module):
         if not self.is_active:
             return query, Reads(self.window)
         span = self._attention_span()
-        length, num_blocks = query.shape[2], self._read("head_budgets", lambda b: int(b.max()))
+        length = query.shape[2]
+        num_blocks = self._read(
+            "head_budgets", lambda budgets: int(budgets.max()), self.options.num_blocks
+        )
         # Where the window reaches everywhere there is nothing to choose.
         if length <= self.window.left + 1 or (
             num_blocks == 0 and self.options.num_global_blocks == 0
@@ -178,7 +181,9 @@ class AdaptiveSelection(nn.Module):
             )
             if state is not None:
                 state.selected = selected
-        layout, slots = selection_layout(selected, self.window, length, options, self.rank_limit())
+        is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
+        read = selected._replace(global_open=selected.global_open & is_open)
+        layout, slots = selection_layout(read, self.window, length, options, self.rank_limit())
         return query, Reads(layout, self._entry_bias(selected, slots), span)
 
     def rank_limit(self) -> torch.Tensor:
@@ -229,16 +234,20 @@ class AdaptiveSelection(nn.Module):
     def _attention_span(self) -> AttentionSpan | None:
         """The learned windows; None where they are as wide as the pattern's and stay so."""
         is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        if not is_trained and not self._read("span", lambda span: bool((span < 1).any())):
+        if not is_trained and not self._read("span", lambda span: bool((span < 1).any()), True):
             return None
         length = self.span.clamp(min=0.0) * self.window.left
-        return AttentionSpan(length, WINDOW_RAMP)
+        return AttentionSpan(length.where(self.strength > 0, self.window.left), WINDOW_RAMP)
 
-    def _read(self, name: str, read: Callable[[torch.Tensor], Any]) -> Any:
-        """A value on the host that depends on one tensor, read again only when that changes."""
+    def _read(self, name: str, read: Callable[[torch.Tensor], Any], safe: Any) -> Any:
+        """A value on the host that depends on one tensor, read again only when that changes.
+
+        While compiling it is the last one that was read, or `safe`, with which every result is
+        right, if slower.
+        """
         tensor = getattr(self, name)
-        if torch.compiler.is_compiling() and name in self._known:
-            return self._known[name][2]
+        if torch.compiler.is_compiling():
+            return self._known[name][2] if name in self._known else safe
         version = None if tensor.is_inference() else tensor._version
         known = self._known.get(name)
         if known is None or version is None or known[0] is not tensor or known[1] != version:
