@@ -24,6 +24,10 @@ MIN_WEIGHT = 1e-6
 # Over how many ranks a budget fades out, and over how many tokens a window does.
 BUDGET_RAMP = 2.0
 WINDOW_RAMP = 32.0
+# Buffers that the configuration mirrors, by the name of its field.
+SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p"}
+# Of a head whose budget is not calibrated.
+NO_LIMIT = 2**31 - 1
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01
 
@@ -70,7 +74,8 @@ class AdaptiveSelection(nn.Module):
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
         strength, top_p: scalars, see `AdaptiveSparseConfig`.
-        head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`.
+        head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
+            before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
     """
 
@@ -112,7 +117,7 @@ class AdaptiveSelection(nn.Module):
         init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
         if self.config.head_budgets is None:
-            init.constant_(self.head_budgets, self.config.num_selected_blocks)
+            init.constant_(self.head_budgets, NO_LIMIT)
         else:
             budgets = torch.tensor(self.config.head_budgets[self.layer_idx])
             init.copy_(self.head_budgets, budgets)
@@ -121,6 +126,16 @@ class AdaptiveSelection(nn.Module):
         """As in torch; and forgets what was read, as some optimisers write behind torch's back."""
         self._known.clear()
         return super().train(mode)
+
+    def set_strength(self, strength: float) -> None:
+        """See `set_selection_strength`."""
+        self._known.clear()  # what is compiled reads only what is known
+        self.strength.fill_(strength)
+        self.config.selection_strength = float(strength)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._known.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def is_active(self) -> bool:
@@ -156,9 +171,8 @@ class AdaptiveSelection(nn.Module):
             return query, Reads(self.window)
         span = self._attention_span()
         length = query.shape[2]
-        num_blocks = self._read(
-            "head_budgets", lambda budgets: int(budgets.max()), self.options.num_blocks
-        )
+        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
+        num_blocks = min(num_blocks, self.options.num_blocks)
         # Where the window reaches everywhere there is nothing to choose.
         if length <= self.window.left + 1 or (
             num_blocks == 0 and self.options.num_global_blocks == 0
@@ -306,16 +320,33 @@ def set_selection_strength(model: nn.Module, strength: float) -> None:
             "the model has nothing to select with: load it with attention_pattern='adaptive'"
         )
     for part in parts:
-        part.strength.fill_(strength)
-        part.config.selection_strength = float(strength)
+        part.set_strength(strength)
+
+
+@torch.no_grad()
+def mirror_selection_buffers(model: nn.Module, asked: dict[str, float]) -> None:
+    """Makes a loaded model and its configuration agree: what was asked for wins, then the weights.
+
+    Args:
+        model: any of our models.
+        asked: fields of the configuration that the caller gave, with their values.
+    """
+    for part in selections(model):
+        for field, name in SELECTION_BUFFERS.items():
+            buffer = getattr(part, name)
+            if field in asked:
+                buffer.fill_(asked[field])
+            elif buffer.item() != torch.tensor(getattr(part.config, field), dtype=buffer.dtype):
+                setattr(part.config, field, buffer.item())
 
 
 def density_loss(model: nn.Module, target: float) -> torch.Tensor:
     """What is added to a loss so that training ends at a density of `target`.
 
-    max(0, price + excess) * excess for an excess of density - target, with gradients of the second
-    factor only (augmented Lagrangian). The price rises while the density is above the target and
-    falls, to 0 at the least, below it (dual ascent); every call in training mode moves it.
+    strength * max(0, price + excess) * excess for an excess of density - target, with gradients of
+    the last factor only (augmented Lagrangian). The price rises while the density is above the
+    target and falls, to 0 at the least, below it (dual ascent); every call in training mode moves
+    it. The strength lets the task be heard before anything is pruned.
 
     Args:
         model: a model with adaptive layers.
@@ -327,7 +358,7 @@ def density_loss(model: nn.Module, target: float) -> torch.Tensor:
     price = parts[0].price.clone()
     if model.training:
         with torch.no_grad():
-            moved = (price + PRICE_STEP * excess).clamp(min=0.0)
+            moved = (price + PRICE_STEP * parts[0].strength * excess).clamp(min=0.0)
             for part in parts:
                 part.price.copy_(moved)
-    return (price + excess.detach()).clamp(min=0.0) * excess
+    return parts[0].strength.clone() * (price + excess.detach()).clamp(min=0.0) * excess
