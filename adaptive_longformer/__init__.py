@@ -6,6 +6,9 @@ other models as `attn_implementation="adaptive_sparse"`.
 
 from adaptive_longformer.attention.functional import explain_backends, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
@@ -16,12 +19,24 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseModel,
     AdaptiveSparsePreTrainedModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseSeq2SeqForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForSequenceClassification,
+    AdaptiveSparseSeq2SeqModel,
+    AdaptiveSparseSeq2SeqPreTrainedModel,
+)
 from adaptive_longformer.modeling.registration import register_with_transformers
 
 register_with_transformers()
 
 __all__ = [
     "AdaptiveSparseConfig",
+    "AdaptiveSparseForCausalLM",
+    "AdaptiveSparseForConditionalGeneration",
     "AdaptiveSparseForMaskedLM",
     "AdaptiveSparseForMultipleChoice",
     "AdaptiveSparseForQuestionAnswering",
@@ -29,6 +44,11 @@ __all__ = [
     "AdaptiveSparseForTokenClassification",
     "AdaptiveSparseModel",
     "AdaptiveSparsePreTrainedModel",
+    "AdaptiveSparseSeq2SeqConfig",
+    "AdaptiveSparseSeq2SeqForQuestionAnswering",
+    "AdaptiveSparseSeq2SeqForSequenceClassification",
+    "AdaptiveSparseSeq2SeqModel",
+    "AdaptiveSparseSeq2SeqPreTrainedModel",
     "convert_checkpoint",
     "explain_backends",
     "sparse_attention",

@@ -6,12 +6,30 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
+
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
+    "answer": (
+        "adaptive_longformer.inference.answer_command",
+        "find the answer to a question in a long text",
+    ),
+    "build-kernels": (
+        "adaptive_longformer.build_kernels",
+        "compile the attention kernels now instead of at their first use",
+    ),
     "convert": (
         "adaptive_longformer.conversion.command",
-        "take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        "take over a Longformer, LED, RoBERTa or BERT checkpoint, or give it back",
+    ),
+    "summarize": (
+        "adaptive_longformer.inference.summarize_command",
+        "summarise a text file",
+    ),
+    "doctor": (
+        "adaptive_longformer.doctor",
+        "what each attention backend can do on this machine, and why not",
     ),
     "quickstart": (
         "adaptive_longformer.quickstart",
@@ -59,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         # Also what lies below us may raise an error of several lines.
         print(f"adaptive-longformer: {' '.join(_message(error).split())}", file=sys.stderr)
         return 2

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.modeling.adaptive import selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
@@ -15,6 +18,13 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
     AdaptiveSparsePreTrainedModel,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseSeq2SeqForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForSequenceClassification,
+    AdaptiveSparseSeq2SeqModel,
+    AdaptiveSparseSeq2SeqPreTrainedModel,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +36,13 @@ MODEL_CLASSES: tuple[type[AdaptiveSparsePreTrainedModel], ...] = (
     AdaptiveSparseForQuestionAnswering,
     AdaptiveSparseForSequenceClassification,
     AdaptiveSparseForTokenClassification,
+)
+
+SEQ2SEQ_MODEL_CLASSES: tuple[type[AdaptiveSparseSeq2SeqPreTrainedModel], ...] = (
+    AdaptiveSparseSeq2SeqModel,
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseSeq2SeqForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForSequenceClassification,
 )
 
 
@@ -46,6 +63,17 @@ def randomize_all_parameters(model: Model, std: float = 0.15, seed: int = 0) -> 
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(noise + 1.0 if id(parameter) in ones else noise)
+    return model
+
+
+def vary_with_position(model: Model, factor: float = 4.0) -> Model:
+    """Multiplies the position tables, so that a random model does not repeat one token for ever;
+    returns the model.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" in name:
+                parameter.mul_(factor)
     return model
 
 
@@ -158,3 +186,90 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             weight = torch.linspace(-1, 1, outputs[name].numel(), dtype=outputs[name].dtype)
             total = total + (outputs[name].flatten() * weight).sum()
     return total
+
+
+def tiny_seq2seq_config(**overrides: Any) -> AdaptiveSparseSeq2SeqConfig:
+    """Two layers of width 32 on each side with a window of 32 tokens, without dropout.
+
+    Documents of up to 1024 tokens, texts of up to 128.
+    """
+    values: dict[str, Any] = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+        "max_encoder_position_embeddings": 1024,
+        "max_decoder_position_embeddings": 128,
+        "attention_window": 32,
+        "dropout": 0.0,
+    }
+    return AdaptiveSparseSeq2SeqConfig(**{**values, **overrides})
+
+
+def tiny_seq2seq_model(
+    model_class: type[AdaptiveSparseSeq2SeqPreTrainedModel] = AdaptiveSparseSeq2SeqModel,
+    **overrides: Any,
+) -> Any:
+    """A model of `tiny_seq2seq_config(**overrides)` in evaluation mode, every tensor random."""
+    model = randomize_all_parameters(model_class(tiny_seq2seq_config(**overrides))).eval()
+    if isinstance(model, AdaptiveSparseForConditionalGeneration):
+        generator = torch.Generator().manual_seed(1)
+        bias = 0.15 * torch.randn(model.final_logits_bias.shape, generator=generator)
+        model.final_logits_bias.copy_(bias)
+    return model
+
+
+def tiny_seq2seq_inputs(
+    model: AdaptiveSparseSeq2SeqPreTrainedModel,
+    length: int = 70,
+    *,
+    target_length: int = 11,
+    padding: str = "right",
+    with_labels: bool = False,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Two random documents and what the decoder reads or shall write about them.
+
+    Args:
+        model: which head the inputs are for.
+        length: tokens of the longest document.
+        target_length: tokens of the texts, without the start token.
+        padding: "none", or where the last document has a third of padding, "right" or "left".
+        with_labels: whether to add what the head's loss needs, in place of the decoder's input.
+        seed: of the random ids.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+
+    def random_below(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    input_ids = random_below(5, config.vocab_size, 2, length)
+    attention_mask = torch.ones_like(input_ids)
+    num_padded = 0 if padding == "none" else length // 3
+    if num_padded:
+        slots = slice(length - num_padded, None) if padding == "right" else slice(num_padded)
+        attention_mask[-1, slots] = 0
+    # The last token of a document is its end.
+    last = (attention_mask * torch.arange(1, length + 1)).argmax(dim=1, keepdim=True)
+    assert isinstance(config.eos_token_id, int)
+    input_ids = input_ids.scatter(1, last, config.eos_token_id)
+    input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if isinstance(model, AdaptiveSparseSeq2SeqForSequenceClassification):
+        if with_labels:
+            inputs["labels"] = random_below(0, config.num_labels or 2, 2)
+        return inputs
+    target = random_below(5, config.vocab_size, 2, target_length)
+    if isinstance(model, AdaptiveSparseForConditionalGeneration) and with_labels:
+        target[-1, -3:] = -100
+        return {**inputs, "labels": target}
+    start = torch.full_like(target[:, :1], config.decoder_start_token_id)
+    inputs["decoder_input_ids"] = torch.cat([start, target], dim=1)
+    if isinstance(model, AdaptiveSparseSeq2SeqForQuestionAnswering) and with_labels:
+        inputs["start_positions"] = random_below(0, target_length, 2)
+        inputs["end_positions"] = random_below(0, target_length, 2)
+    return inputs

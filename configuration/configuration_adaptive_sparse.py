@@ -10,6 +10,7 @@ from adaptive_longformer.attention.backends import BACKENDS
 from adaptive_longformer.attention.routing import RoutingOptions
 from adaptive_longformer.configuration.presets import preset
 from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.patterns.big_bird import BigBird
 from adaptive_longformer.patterns.block_layout import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from adaptive_longformer.patterns.fixed import Fixed
 from adaptive_longformer.patterns.full import Full
@@ -27,11 +28,17 @@ ALLOWED = {
         "strided",
         "fixed",
         "random_blocks",
+        "big_bird",
         "adaptive",
+        "random_selection",
+        "oracle",
+        "linear",
+        "window_linear",
+        "lsh",
     ),
     "default_global_tokens": ("auto", "none", "first", "question", "after_separator"),
     "position_style": ("roberta", "bert"),
-    "head_style": ("roberta", "bert"),
+    "head_style": ("roberta", "bert", "big_bird"),
 }
 POSITIVE = (
     "vocab_size",
@@ -44,11 +51,16 @@ POSITIVE = (
     "attention_stride",
     "num_random_blocks",
     "block_size",
+    "num_hashes",
     "query_block_size",
     "num_selected_blocks",
     "selection_start_nodes",
     "selection_beam_width",
 )
+# Patterns whose layers choose blocks, and those that no list of keys expresses.
+SELECTING_PATTERNS = ("adaptive", "random_selection", "oracle")
+BASELINE_PATTERNS = ("linear", "window_linear", "lsh")
+WITHOUT_GLOBAL_TOKENS = ("full", "sliding_window", *BASELINE_PATTERNS)
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -75,16 +87,26 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         tie_word_embeddings: whether the masked language head shares the word embeddings.
         attention_pattern: "longformer" (sliding window and global tokens), "sliding_window" and
             "full" (both ignore global tokens), "strided", "fixed" (Sparse Transformer),
-            "random_blocks" (random blocks and sliding window); the last three also take global
-            tokens. "adaptive" is "longformer", and every block of queries reads a few more blocks
-            of keys that it chooses itself, as far as `selection_strength` lets it.
+            "random_blocks" (random blocks and sliding window), "big_bird" (global blocks at both
+            ends, a window of blocks, in training also random blocks; see
+            `adaptive_longformer.patterns.big_bird`); the last four also take global tokens.
+            "adaptive" is "longformer", and every block of queries reads a few more blocks of keys
+            that it chooses itself, as far as `selection_strength` lets it. For comparison: the same
+            with blocks drawn at random ("random_selection") or chosen by their exact share of full
+            attention ("oracle", O(length^2)); linear attention alone and beside a window
+            ("linear", "window_linear") and Reformer's hashed buckets ("lsh"), all three without
+            global tokens.
         attention_window: keys seen around each query, in tokens, half on each side (Longformer's
             convention: 512 means 256 before and 256 after). One even number, or one per layer.
         attention_dilation: only every so-manieth neighbour is in the window; one number, or one per
             layer.
         attention_stride: stride of the patterns "strided" and "fixed", in tokens.
-        num_random_blocks: blocks each query block draws in "random_blocks".
-        block_size: tokens per block of keys in "random_blocks" and "adaptive".
+        num_random_blocks: blocks each query block draws in "random_blocks" and "big_bird".
+        block_size: tokens per block in "random_blocks" and "big_bird", and per block of keys in
+            "adaptive".
+        attention_seed: seed of the blocks that "big_bird" draws anew for every layer and training
+            step.
+        num_hashes: how many hashes "lsh" draws.
         query_block_size: tokens per block of queries in "adaptive"; it divides `block_size` or is a
             multiple of it.
         num_selected_blocks: blocks of keys that each block of queries may choose.
@@ -105,8 +127,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             `calibrate`; None: `num_selected_blocks`.
         default_global_tokens: which tokens are global when no `global_attention_mask` is given.
             "none", "first" (first valid token), "question" (before the first separator),
-            "after_separator", or "auto": "question" for question answering, "first" for every other
-            model.
+            "after_separator", or "auto": "none" for the pattern "big_bird", which has its global
+            blocks; otherwise "question" for question answering, "first" for every other model.
         separate_global_projections: Longformer's query_global, key_global and value_global.
         attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that
             fits.
@@ -114,8 +136,14 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             limit.
         position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`,
             "bert" numbers the slots from 0.
-        head_style: task heads as RoBERTa or as BERT builds them.
-        zero_padded_rows: whether the attention output of padding is 0, as in Longformer.
+        head_style: task heads as "roberta", "bert" or "big_bird" builds them.
+        zero_padded_rows: whether the attention output of padding is 0, as in Longformer, and in
+            BigBird for inputs that are not read in full.
+        rescale_embeddings: whether word embeddings are multiplied by sqrt(hidden_size).
+        use_bias: whether the projections to query, key and value have a bias.
+        num_sink_tokens: the first tokens of every sequence that all later ones see in the causal
+            model, which has no other global tokens.
+        use_cache: whether the causal model returns keys and values for the next tokens.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, the value and what is
@@ -124,6 +152,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     """
 
     model_type = "adaptive_sparse"
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -150,6 +179,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     attention_stride: int = 128
     num_random_blocks: int = 3
     block_size: int = 64
+    attention_seed: int = 0
+    num_hashes: int = 2
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
@@ -166,6 +197,10 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     position_style: str = "roberta"
     head_style: str = "roberta"
     zero_padded_rows: bool = True
+    rescale_embeddings: bool = False
+    use_bias: bool = True
+    num_sink_tokens: int = 4
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
@@ -197,7 +232,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         """
         if getattr(self, "auto_map", None):
             os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory)
+            write_remote_code(save_directory, self.model_type)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
@@ -216,7 +251,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     @property
     def uses_global_tokens(self) -> bool:
         """Whether the pattern takes global tokens at all."""
-        return self.attention_pattern not in ("full", "sliding_window")
+        return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     @property
     def routing_options(self) -> RoutingOptions:
@@ -240,6 +275,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             return Strided(self.attention_stride)
         if self.attention_pattern == "fixed":
             return Fixed(self.attention_stride, summary_size=min(8, self.attention_stride))
+        if self.attention_pattern == "big_bird":
+            return BigBird(self.block_size, self.num_random_blocks)
         radius = _of_layer(self.attention_window, layer_idx) // 2
         window = SlidingWindow(radius, dilation=_of_layer(self.attention_dilation, layer_idx))
         if self.attention_pattern == "random_blocks":
@@ -268,6 +305,10 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"max_global_tokens is {self.max_global_tokens}, None or >= 0 is needed"
             )
+        if self.attention_pattern == "big_bird":
+            BigBird(self.block_size, self.num_random_blocks)
+        if self.num_sink_tokens < 0:
+            raise ValueError(f"num_sink_tokens is {self.num_sink_tokens}, >= 0 is needed")
         self._check_per_layer(
             "attention_window", "an even number >= 2", lambda v: v >= 2 and v % 2 == 0
         )
@@ -310,7 +351,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                 f"unknown fields {', '.join(unknown)}: this configuration may be from a newer "
                 "version of adaptive-longformer"
             )
-        if self.attention_pattern == "adaptive":
+        if self.attention_pattern in SELECTING_PATTERNS:
             self._validate_adaptive_sizes()
         if self.head_budgets is not None:
             is_shaped = len(self.head_budgets) == self.num_hidden_layers and all(
@@ -333,7 +374,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % 4:
                 raise ValueError(
-                    f"{name} is {value}, attention_pattern 'adaptive' needs a multiple of 4 from "
+                    f"{name} is {value}, attention_pattern {self.attention_pattern!r} needs a "
+                    f"multiple of 4 from "
                     f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
                 )
         small, large = sorted((self.block_size, self.query_block_size))
@@ -352,7 +394,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         dilations = self.attention_dilation
         if any(d != 1 for d in (dilations if isinstance(dilations, list) else [dilations])):
             raise ValueError(
-                f"attention_dilation is {dilations}, attention_pattern 'adaptive' needs 1"
+                f"attention_dilation is {dilations}, "
+                f"attention_pattern {self.attention_pattern!r} needs 1"
             )
 
     def _check_per_layer(self, name: str, needed: str, is_allowed) -> None:

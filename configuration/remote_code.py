@@ -1,12 +1,11 @@
-"""The two files that let Transformers find this package from a checkpoint alone."""
+"""The files that let Transformers find this package from a checkpoint alone."""
 
 import os
 from pathlib import Path
 
-_CONFIGURATION = "configuration_adaptive_sparse"
-_MODELING = "modeling_adaptive_sparse"
 _HEADS = (
     "Model",
+    "ForCausalLM",
     "ForMaskedLM",
     "ForMultipleChoice",
     "ForQuestionAnswering",
@@ -14,24 +13,67 @@ _HEADS = (
     "ForTokenClassification",
 )
 
-# One import each: a copy of the classes would be a second class with the same name.
-REMOTE_CODE_FILES = {
-    f"{_CONFIGURATION}.py": (
-        f"from adaptive_longformer.configuration.{_CONFIGURATION} import AdaptiveSparseConfig\n"
+# Where a class is if not in modeling_{model_type}.
+_MODULES = {"AdaptiveSparseForCausalLM": "modeling_adaptive_sparse_causal"}
+
+# Model type -> configuration class, and Auto class -> model class.
+_CLASSES = {
+    "adaptive_sparse": (
+        "AdaptiveSparseConfig",
+        {f"AutoModel{head.removeprefix('Model')}": f"AdaptiveSparse{head}" for head in _HEADS},
     ),
-    f"{_MODELING}.py": (
-        f"from adaptive_longformer.modeling.{_MODELING} import "
-        f"{', '.join('AdaptiveSparse' + head for head in _HEADS)}\n"
+    "adaptive_sparse_seq2seq": (
+        "AdaptiveSparseSeq2SeqConfig",
+        {
+            "AutoModel": "AdaptiveSparseSeq2SeqModel",
+            "AutoModelForSeq2SeqLM": "AdaptiveSparseForConditionalGeneration",
+            "AutoModelForQuestionAnswering": "AdaptiveSparseSeq2SeqForQuestionAnswering",
+            "AutoModelForSequenceClassification": "AdaptiveSparseSeq2SeqForSequenceClassification",
+        },
     ),
 }
 
-# For `auto_map` in config.json.
-AUTO_MAP = {"AutoConfig": f"{_CONFIGURATION}.AdaptiveSparseConfig"} | {
-    f"AutoModel{head.removeprefix('Model')}": f"{_MODELING}.AdaptiveSparse{head}" for head in _HEADS
-}
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """`auto_map` in config.json: Auto class -> file and class."""
+    configuration, models = _CLASSES[model_type]
+    return {"AutoConfig": f"configuration_{model_type}.{configuration}"} | {
+        auto_class: f"modeling_{model_type}.{model}" for auto_class, model in models.items()
+    }
 
 
-def write_remote_code(folder: str | os.PathLike) -> None:
+def auto_class(architecture: str) -> str:
+    """The Auto class that loads one of our model classes."""
+    for _, models in _CLASSES.values():
+        for auto, model in models.items():
+            if model == architecture:
+                return auto
+    raise ValueError(f"architecture is {architecture!r}, a model class of this package is needed")
+
+
+def remote_code_files(model_type: str) -> dict[str, str]:
+    """File name -> content of the files that `auto_map` names.
+
+    Imports only: a copy of the classes would be a second class with the same name.
+    """
+    configuration, models = _CLASSES[model_type]
+    module = f"modeling_{model_type}"
+    imported: dict[str, list[str]] = {}
+    for model in models.values():
+        imported.setdefault(_MODULES.get(model, module), []).append(model)
+    return {
+        f"configuration_{model_type}.py": (
+            f"from adaptive_longformer.configuration.configuration_{model_type} "
+            f"import {configuration}\n"
+        ),
+        f"{module}.py": "".join(
+            f"from adaptive_longformer.modeling.{name} import {', '.join(names)}\n"
+            for name, names in imported.items()
+        ),
+    }
+
+
+def write_remote_code(folder: str | os.PathLike, model_type: str) -> None:
     """Write the files that `auto_map` in config.json names."""
-    for name, content in REMOTE_CODE_FILES.items():
+    for name, content in remote_code_files(model_type).items():
         (Path(folder) / name).write_text(content, encoding="utf-8")

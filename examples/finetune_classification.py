@@ -25,13 +25,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from adaptive_longformer import convert_checkpoint
 from adaptive_longformer.training import (
     GlobalAttentionCollator,
     classification_metrics,
     load_labelled_documents,
     stratified_split,
 )
+from adaptive_longformer.training.take_over import take_over_checkpoint
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,29 +78,13 @@ def load_documents(args: argparse.Namespace) -> DatasetDict:
     return documents
 
 
-def convert_if_needed(model: str, output: Path, max_length: int) -> str:
-    """The model itself if it is one of ours, otherwise the folder of its conversion."""
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type == "adaptive_sparse":
-        return model
-    target = output / "converted"
-    # One process converts, the others wait and find it done.
-    with PartialState().main_process_first():
-        if not target.exists():
-            rows = config.max_position_embeddings
-            max_positions = None if max_length <= rows else max_length
-            report = convert_checkpoint(model, target, max_positions=max_positions)
-            print(f"{model} ({report.source_model_type}) converted to {target}", flush=True)
-    return str(target)
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_arguments(argv)
     output = Path(args.output)
     PartialState(cpu=args.cpu)
 
     # Data
-    model_path = convert_if_needed(args.model, output, args.max_length)
+    model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     documents = load_documents(args)
     names = documents["train"].features["label"].names

@@ -15,6 +15,7 @@ from adaptive_longformer.attention.routing import (
     select_blocks,
     selection_layout,
 )
+from adaptive_longformer.attention.selection_controls import oracle_selection, random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
@@ -38,6 +39,26 @@ class Reads(NamedTuple):
     pattern_or_layout: Pattern | BlockLayout
     entry_bias: torch.Tensor | None = None
     span: AttentionSpan | None = None
+
+
+class JoinParameters(torch.autograd.Function):
+    """The first tensor as it is; zeros as gradients of the others.
+
+    DistributedDataParallel waits for every parameter's gradient, also where its branch did not run.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        zeros = [
+            torch.zeros_like(parameter) if needed else None
+            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        ]
+        return grad, *zeros
 
 
 class SelectionState:
@@ -166,7 +187,7 @@ class AdaptiveSelection(nn.Module):
             if it took no part; and what the layer reads.
         """
         if torch.is_grad_enabled():
-            query = _Join.apply(query, *self.parameters())  # type: ignore[assignment]
+            query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
         if not self.is_active:
             return query, Reads(self.window)
         span = self._attention_span()
@@ -181,17 +202,8 @@ class AdaptiveSelection(nn.Module):
         options = replace(self.options, num_blocks=max(num_blocks, 1))
         selected = None if state is None else state.selected
         if selected is None:
-            selected = select_blocks(
-                query.detach(),
-                key.detach(),
-                self.window,
-                options,
-                attention_mask=attention_mask,
-                global_mask=global_mask,
-                is_causal=is_causal,
-                top_p=self.top_p,
-                global_directions=self.global_direction,
-                validate=state is not None and state.validate,
+            selected = self._select(
+                query.detach(), key.detach(), attention_mask, global_mask, is_causal, options, state
             )
             if state is not None:
                 state.selected = selected
@@ -199,6 +211,34 @@ class AdaptiveSelection(nn.Module):
         read = selected._replace(global_open=selected.global_open & is_open)
         layout, slots = selection_layout(read, self.window, length, options, self.rank_limit())
         return query, Reads(layout, self._entry_bias(selected, slots), span)
+
+    def _select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        is_causal: bool,
+        options: RoutingOptions,
+        state: SelectionState | None,
+    ) -> SelectedBlocks:
+        """The choice, or that of one of the controls it is compared with."""
+        masks = {"attention_mask": attention_mask, "global_mask": global_mask}
+        if self.config.attention_pattern == "random_selection":
+            return random_selection(query, self.window, options, **masks, seed=self.layer_idx)
+        if self.config.attention_pattern == "oracle":
+            return oracle_selection(query, key, self.window, options, **masks)
+        return select_blocks(
+            query,
+            key,
+            self.window,
+            options,
+            **masks,
+            is_causal=is_causal,
+            top_p=self.top_p,
+            global_directions=self.global_direction,
+            validate=state is not None and state.validate,
+        )
 
     def rank_limit(self) -> torch.Tensor:
         """How many blocks of each head have a weight above 0: int64 [heads]."""
@@ -271,26 +311,6 @@ class AdaptiveSelection(nn.Module):
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _Join(torch.autograd.Function):
-    """The first tensor as it is; zeros as gradients of the others.
-
-    DistributedDataParallel waits for every parameter's gradient, also where its branch did not run.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
-        zeros = [
-            torch.zeros_like(parameter) if needed else None
-            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return grad, *zeros
 
 
 def selections(model: nn.Module) -> list[AdaptiveSelection]:

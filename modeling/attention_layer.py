@@ -6,9 +6,21 @@ from torch import nn
 from adaptive_longformer.attention.alignment import left_padding, roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse import (
+    SELECTING_PATTERNS,
+    AdaptiveSparseConfig,
+)
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, SelectionState
 from adaptive_longformer.modeling.input_checks import can_read_values
+from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
+from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.full import Full
+from adaptive_longformer.patterns.pattern import Pattern
+
+_EVERYTHING = Full()
 
 
 class AdaptiveSparseAttention(nn.Module):
@@ -16,11 +28,22 @@ class AdaptiveSparseAttention(nn.Module):
 
     With `config.separate_global_projections` the rows of global tokens attend through their own
     query, key and value projections (Beltagy et al. 2020, section 3.1).
+
+    Args:
+        config: the configuration of the model; of an encoder-decoder, the encoder is meant.
+        layer_idx: number of the layer, which may have a window of its own.
+        output_bias: whether the output projection has a bias; `config.use_bias` says it of the
+            others.
     """
 
     is_causal = False
 
-    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: AdaptiveSparseConfig | AdaptiveSparseSeq2SeqConfig,
+        layer_idx: int,
+        output_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -29,17 +52,18 @@ class AdaptiveSparseAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
         self.dropout_p = float(config.attention_probs_dropout_prob)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        sizes = (config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(*sizes, bias=config.use_bias)
+        self.key = nn.Linear(*sizes, bias=config.use_bias)
+        self.value = nn.Linear(*sizes, bias=config.use_bias)
         self.has_global_projections = config.separate_global_projections
         if self.has_global_projections:
-            self.query_global = nn.Linear(config.hidden_size, config.hidden_size)
-            self.key_global = nn.Linear(config.hidden_size, config.hidden_size)
-            self.value_global = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+            self.query_global = nn.Linear(*sizes, bias=config.use_bias)
+            self.key_global = nn.Linear(*sizes, bias=config.use_bias)
+            self.value_global = nn.Linear(*sizes, bias=config.use_bias)
+        self.output = nn.Linear(*sizes, bias=output_bias)
         self.adaptive = None
-        if config.attention_pattern == "adaptive":
+        if config.attention_pattern in SELECTING_PATTERNS:
             self.adaptive = AdaptiveSelection(config, layer_idx)
 
     def forward(
@@ -48,6 +72,7 @@ class AdaptiveSparseAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
+        random_step: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends and projects.
@@ -58,6 +83,8 @@ class AdaptiveSparseAttention(nn.Module):
             global_mask: bool [batch, length], True where a token is global; None: none is.
             output_attentions: whether to compute the dense probabilities as well (O(length^2)
                 memory).
+            random_step: int64 scalar tensor, the training step that BigBird's random blocks are
+                drawn for; None: none are drawn.
             selection_state: what an adaptive layer remembers of this forward pass.
 
         Returns:
@@ -75,7 +102,7 @@ class AdaptiveSparseAttention(nn.Module):
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
         )
-        reads = Reads(self.pattern)
+        reads = Reads(self._pattern(hidden_states, random_step))
         if self.adaptive is not None:
             query, reads = self.adaptive(
                 query, key, attention_mask, global_mask, self.is_causal, selection_state
@@ -104,7 +131,7 @@ class AdaptiveSparseAttention(nn.Module):
         )
         assert isinstance(context, torch.Tensor)  # return_lse=False
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
-        if attention_mask is not None and self.config.zero_padded_rows:
+        if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
@@ -127,6 +154,25 @@ class AdaptiveSparseAttention(nn.Module):
         if can_read_values(shifts, validate=False) and not shifts.any():
             return None
         return shifts
+
+    def _pattern(
+        self, hidden_states: torch.Tensor, random_step: torch.Tensor | None
+    ) -> Pattern | BlockLayout:
+        """The pattern, or the lists of blocks that stand for it at this length and step."""
+        if not isinstance(self.pattern, BigBird):
+            return self.pattern
+        length = hidden_states.shape[1]
+        if length <= self.pattern.dense_length:
+            return _EVERYTHING
+        draw = None
+        if random_step is not None:
+            draw = random_draw(self.config.attention_seed, self.layer_idx, random_step)
+        return big_bird_layout(self.pattern, length, draw=draw, device=hidden_states.device)
+
+    def _zeroes_padded_rows(self, length: int) -> bool:
+        if isinstance(self.pattern, BigBird) and length <= self.pattern.dense_length:
+            return False
+        return self.config.zero_padded_rows
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

@@ -22,6 +22,13 @@ def token_loss(
     return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
 
 
+def next_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """`token_loss` of every token's prediction of the next one; labels are those of the tokens."""
+    return token_loss(logits[:, :-1], labels[:, 1:], num_items_in_batch)
+
+
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -23,7 +24,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse import (
+    SELECTING_PATTERNS,
+    AdaptiveSparseConfig,
+)
 from adaptive_longformer.modeling.adaptive import (
     SELECTION_BUFFERS,
     AdaptiveSelection,
@@ -33,10 +37,9 @@ from adaptive_longformer.modeling.adaptive import (
     set_selection_strength,
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
-from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
+from adaptive_longformer.modeling.baseline_attention import LinearMix, encoder_attention
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
-    can_read_values,
     check_choices,
     check_extra_arguments,
     check_indices,
@@ -49,6 +52,8 @@ from adaptive_longformer.modeling.losses import (
     span_loss,
     token_loss,
 )
+from adaptive_longformer.modeling.masks import resolve_masks
+from adaptive_longformer.modeling.question_tokens import mask_question, question_tokens
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -107,6 +112,7 @@ class AdaptiveSparseEmbeddings(nn.Module):
             padding_idx=config.pad_token_id if config.position_style == "roberta" else None,
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.scale = config.hidden_size**0.5 if config.rescale_embeddings else 1.0
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -118,6 +124,8 @@ class AdaptiveSparseEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.scale != 1.0:
+            words = words * self.scale
         if position_ids is None:
             position_ids = self._position_ids(input_ids, words)
         if token_type_ids is None:
@@ -144,7 +152,7 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention = AdaptiveSparseAttention(config, layer_idx)
+        self.attention = encoder_attention(config, layer_idx)
         self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
@@ -159,11 +167,21 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
+        random_step: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
-            hidden_states, attention_mask, global_mask, output_attentions, selection_state
+            hidden_states,
+            attention_mask,
+            global_mask,
+            output_attentions,
+            random_step,
+            selection_state,
         )
+        return self.after_attention(attended, hidden_states)
+
+    def after_attention(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The residual sum with the attention's output, and the feed-forward layer."""
         hidden_states = self.attention_layer_norm(self.dropout(attended) + hidden_states)
         if not self.chunk_size:
             return self._feed_forward(hidden_states)
@@ -196,9 +214,11 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
     _can_compile_fullgraph = True
+    # What the pooler or BigBird's training has left in a checkpoint may be missing or unused; a
+    # checkpoint of another pattern becomes adaptive by its configuration alone.
+    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$", r"\.adaptive\."]
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)random_step$", r"(^|\.)pooler\."]
     _supports_context_parallel = False
-    # A checkpoint of another pattern becomes adaptive by its configuration alone.
-    _keys_to_ignore_on_load_missing = [r"\.adaptive\."]
     _can_record_outputs = {
         "hidden_states": AdaptiveSparseLayer,
         "attentions": AdaptiveSparseAttention,
@@ -228,19 +248,73 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
             config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
         except OSError:
             return  # no config there, as in an adapter's folder: Transformers says what is missing
-        model_type = config.get("model_type", AdaptiveSparseConfig.model_type)
-        if model_type != AdaptiveSparseConfig.model_type:
-            raise ValueError(
-                f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
-                f"{AdaptiveSparseConfig.model_type!r} is needed. "
-                "Convert it first, then load TARGET:\n"
+        needed = cls.config_class.model_type
+        model_type = config.get("model_type", needed)
+        if model_type != needed:
+            remedy = (
+                "Take a class of that model_type, or an Auto class"
+                if str(model_type).startswith("adaptive_sparse")
+                else "Convert it first, then load TARGET:\n"
                 f"    adaptive-longformer convert {source} TARGET"
             )
+            raise ValueError(
+                f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
+                f"{needed!r} is needed. {remedy}"
+            )
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, AdaptiveSelection):
+        if isinstance(module, AdaptiveSparsePreTrainedModel) and "random_step" in module._buffers:
+            init.zeros_(module.random_step)
+        if isinstance(module, AdaptiveSelection | LinearMix):
             module.reset_parameters()
+
+    def _register_random_step(self) -> None:
+        """Gives a model whose layers draw BigBird's random blocks the number of its training step.
+
+        Saved with the weights, so that a training that resumes goes on drawing new blocks.
+        """
+        if self.config.attention_pattern == "big_bird":
+            self.register_buffer("random_step", torch.zeros((), dtype=torch.int64))
+
+    def _next_random_step(self) -> torch.Tensor | None:
+        """The step that random blocks are drawn for: every forward in training mode is one.
+
+        A copy, so that a layer that gradient checkpointing runs again sees the same number.
+        """
+        if not self.training or self.config.attention_pattern != "big_bird":
+            return None
+        step = self.random_step.clone()
+        self.random_step.add_(1)
+        return step
+
+    def _check_indices(
+        self,
+        batch_size: int,
+        length: int,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        validate: bool,
+    ) -> None:
+        for name, indices, size, meaning in (
+            ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
+            ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),
+            (
+                "position_ids",
+                position_ids,
+                self.config.max_position_embeddings,
+                "max_position_embeddings",
+            ),
+        ):
+            if indices is not None:
+                if tuple(indices.shape) not in ((batch_size, length), (1, length)):
+                    raise ValueError(
+                        f"{name} has shape {tuple(indices.shape)}, "
+                        f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
+                    )
+                check_indices(name, indices, size, meaning, validate)
 
     def set_selection_strength(self, strength: float) -> None:
         """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
@@ -256,9 +330,19 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     def add_density_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of a head with what `config.target_density` adds to it in training."""
         target = self.config.target_density
-        if target is None or not self.training or self.config.attention_pattern != "adaptive":
+        if (
+            target is None
+            or not self.training
+            or self.config.attention_pattern not in SELECTING_PATTERNS
+        ):
             return loss
         return loss + density_loss(self, target)
+
+    def _selection_state(self, validate: bool) -> SelectionState | None:
+        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
+        if self.config.attention_pattern not in SELECTING_PATTERNS or torch.compiler.is_compiling():
+            return None
+        return SelectionState(validate)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -306,6 +390,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         )
         self.pooler = AdaptiveSparsePooler(config) if add_pooling_layer else None
         self.auto_global_tokens = auto_global_tokens
+        self._register_random_step()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -351,104 +436,43 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        if position_ids is None:
+            check_length(length, self.config.max_sequence_length)
         self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
         shape = (batch_size, length)
         attention_mask = boolean_mask("attention_mask", attention_mask, shape, validate)
         global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
 
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        attention_mask, global_mask = self._resolve_masks(
-            hidden_states, attention_mask, global_mask, input_ids, token_type_ids
+        attention_mask, global_mask = resolve_masks(
+            self.config,
+            hidden_states,
+            attention_mask,
+            global_mask,
+            auto_global_tokens=self.auto_global_tokens,
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
         )
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        random_step = self._next_random_step()
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
                 global_mask,
                 output_attentions,
+                random_step,
                 self._selection_state(validate),
             )
         pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def _selection_state(self, validate: bool) -> SelectionState | None:
-        """What one layer remembers of this forward pass; None if nothing is to be remembered."""
-        if self.config.attention_pattern != "adaptive" or torch.compiler.is_compiling():
-            return None
-        return SelectionState(validate)
-
-    def _check_indices(
-        self,
-        batch_size: int,
-        length: int,
-        input_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        validate: bool,
-    ) -> None:
-        if position_ids is None:
-            check_length(length, self.config.max_sequence_length)
-        for name, indices, size, meaning in (
-            ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
-            ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),
-            (
-                "position_ids",
-                position_ids,
-                self.config.max_position_embeddings,
-                "max_position_embeddings",
-            ),
-        ):
-            if indices is not None:
-                if tuple(indices.shape) not in ((batch_size, length), (1, length)):
-                    raise ValueError(
-                        f"{name} has shape {tuple(indices.shape)}, "
-                        f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
-                    )
-                check_indices(name, indices, size, meaning, validate)
-
-    def _resolve_masks(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The masks for the layers, on their device; None for a mask seen to have no effect."""
-        config, device = self.config, hidden_states.device
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(device)
-        if not config.uses_global_tokens:
-            global_mask = None
-        elif global_mask is not None:
-            global_mask = global_mask.to(device)
-        else:
-            valid = attention_mask
-            if valid is None:
-                valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=device)
-            strategy = config.default_global_tokens
-            global_mask = default_global_mask(
-                self.auto_global_tokens if strategy == "auto" else strategy,
-                valid,
-                input_ids=input_ids,
-                token_type_ids=token_type_ids,
-                sep_token_id=config.sep_token_id,
-            )
-        if global_mask is not None and config.max_global_tokens is not None:
-            global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
-        if can_read_values(hidden_states, validate=False):
-            if attention_mask is not None and attention_mask.all():
-                attention_mask = None
-            if global_mask is not None and not global_mask.any():
-                global_mask = None
-        return attention_mask, global_mask
-
 
 class AdaptiveSparseLMHead(nn.Module):
     """Predicts the token at every position: dense, activation, LayerNorm, decoder.
 
-    RoBERTa's head always has the exact gelu, BERT's the activation of the configuration.
+    RoBERTa's head always has the exact gelu, BERT's and BigBird's the activation of the
+    configuration.
     """
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
@@ -525,11 +549,16 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
 
 
 class AdaptiveSparseClassificationHead(nn.Module):
-    """RoBERTa's sequence classification head, on the first token that is not padding."""
+    """RoBERTa's sequence classification head, on the first token that is not padding.
+
+    BigBird's is the same with the activation of the configuration for tanh.
+    """
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        is_big_bird = config.head_style == "big_bird"
+        self.activation = ACT2FN[config.hidden_act] if is_big_bird else torch.tanh
         self.dropout = nn.Dropout(_classifier_dropout(config))
         self.out_proj = nn.Linear(config.hidden_size, _num_labels(config))
 
@@ -537,7 +566,7 @@ class AdaptiveSparseClassificationHead(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         pooled = self.dropout(first_valid_token(hidden_states, attention_mask))
-        return self.out_proj(self.dropout(torch.tanh(self.dense(pooled))))
+        return self.out_proj(self.dropout(self.activation(self.dense(pooled))))
 
 
 class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
@@ -664,11 +693,33 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
         )
 
 
+class AdaptiveSparseQuestionAnsweringHead(nn.Module):
+    """BigBird's question answering head: a feed-forward layer like the encoder's, then scores."""
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.out_proj = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        transformed = self.activation(self.intermediate(self.dropout(hidden_states)))
+        transformed = self.dropout(self.output(transformed))
+        return self.out_proj(self.output_layer_norm(transformed + hidden_states))
+
+
 class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
     """The encoder with a head that scores every token as the start and as the end of the answer.
 
     By default the question's tokens are global: those before the first separator, or of token type
     0.
+
+    With `config.head_style = "big_bird"` the question is everything up to the first separator of
+    `input_ids`: it is of token type 0 and the rest of type 1 unless `token_type_ids` are given, and
+    1e6 is taken off the logits of its tokens but the first.
     """
 
     accepts_loss_kwargs = False
@@ -678,7 +729,10 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         self.model = AdaptiveSparseModel(
             config, add_pooling_layer=False, auto_global_tokens="question"
         )
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        if config.head_style == "big_bird":
+            self.qa_outputs = AdaptiveSparseQuestionAnsweringHead(config)
+        else:
+            self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
     @can_return_tuple
@@ -704,6 +758,9 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         Returns:
             start_logits and end_logits [batch, length], and the loss if both positions are given.
         """
+        is_question = self._question_tokens(input_ids)
+        if is_question is not None and token_type_ids is None and self.config.type_vocab_size > 1:
+            token_type_ids = (~is_question).long()
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -714,7 +771,10 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             validate,
             **kwargs,
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if is_question is not None:
+            logits = mask_question(logits, is_question, attention_mask)
+        start_logits, end_logits = logits.unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
@@ -726,6 +786,13 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _question_tokens(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Where BigBird's head finds the question; wrong shapes are refused by the encoder."""
+        separator = self.config.sep_token_id
+        if self.config.head_style != "big_bird" or input_ids is None or separator is None:
+            return None
+        return question_tokens(input_ids, separator) if input_ids.ndim == 2 else None
 
 
 class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):

@@ -6,11 +6,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _MODULE = "peft.utils.constants"
-_TARGETS = {"adaptive_sparse": ["query", "value"]}
+_TARGETS = {
+    "adaptive_sparse": ["query", "value"],
+    "adaptive_sparse_seq2seq": ["query", "value"],
+}
 
 
 def register_peft_targets() -> None:
-    """Adds our entry to PEFT's table: now if PEFT is imported, otherwise as soon as it is."""
+    """Adds our entries to PEFT's table: now if PEFT is imported, otherwise as soon as it is."""
     if _MODULE in sys.modules:
         _add_targets(sys.modules[_MODULE])
     elif not any(isinstance(finder, _ConstantsFinder) for finder in sys.meta_path):
@@ -22,7 +25,7 @@ def _add_targets(constants: ModuleType) -> None:
 
 
 class _ConstantsFinder(MetaPathFinder):
-    """Lets the table's module be imported as usual and adds our entry at the end."""
+    """Lets the table's module be imported as usual and adds our entries at the end."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         if fullname != _MODULE:

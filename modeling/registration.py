@@ -4,10 +4,12 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
@@ -15,6 +17,9 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.modeling.attention_interface import (
     NAME,
     adaptive_sparse_attention_forward,
@@ -28,10 +33,20 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseSeq2SeqForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForSequenceClassification,
+    AdaptiveSparseSeq2SeqModel,
+)
 from adaptive_longformer.modeling.peft_targets import register_peft_targets
 
 AUTO_MODELS = {
     AutoModel: AdaptiveSparseModel,
+    AutoModelForCausalLM: AdaptiveSparseForCausalLM,
     AutoModelForMaskedLM: AdaptiveSparseForMaskedLM,
     AutoModelForMultipleChoice: AdaptiveSparseForMultipleChoice,
     AutoModelForPreTraining: AdaptiveSparseForMaskedLM,
@@ -42,11 +57,24 @@ AUTO_MODELS = {
 }
 
 
+SEQ2SEQ_AUTO_MODELS = {
+    AutoModel: AdaptiveSparseSeq2SeqModel,
+    AutoModelForPreTraining: AdaptiveSparseForConditionalGeneration,
+    AutoModelForQuestionAnswering: AdaptiveSparseSeq2SeqForQuestionAnswering,
+    AutoModelForSeq2SeqLM: AdaptiveSparseForConditionalGeneration,
+    AutoModelForSequenceClassification: AdaptiveSparseSeq2SeqForSequenceClassification,
+}
+
+
 def register_with_transformers() -> None:
-    """Registers configuration, models, attention and PEFT's targets; again does no harm."""
-    AutoConfig.register(AdaptiveSparseConfig.model_type, AdaptiveSparseConfig, exist_ok=True)
-    for auto_model, model in AUTO_MODELS.items():
-        auto_model.register(AdaptiveSparseConfig, model, exist_ok=True)
+    """Registers configurations, models, attention and PEFT's targets; again does no harm."""
+    for config, auto_models in (
+        (AdaptiveSparseConfig, AUTO_MODELS),
+        (AdaptiveSparseSeq2SeqConfig, SEQ2SEQ_AUTO_MODELS),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_model, model in auto_models.items():
+            auto_model.register(config, model, exist_ok=True)
     AttentionInterface.register(NAME, adaptive_sparse_attention_forward)
     # Without a mask function of the same name Transformers would drop the padding mask silently.
     AttentionMaskInterface.register(NAME, adaptive_sparse_mask)

@@ -16,12 +16,14 @@ LINKED = ("configuration", "modeling")
 # A module at the top of the package belongs here by its name; "" is the package itself.
 LAYERS = {
     "patterns": 0,
+    "progress_line": 0,
     "attention": 1,
     "configuration": 2,
     "modeling": 3,
     "conversion": 4,
     "training": 4,
     "analysis": 4,
+    "inference": 4,
     "hub": 4,
     "testing": 4,
     "": 5,

@@ -1,5 +1,6 @@
 """The backends of the attention operator, and how "auto" chooses among them."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,12 +8,16 @@ import torch
 
 from adaptive_longformer.attention.blocked import blocked_supports, run_blocked
 from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.compiled import cpp_supports, cuda_supports, run_compiled
 from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
 from adaptive_longformer.attention.reference import reference_attention
 
 # Longest input for which dense attention with a mask is preferred, by device: measured for a window
 # of 512 tokens.
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
+
+# What "auto" stands for in this process; read once, so that torch.compile sees a constant.
+AUTO = os.environ.get("ADAPTIVE_LONGFORMER_BACKEND", "auto")
 
 
 class Backend(NamedTuple):
@@ -33,6 +38,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("sdpa", sdpa_supports, run_sdpa),
+        Backend("cuda", cuda_supports, run_compiled),
+        Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
         Backend("reference", lambda call: None, reference_attention),
     )
@@ -42,16 +49,23 @@ BACKENDS = {
 def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
     """The backend that runs a call; "auto" takes the fastest that can.
 
+    The environment variable ADAPTIVE_LONGFORMER_BACKEND names a backend to take in place of "auto".
+
     Raises:
         ValueError: the name is unknown, or the named backend cannot run the call (it never falls
             back).
     """
+    if name == "auto":
+        name = AUTO
     if name == "auto":
         if (
             call.query.shape[2] <= DENSE_CROSSOVER.get(call.query.device.type, 0)
             and sdpa_supports(call) is None
         ):
             return BACKENDS["sdpa"]
+        for compiled in ("cuda", "cpp"):
+            if BACKENDS[compiled].unsupported(call) is None:
+                return BACKENDS[compiled]
         return BACKENDS["blocked"]
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, one of {['auto', *BACKENDS]} is allowed")

@@ -17,8 +17,14 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
-from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
+from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.memory_format import like_projection
+from adaptive_longformer.attention.operator import (
+    fake_backward,
+    fake_forward,
+    register_autograd,
+    run_operator,
+)
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
@@ -33,7 +39,6 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 # large launches.
 _TILE_SCORES = {"cpu": 2**20, "cuda": 2**25}
 _TILE_ROWS = {"cpu": 128, "cuda": 512}
-_DEFAULT_BLOCK_SIZE = 64
 
 
 def blocked_supports(call: AttentionCall) -> str | None:
@@ -43,32 +48,7 @@ def blocked_supports(call: AttentionCall) -> str | None:
 
 def run_blocked(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
-    layout = call.layout
-    output, lse = blocked_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.pattern.spec if call.pattern is not None else "",
-        layout.key_blocks if layout is not None else None,
-        layout.counts if layout is not None else None,
-        layout.flags if layout is not None else None,
-        layout.query_block_size if layout is not None else _DEFAULT_BLOCK_SIZE,
-        layout.key_block_size if layout is not None else _DEFAULT_BLOCK_SIZE,
-        layout.window.spec if layout is not None and layout.window is not None else "",
-        layout.pattern.spec if layout is not None and layout.pattern is not None else "",
-        call.entry_bias,
-        call.span.length if call.span is not None else None,
-        call.span.ramp if call.span is not None else 1.0,
-        call.attention_mask,
-        call.global_mask,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.dropout_seed,
-    )
-    if call.global_mask is None:
-        return output, lse
-    return merge_global_rows(output, lse, call)
+    return run_operator(blocked_attention, call)
 
 
 @dataclass
@@ -562,10 +542,7 @@ def blocked_attention(
     return output, lse
 
 
-@blocked_attention.register_fake
-def _(query, *_):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return like_projection(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
+blocked_attention.register_fake(fake_forward)
 
 
 @torch.library.custom_op("adaptive_longformer::blocked_attention_backward", mutates_args=())
@@ -736,37 +713,5 @@ class _Accumulators:
         return self.grad_key.to(key.dtype), self.grad_value.to(value.dtype), grad_bias, grad_span
 
 
-@_blocked_attention_backward.register_fake
-def _(grad_output, grad_lse, output, lse, query, key, value, *rest):
-    entry_bias, span_length = rest[8], rest[9]
-    return (
-        like_projection(query),
-        like_projection(key),
-        like_projection(value),
-        key.new_zeros(0) if entry_bias is None else torch.empty_like(entry_bias),
-        key.new_zeros(0) if span_length is None else torch.empty_like(span_length),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-    ctx.plain = [value for value in inputs if not isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*output, *(value for value in inputs if isinstance(value, torch.Tensor)))
-
-
-def _backward(ctx, grad_output, grad_lse):
-    output, lse, *tensors = ctx.saved_tensors
-    tensor, plain = iter(tensors), iter(ctx.plain)
-    inputs = [next(tensor) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
-    entry_bias, span_length = inputs[11], inputs[12]
-    grad_query, grad_key, grad_value, grad_bias, grad_span = _blocked_attention_backward(
-        grad_output, grad_lse, output, lse, *inputs
-    )
-    grads: list[torch.Tensor | None] = [None] * len(inputs)
-    grads[:3] = [grad_query, grad_key, grad_value]
-    grads[11] = grad_bias if entry_bias is not None else None
-    grads[12] = grad_span if span_length is not None else None
-    return tuple(grads)
-
-
-blocked_attention.register_autograd(_backward, setup_context=_setup_context)
+_blocked_attention_backward.register_fake(fake_backward)
+register_autograd(blocked_attention, _blocked_attention_backward)

@@ -1,7 +1,7 @@
 """BERT, read with a sliding window and, if asked, longer position tables."""
 
 from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
-from adaptive_longformer.conversion.tables import Table, bert_encoder
+from adaptive_longformer.conversion.tables import Table, bert_encoder, bert_lm_head
 
 BERT = Family(
     model_type="bert",
@@ -10,10 +10,7 @@ BERT = Family(
         "bert.",
         [
             *bert_encoder("bert."),
-            ("cls.predictions.transform.dense.{parameter}", "lm_head.dense.{parameter}"),
-            ("cls.predictions.transform.LayerNorm.{parameter}", "lm_head.layer_norm.{parameter}"),
-            ("cls.predictions.bias", "lm_head.decoder.bias"),
-            ("cls.predictions.decoder.{parameter}", "lm_head.decoder.{parameter}"),
+            *bert_lm_head(),
             ("classifier.{parameter}", "classifier.{parameter}"),
             ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
         ],

@@ -6,15 +6,17 @@ import sys
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
+from adaptive_longformer.progress_line import ProgressLine
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `convert` and its arguments."""
     parser = subparsers.add_parser(
         "convert",
-        help="take over a Longformer, RoBERTa or BERT checkpoint, or give it back",
+        help="take over a checkpoint of another family, or give it back",
         description=(
-            "Convert a Longformer, RoBERTa or BERT checkpoint with equal logits, or give it back."
+            "Convert a Longformer, LED, BigBird, RoBERTa or BERT checkpoint with equal logits, or "
+            "give it back."
         ),
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     # Two models are loaded to verify; their load reports would bury the result.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    progress = _ProgressLine()
+    progress = ProgressLine()
     try:
         report = convert_checkpoint(
             args.source,
@@ -74,30 +76,6 @@ def run(args: argparse.Namespace) -> int:
         progress.end()
     sys.stdout.write(_summary(report))
     return 0
-
-
-class _ProgressLine:
-    """One line per stage on stderr, rewritten in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        on_terminal = sys.stderr.isatty()
-        if stage != self._stage:
-            self.end()
-            self._stage = stage
-        elif not on_terminal and done < total:
-            return
-        text = f"{stage}: {100 * done // max(1, total)} %"
-        sys.stderr.write(f"\r{text}" if on_terminal else f"{text}\n")
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """Finish the line of a stage."""
-        if self._stage and sys.stderr.isatty():
-            sys.stderr.write("\n")
-        self._stage = ""
 
 
 def _summary(report: ConversionReport) -> str:

@@ -19,12 +19,13 @@ from adaptive_longformer.conversion.checkpoint import (
     write_json,
     write_weights,
 )
-from adaptive_longformer.conversion.families import FAMILIES, TARGET_CLASS_PREFIX
+from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
 from adaptive_longformer.conversion.source import companion_files, locate
 from adaptive_longformer.conversion.staging import check_target, staged_folder
+from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
 from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion
 from adaptive_longformer.conversion.verify import TOLERANCE, check_finite, measure_agreement
 
@@ -71,7 +72,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a Longformer, RoBERTa or BERT checkpoint to ours, with equal logits, or back.
+    """Convert a checkpoint of another family to ours, with equal logits, or back.
 
     The target is written to a temporary folder beside it and moved to its place at the end: after
     an error there is nothing at the target, or what was there before.
@@ -83,7 +84,7 @@ def convert_checkpoint(
             131072; the position table is extended by repeating it. None: as many as the source.
         attention_window: tokens each token sees around itself, both sides together, even; one
             number or one per layer. None: Longformer's own; for RoBERTa and BERT twice their
-            longest input, which makes the logits equal.
+            longest input, which makes the logits equal. BigBird attends by blocks: not allowed.
         verify: run both models on random token ids and refuse a result whose logits differ by more
             than 1e-5 * max(1, max|logit|).
         reverse: the source is one of our checkpoints and goes back to the family it came from.
@@ -110,7 +111,7 @@ def convert_checkpoint(
         raise ValueError("drop_adaptive: allowed only together with reverse")
     if isinstance(max_positions, bool) or not isinstance(max_positions, int | None):
         raise ValueError(f"max_positions: {max_positions!r} is not allowed; give a whole number")
-    folder = locate(source, {"adaptive_sparse"} if reverse else FAMILIES)
+    folder = locate(source, TARGETS if reverse else FAMILIES)
     target_folder = check_target(target, folder, overwrite)
     if reverse:
         plan = plan_reversal(folder, drop_adaptive)
@@ -160,8 +161,8 @@ def _write(plan: Plan, staging: Path, companions: list[Path], progress: Progress
         if "model_max_length" in content:
             content["model_max_length"] = plan.model_max_length
             write_json(tokenizer_config, content)
-    if plan.target_class.__name__.startswith(TARGET_CLASS_PREFIX):
-        write_remote_code(staging)
+    if plan.config["model_type"] in TARGETS:
+        write_remote_code(staging, plan.config["model_type"])
         write_json(staging / NAMES_FILE, plan.names or {})
         if plan.extra and plan.load_extra:
             save_tensors(
@@ -174,7 +175,8 @@ def _verify(
     plan: Plan, folder: Path, staging: Path, reverse: bool, progress: Progress
 ) -> float | None:
     """Return the largest difference between the logits; raise ValueError if it is too large."""
-    head = plan.target_class.__name__
+    family = FAMILIES[plan.source_model_type]
+    head = _head(plan.target_class.__name__) if plan.complete else "Model"
     if not plan.complete:
         plan.notes.append(
             "the head is not in the checkpoint: the encoder's output was verified instead"
@@ -182,16 +184,21 @@ def _verify(
     source = _load(plan.source_class, folder, plan.complete)
     converted = _load(plan.target_class, staging, plan.complete)
     ours, theirs = (source, converted) if reverse else (converted, source)
-    windows = ours.config.attention_window
-    usable = min(ours.config.max_sequence_length, _max_length(theirs.config, plan))
+    usable = min(ours.config.max_sequence_length, family.max_length(theirs.config))
+    target_length = None
+    if family.target is SEQ2SEQ:
+        target_length = ours.config.max_decoder_position_embeddings
+        if head == "ForSequenceClassification":
+            usable = min(usable, target_length)  # the decoder reads the document too
     agreement = measure_agreement(
         source,
         converted,
-        head=_head(head) if plan.complete else "Model",
+        head=head,
         max_length=min(usable, plan.exact_length or usable),
-        windows=windows if isinstance(windows, list) else [windows],
+        windows=_windows(ours.config),
         with_pooler=plan.complete,
-        takes_global_attention_mask=FAMILIES[plan.source_model_type].takes_global_attention_mask,
+        takes_global_attention_mask=family.takes_global_attention_mask,
+        target_length=target_length,
         progress=progress,
     )
     if not agreement.relative <= TOLERANCE:
@@ -202,8 +209,12 @@ def _verify(
     return agreement.difference
 
 
-def _max_length(config: Any, plan: Plan) -> int:
-    return config.max_position_embeddings - FAMILIES[plan.source_model_type].position_offset(config)
+def _windows(config: Any) -> list[int]:
+    """Return after how many tokens each layer of our model stops seeing everything, about."""
+    if config.attention_pattern == "big_bird":
+        return [config.pattern(0).dense_length]
+    windows = config.attention_window
+    return windows if isinstance(windows, list) else [windows]
 
 
 def _head(class_name: str) -> str:

@@ -1,15 +1,19 @@
-"""The families that can be converted, and which class of ours takes over which class of theirs."""
+"""The families that can be converted, and the class of theirs that holds a head."""
 
 import transformers
 
 from adaptive_longformer.conversion.bert import BERT
-from adaptive_longformer.conversion.family import HEADS, Family
+from adaptive_longformer.conversion.big_bird import BIG_BIRD
+from adaptive_longformer.conversion.bigbird_pegasus import BIGBIRD_PEGASUS
+from adaptive_longformer.conversion.family import Family
+from adaptive_longformer.conversion.led import LED
 from adaptive_longformer.conversion.longformer import LONGFORMER
 from adaptive_longformer.conversion.roberta import ROBERTA
-from adaptive_longformer.modeling import modeling_adaptive_sparse
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LONGFORMER, ROBERTA, BERT)}
-TARGET_CLASS_PREFIX = "AdaptiveSparse"
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (LONGFORMER, LED, BIG_BIRD, BIGBIRD_PEGASUS, ROBERTA, BERT)
+}
 
 
 def source_class(family: Family, head: str) -> type:
@@ -17,21 +21,17 @@ def source_class(family: Family, head: str) -> type:
     return getattr(transformers, family.class_prefix + head)
 
 
-def target_class(head: str) -> type:
-    """Return our class with a head."""
-    return getattr(modeling_adaptive_sparse, TARGET_CLASS_PREFIX + head)
-
-
-def head_of(class_prefix: str, architecture: str, other_heads: dict[str, str]) -> str:
-    """Return the head that a class name stands for.
+def head_of(family: Family, architecture: str) -> str:
+    """Return the head that the name of a source's class stands for.
 
     Raises:
-        ValueError: the class has a head that we have not.
+        ValueError: the class has a head that its family has not, or we have not.
     """
-    head = architecture.removeprefix(class_prefix)
-    head = other_heads.get(head, head)
-    if not architecture.startswith(class_prefix) or head not in HEADS:
-        allowed = ", ".join(class_prefix + head for head in (*HEADS, *other_heads))
+    prefix = family.class_prefix
+    head = architecture.removeprefix(prefix)
+    head = family.other_heads.get(head, head)
+    if not architecture.startswith(prefix) or head not in family.heads:
+        allowed = ", ".join(prefix + head for head in (*family.heads, *family.other_heads))
         raise ValueError(
             f"source: architecture {architecture!r} cannot be converted; supported are {allowed}"
         )
@@ -40,7 +40,7 @@ def head_of(class_prefix: str, architecture: str, other_heads: dict[str, str]) -
 
 def head_from_tensors(names: set[str]) -> str:
     """Guess a head from (our) names of a checkpoint's tensors, if its configuration names none."""
-    if "qa_outputs.weight" in names:
+    if names & {"qa_outputs.weight", "qa_outputs.out_proj.weight"}:
         return "ForQuestionAnswering"
     if "classifier.out_proj.weight" in names:
         return "ForSequenceClassification"
@@ -49,4 +49,6 @@ def head_from_tensors(names: set[str]) -> str:
         return "ForSequenceClassification" if pooled else "ForTokenClassification"
     if "lm_head.dense.weight" in names:
         return "ForMaskedLM"
+    if "lm_head.weight" in names or "final_logits_bias" in names:
+        return "ForConditionalGeneration"
     return "Model"

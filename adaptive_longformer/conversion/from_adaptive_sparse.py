@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
-from adaptive_longformer.conversion.families import (
-    FAMILIES,
-    TARGET_CLASS_PREFIX,
-    head_of,
-    source_class,
-    target_class,
-)
+from adaptive_longformer.conversion.families import FAMILIES, source_class
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import (
     EXTRA_FILE,
@@ -26,11 +20,8 @@ from adaptive_longformer.conversion.plan import (
 )
 from adaptive_longformer.conversion.positions import is_tiled
 from adaptive_longformer.conversion.source import check_family
-from adaptive_longformer.conversion.tables import TARGET_PREFIX
-from adaptive_longformer.conversion.to_adaptive_sparse import (
-    POSITION_EMBEDDINGS,
-    read_source_config,
-)
+from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
+from adaptive_longformer.conversion.to_adaptive_sparse import read_source_config
 
 
 def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
@@ -47,10 +38,17 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
         ValueError: a selection is in use and may not be left out, or the checkpoint is damaged.
     """
     raw = read_json(folder / "config.json")
-    check_family(raw.get("model_type"), {AdaptiveSparseConfig.model_type})
-    config = _read_config(raw)
+    check_family(raw.get("model_type"), TARGETS)
+    target = TARGETS[raw["model_type"]]
+    config = _read_config(target.config_class, raw)
     family = _family(config)
-    head = head_of(TARGET_CLASS_PREFIX, (config.architectures or ["AdaptiveSparseModel"])[0], {})
+    base_model = target.classes["Model"].__name__
+    head = target.head_of((config.architectures or [base_model])[0])
+    if head not in family.heads:
+        raise ValueError(
+            f"source: {target.classes[head].__name__} has no counterpart in the family "
+            f"{family.model_type!r}"
+        )
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
     _leave_out_selection(config, checkpoint, drop_adaptive, notes)
@@ -59,17 +57,22 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
     reversed_raw = _source_config(family, head, config)
     rows = _source_rows(family, config, reversed_raw, checkpoint, ours)
     for name, our_name in ours.items():
-        if _full_name(our_name) == POSITION_EMBEDDINGS:
+        if target.full_name(our_name) == target.position_embeddings:
             tensors[name] = tensors[name].new_empty(rows, tensors[name].shape[1])
-    if rows != config.max_position_embeddings:
+    our_rows = getattr(config, target.positions_field)
+    if rows != our_rows:
         kept = rows - family.position_offset(config)
         notes.append(f"the position table was cut back to the source's {kept} tokens")
-    if read_source_config(reversed_raw).max_position_embeddings != rows:
-        reversed_raw["max_position_embeddings"] = rows
+    if family.position_rows(read_source_config(reversed_raw)) != rows:
+        reversed_raw[family.positions_field] = rows
     source_config = read_source_config(reversed_raw)
     full_names = {
-        (family.table.to_source(_full_name(our_name)) or name): tensors[name]
+        full_name: tensors[name]
         for name, our_name in ours.items()
+        for full_name in (
+            family.table.to_source(target.full_name(our_name)) or name,
+            _with_prefix(name, head, family.table.source_prefix),
+        )
     }
     missing = check_against_model(
         source_class(family, head), source_config, full_names, family.table.source_prefix, str
@@ -77,47 +80,48 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
     missing = [name for name in missing if not _is_duplicate(family, name, full_names)]
     if missing:
         notes.append(f"no {', '.join(missing)} in this checkpoint: newly initialised at loading")
-    _note_what_is_lost(family, config, source_config, notes)
+    _note_what_is_lost(family, head, config, source_config, notes)
     extra_file = Checkpoint(folder, [folder / EXTRA_FILE]) if extra else None
 
     def load(name: str) -> torch.Tensor:
         if extra_file is not None and name in extra_file.tensors:
             return extra_file.load(name)
         tensor = checkpoint.load(ours[name])
-        return tensor[:rows] if _full_name(ours[name]) == POSITION_EMBEDDINGS else tensor
+        is_positions = target.full_name(ours[name]) == target.position_embeddings
+        return tensor[:rows] if is_positions else tensor
 
     if extra_file is not None:
         tensors.update(extra_file.tensors)
     return Plan(
         source_model_type=family.model_type,
-        source_class=target_class(head),
+        source_class=target.classes[head],
         target_class=source_class(family, head),
         config=reversed_raw,
         tensors=tensors,
         load=load,
-        complete=not missing,
-        exact_length=_exact_length(family, config, rows),
-        model_max_length=rows - family.position_offset(config)
-        if rows != config.max_position_embeddings
-        else None,
+        complete=not any(_is_read(name, family, head, config) for name in missing),
+        exact_length=_exact_length(family, head, config, source_config, rows),
+        model_max_length=rows - family.position_offset(config) if rows != our_rows else None,
         notes=notes,
     )
 
 
-def _read_config(raw: dict[str, Any]) -> AdaptiveSparseConfig:
+def _read_config(config_class: type[Any], raw: dict[str, Any]) -> Any:
     try:
-        return AdaptiveSparseConfig.from_dict(copy.deepcopy(raw))
+        return config_class.from_dict(copy.deepcopy(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"source: config.json is damaged: {error}") from error
 
 
-def _family(config: AdaptiveSparseConfig) -> Family:
+def _family(config: Any) -> Family:
     source_config = getattr(config, "source_config", None) or {}
     if source_config.get("model_type") in FAMILIES:
         return FAMILIES[source_config["model_type"]]
+    if config.model_type == SEQ2SEQ.config_class.model_type:
+        return FAMILIES["led" if config.norm_style == "post" else "bigbird_pegasus"]
     if config.separate_global_projections:
         return FAMILIES["longformer"]
-    return FAMILIES["bert" if config.head_style == "bert" else "roberta"]
+    return FAMILIES[config.head_style]
 
 
 def _is_adaptive(name: str) -> bool:
@@ -125,10 +129,10 @@ def _is_adaptive(name: str) -> bool:
 
 
 def _leave_out_selection(
-    config: AdaptiveSparseConfig, checkpoint: Checkpoint, drop_adaptive: bool, notes: list[str]
+    config: Any, checkpoint: Checkpoint, drop_adaptive: bool, notes: list[str]
 ) -> None:
     """Refuse a selection that is in use unless it may be dropped; without strength it is inert."""
-    if config.attention_pattern != "adaptive":
+    if config.attention_pattern not in SELECTING_PATTERNS:
         return
     names = [
         name for name in checkpoint.tensors if _is_adaptive(name) and name.endswith(".strength")
@@ -144,16 +148,10 @@ def _leave_out_selection(
     notes.append("the adaptive selection was left out: other logits")
 
 
-def _full_name(name: str) -> str:
-    """Return our name with the prefix of the base model, which a bare base model leaves out."""
-    in_base = name.startswith(("embeddings.", "layers.", "pooler."))
-    return TARGET_PREFIX + name if in_base else name
-
-
 def _name_tensors(
     family: Family,
     head: str,
-    config: AdaptiveSparseConfig,
+    config: Any,
     folder: Path,
     checkpoint: Checkpoint,
     notes: list[str],
@@ -162,12 +160,13 @@ def _name_tensors(
 
     The third value says whether there are tensors beside ours that go back too.
     """
+    target = family.target
     recorded: dict[str, list[str]] = {}
     extra = False
     if (folder / NAMES_FILE).is_file():
         record = read_json(folder / NAMES_FILE)
         # A record of another head or family was left behind by something else.
-        if record.get("architecture") == TARGET_CLASS_PREFIX + head:
+        if record.get("architecture") == target.classes[head].__name__:
             for source_name, our_name in record["tensors"].items():
                 recorded.setdefault(our_name, []).append(source_name)
             extra = (folder / EXTRA_FILE).is_file()
@@ -176,20 +175,28 @@ def _name_tensors(
     for our_name, tensor in checkpoint.tensors.items():
         if _is_adaptive(our_name):
             continue
-        usual = family.table.to_source(_full_name(our_name))
+        usual = family.table.to_source(target.full_name(our_name))
         if usual is None:
             dropped.append(our_name)
             continue
+        names = [usual]
+        if target.full_name(our_name) == target.word_embeddings and not config.tie_word_embeddings:
+            names = family.table.to_sources(target.word_embeddings)
         if head == "Model" and not recorded:
-            usual = usual.removeprefix(prefix)
-        for name in recorded.get(_full_name(our_name), [usual]):
+            names = [name.removeprefix(prefix) for name in names]
+        for name in recorded.get(target.full_name(our_name), names):
             tensors[name], ours[name] = tensor, our_name
     if dropped:
         notes.append(f"no place in {family.class_prefix}, left out: {', '.join(sorted(dropped))}")
     return tensors, ours, extra
 
 
-def _source_config(family: Family, head: str, config: AdaptiveSparseConfig) -> dict[str, Any]:
+def _with_prefix(name: str, head: str, prefix: str) -> str:
+    """Return a source's name with the prefix that a bare base model leaves out."""
+    return prefix + name if head == "Model" and not name.startswith(prefix) else name
+
+
+def _source_config(family: Family, head: str, config: Any) -> dict[str, Any]:
     """Return the source's config.json with what was changed since the conversion."""
     original = getattr(config, "source_config", None)
     if not original or original.get("model_type") != family.model_type:
@@ -197,14 +204,16 @@ def _source_config(family: Family, head: str, config: AdaptiveSparseConfig) -> d
     raw: dict[str, Any] = copy.deepcopy(original)
     source_config = read_source_config(raw)
     expected = family.target_fields(source_config, head) | {
-        "max_position_embeddings": source_config.max_position_embeddings
+        family.target.positions_field: family.position_rows(source_config)
     }
     expected.update(getattr(config, "conversion_overrides", None) or {})
     # Through JSON, as the numbers of labels are strings there.
     now, then = json.loads(config.to_json_string(use_diff=False)), _as_json(expected)
-    for name in family.fields:
-        if now.get(name) != then.get(name):
-            raw[name] = now.get(name)
+    for ours, theirs in family.copied_fields.items():
+        if now.get(ours) != then.get(ours):
+            raw[theirs] = now.get(ours)
+    if bool(raw.get("is_decoder")) != (head == "ForCausalLM"):
+        raw["is_decoder"] = head == "ForCausalLM"
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if raw.get(dtype) not in (None, now.get("dtype")):
         raw[dtype] = now["dtype"]
@@ -223,15 +232,16 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _source_rows(
     family: Family,
-    config: AdaptiveSparseConfig,
+    config: Any,
     raw: dict[str, Any],
     checkpoint: Checkpoint,
     ours: dict[str, str],
 ) -> int:
     """Return how many rows of the position table go back: all, unless the tail only repeats."""
-    source_rows = read_source_config(raw).max_position_embeddings
-    rows = config.max_position_embeddings
-    names = [name for name in ours.values() if _full_name(name) == POSITION_EMBEDDINGS]
+    target = family.target
+    source_rows = family.position_rows(read_source_config(raw))
+    rows = getattr(config, target.positions_field)
+    names = [name for name in ours.values() if target.full_name(name) == target.position_embeddings]
     if "source_config" not in config.to_dict() or source_rows >= rows or not names:
         return rows
     table = checkpoint.load(names[0])
@@ -247,20 +257,38 @@ def _is_duplicate(family: Family, name: str, tensors: dict[str, torch.Tensor]) -
     return usual in tensors and usual != name
 
 
-def _exact_length(family: Family, config: AdaptiveSparseConfig, rows: int) -> int | None:
-    if family.takes_global_attention_mask:
-        return None
+def _is_read(name: str, family: Family, head: str, config: Any) -> bool:
+    """Tell whether our model has a source's tensor too; BigBird's heads have idle poolers."""
+    with torch.device("meta"):
+        model = family.target.classes[head](config)
+    ours = {family.target.full_name(our_name) for our_name, _ in model.named_parameters()}
+    return family.table.to_target(name) in ours
+
+
+def _exact_length(
+    family: Family, head: str, config: Any, source_config: Any, rows: int
+) -> int | None:
+    if not family.is_dense:
+        return family.exact_length(source_config, head)
     windows = config.attention_window
     narrowest = min(windows) if isinstance(windows, list) else windows
     return min(narrowest // 2 + 1, rows - family.position_offset(config))
 
 
 def _note_what_is_lost(
-    family: Family, config: AdaptiveSparseConfig, source_config: Any, notes: list[str]
+    family: Family, head: str, config: Any, source_config: Any, notes: list[str]
 ) -> None:
     dilated = config.attention_dilation not in (1, [1] * config.num_hidden_layers)
-    if config.attention_pattern not in ("longformer", "adaptive") or dilated:
+    pattern = family.target_fields(source_config, head)["attention_pattern"]
+    if config.attention_pattern not in (pattern, *SELECTING_PATTERNS) or dilated:
         notes.append(
             f"attention_pattern {config.attention_pattern!r} with attention_dilation "
             f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"
+        )
+    source_default = family.default_global_tokens[head]
+    if family.takes_global_attention_mask and config.default_global_tokens != source_default:
+        notes.append(
+            f"default_global_tokens {config.default_global_tokens!r} has no place in "
+            f"{family.class_prefix}, whose default is {source_default!r}: pass "
+            "global_attention_mask for the same logits"
         )

@@ -43,4 +43,5 @@ LONGFORMER = Family(
     },
     tokenizer_class="RobertaTokenizer",
     takes_global_attention_mask=True,
+    is_dense=False,
 )

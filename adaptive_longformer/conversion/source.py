@@ -37,6 +37,7 @@ _HUB_COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "sentencepiece.bpe.model",
+    "spiece.model",
     "generation_config.json",
     "chat_template.jinja",
     "README.md",
@@ -94,9 +95,9 @@ def locate(source: str | Path, supported: Collection[str]) -> Path:
 def check_family(model_type: object, supported: Collection[str]) -> None:
     """Raise ValueError if a model type is none of the supported ones."""
     if model_type not in supported:
-        if model_type == "adaptive_sparse":
+        if str(model_type).startswith("adaptive_sparse"):
             raise ValueError(
-                "source: model_type 'adaptive_sparse' is ours already; "
+                f"source: model_type {model_type!r} is ours already; "
                 "--reverse (reverse=True) converts it back"
             )
         raise ValueError(

@@ -32,18 +32,34 @@ class Table:
 
     def to_target(self, name: str) -> str | None:
         """Return our full name of a source tensor, or None if it has no place in our model."""
-        for old, new in _OLD_NAMES.items():
-            name = name.replace(old, new)
+        name = _current(name)
         found = _first(self._to_target, name)
         return found or _first(self._to_target, self.source_prefix + name)
+
+    def row_of(self, name: str) -> int:
+        """Return the number of the row that a source tensor belongs to."""
+        name = _current(name)
+        for number, (pattern, _) in enumerate(self._to_target):
+            if pattern.fullmatch(name) or pattern.fullmatch(self.source_prefix + name):
+                return number
+        raise KeyError(name)
 
     def to_source(self, name: str) -> str | None:
         """Return the source's full name of one of our tensors, or None if it has none."""
         return _first(self._to_source, name) or _first(self._to_source, TARGET_PREFIX + name)
 
+    def to_sources(self, name: str) -> list[str]:
+        """Return all the names that the source may have for one of our tensors, full name given."""
+        return _all(self._to_source, name)
 
-def bert_encoder(prefix: str) -> list[tuple[str, str]]:
-    """Return the rows of the encoder that BERT introduced and RoBERTa and Longformer kept."""
+
+def bert_encoder(prefix: str, pooler: str = "pooler.dense") -> list[tuple[str, str]]:
+    """Return the rows of the encoder that BERT introduced and the other families kept.
+
+    Args:
+        prefix: the source's name for its base model, with the dot.
+        pooler: its name for the pooler's linear layer.
+    """
     layer = prefix + "encoder.layer.{layer}."
     ours = "model.layers.{layer}."
     return [
@@ -68,8 +84,67 @@ def bert_encoder(prefix: str) -> list[tuple[str, str]]:
         (layer + "intermediate.dense.{parameter}", ours + "intermediate.{parameter}"),
         (layer + "output.dense.{parameter}", ours + "output.{parameter}"),
         (layer + "output.LayerNorm.{parameter}", ours + "output_layer_norm.{parameter}"),
-        (prefix + "pooler.dense.{parameter}", "model.pooler.dense.{parameter}"),
+        (prefix + pooler + ".{parameter}", "model.pooler.dense.{parameter}"),
     ]
+
+
+def bert_lm_head() -> list[tuple[str, str]]:
+    """Return the rows of the language modelling head that BERT introduced and BigBird kept."""
+    return [
+        ("cls.predictions.transform.dense.{parameter}", "lm_head.dense.{parameter}"),
+        ("cls.predictions.transform.LayerNorm.{parameter}", "lm_head.layer_norm.{parameter}"),
+        ("cls.predictions.bias", "lm_head.decoder.bias"),
+        ("cls.predictions.decoder.{parameter}", "lm_head.decoder.{parameter}"),
+    ]
+
+
+def bart_model(prefix: str) -> list[tuple[str, str]]:
+    """Return the rows of the encoder-decoder that BART introduced, language head included.
+
+    What is left to the family is the encoder's attention, and where the embeddings' (or the last)
+    LayerNorm belongs.
+    """
+    rows = [
+        # A checkpoint may hold its shared table under all the names it is used by.
+        (prefix + "shared.weight", "model.encoder.embeddings.word_embeddings.weight"),
+        (prefix + "encoder.embed_tokens.weight", "model.encoder.embeddings.word_embeddings.weight"),
+        (prefix + "decoder.embed_tokens.weight", "model.decoder.embeddings.word_embeddings.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("final_logits_bias", "final_logits_bias"),
+    ]
+    for part in ("encoder", "decoder"):
+        layer, ours = f"{prefix}{part}.layers.{{layer}}.", f"model.{part}.layers.{{layer}}."
+        rows += [
+            (
+                f"{prefix}{part}.embed_positions.weight",
+                f"model.{part}.embeddings.position_embeddings.weight",
+            ),
+            (layer + "fc1.{parameter}", ours + "intermediate.{parameter}"),
+            (layer + "fc2.{parameter}", ours + "output.{parameter}"),
+            (layer + "final_layer_norm.{parameter}", ours + "output_layer_norm.{parameter}"),
+        ]
+    layer, ours = prefix + "encoder.layers.{layer}.", "model.encoder.layers.{layer}."
+    rows.append(
+        (layer + "self_attn_layer_norm.{parameter}", ours + "attention_layer_norm.{parameter}")
+    )
+    layer, ours = prefix + "decoder.layers.{layer}.", "model.decoder.layers.{layer}."
+    for source, target in (("self_attn", "self_attention"), ("encoder_attn", "cross_attention")):
+        rows += [
+            (f"{layer}{source}.{projection}.{{parameter}}", f"{ours}{target}.{name}.{{parameter}}")
+            for projection, name in (
+                ("q_proj", "query"),
+                ("k_proj", "key"),
+                ("v_proj", "value"),
+                ("out_proj", "output"),
+            )
+        ]
+        rows.append(
+            (
+                f"{layer}{source}_layer_norm.{{parameter}}",
+                f"{ours}{target}_layer_norm.{{parameter}}",
+            )
+        )
+    return rows
 
 
 def roberta_heads() -> list[tuple[str, str]]:
@@ -86,6 +161,12 @@ def roberta_heads() -> list[tuple[str, str]]:
     ]
 
 
+def _current(name: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     expression = re.escape(pattern)
     for name, values in _PLACEHOLDERS.items():
@@ -94,8 +175,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _first(rows: list[tuple[re.Pattern[str], str]], name: str) -> str | None:
-    for pattern, replacement in rows:
-        match = pattern.fullmatch(name)
-        if match:
-            return replacement.format(**match.groupdict())
-    return None
+    return next(iter(_all(rows, name)), None)
+
+
+def _all(rows: list[tuple[re.Pattern[str], str]], name: str) -> list[str]:
+    matches = ((pattern.fullmatch(name), replacement) for pattern, replacement in rows)
+    return [replacement.format(**match.groupdict()) for match, replacement in matches if match]

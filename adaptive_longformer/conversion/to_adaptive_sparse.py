@@ -9,26 +9,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.configuration.remote_code import AUTO_MAP
+from adaptive_longformer.configuration.remote_code import auto_map
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
 from adaptive_longformer.conversion.families import (
     FAMILIES,
-    TARGET_CLASS_PREFIX,
     head_from_tensors,
     head_of,
     source_class,
-    target_class,
 )
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import Plan, check_against_model
 from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.tables import TARGET_PREFIX
-
-WORD_EMBEDDINGS = "model.embeddings.word_embeddings.weight"
-POSITION_EMBEDDINGS = "model.embeddings.position_embeddings.weight"
-DECODER = "lm_head.decoder.weight"
 
 
 def plan_conversion(
@@ -38,41 +31,45 @@ def plan_conversion(
     raw = read_json(folder / "config.json")
     check_family(raw.get("model_type"), FAMILIES)
     family = FAMILIES[raw["model_type"]]
+    target = family.target
     config = read_source_config(raw)
-    _check_is_encoder(raw)
+    _check_attention(raw)
     checkpoint = Checkpoint(folder)
     notes: list[str] = []
 
     names = {name: family.table.to_target(name) for name in checkpoint.tensors}
     head = _head(family, raw, {name for name in names.values() if name}, notes)
+    target_class = target.classes[head]
+    _check_is_causal(config, head)
     fields, overrides, exact_length = _target_fields(
         family, config, head, max_positions, attention_window, notes
     )
     fields.update(_special_tokens(family, folder, raw, config))
-    chosen, extra = _choose_tensors(checkpoint, names, config, overrides, notes)
+    chosen, extra = _choose_tensors(family, head, checkpoint, names, config, overrides, notes)
     fields.update(overrides)
 
     tensors = {name: checkpoint.tensors[source] for name, source in chosen.items()}
     offset = family.position_offset(config)
-    source_rows, num_rows = config.max_position_embeddings, fields["max_position_embeddings"]
-    table = tensors.get(POSITION_EMBEDDINGS)
+    source_rows, num_rows = family.position_rows(config), fields[target.positions_field]
+    table = tensors.get(target.position_embeddings)
     if table is not None and table.shape[0] != source_rows:
         raise ValueError(
-            f"source: tensor {chosen[POSITION_EMBEDDINGS]} has {table.shape[0]} rows, "
-            f"but config.json says max_position_embeddings = {source_rows}"
+            f"source: tensor {chosen[target.position_embeddings]} has {table.shape[0]} rows, "
+            f"but config.json says {family.positions_field} = {source_rows}"
         )
     if table is not None:
-        tensors[POSITION_EMBEDDINGS] = table.new_empty(num_rows, table.shape[1])
-    fields["architectures"] = [TARGET_CLASS_PREFIX + head]
-    fields["auto_map"] = dict(AUTO_MAP)
+        tensors[target.position_embeddings] = table.new_empty(num_rows, table.shape[1])
+    fields["architectures"] = [target_class.__name__]
+    fields["auto_map"] = auto_map(target.config_class.model_type)
     fields["tokenizer_class"] = raw.get("tokenizer_class") or family.tokenizer_class
-    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or _dtype(tensors)
+    word_embeddings = tensors.get(target.word_embeddings)
+    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or _dtype(word_embeddings)
     # For the way back: the source's configuration, and what was decided differently.
     fields["source_config"] = copy.deepcopy(raw)
     fields["conversion_overrides"] = overrides
-    target_config = AdaptiveSparseConfig(**fields)
+    target_config = target.config_class(**fields)
     missing = check_against_model(
-        target_class(head),
+        target_class,
         target_config,
         tensors,
         TARGET_PREFIX,
@@ -89,14 +86,14 @@ def plan_conversion(
 
     def load(name: str) -> torch.Tensor:
         tensor = checkpoint.load(chosen[written[name]])
-        if written[name] == POSITION_EMBEDDINGS:
+        if written[name] == target.position_embeddings:
             return tile_positions(tensor, num_rows, offset)
         return tensor
 
     return Plan(
         source_model_type=family.model_type,
         source_class=source_class(family, head),
-        target_class=target_class(head),
+        target_class=target_class,
         config=json.loads(target_config.to_json_string()),
         tensors={short: tensors[full] for short, full in written.items()},
         load=load,
@@ -104,7 +101,7 @@ def plan_conversion(
         load_extra=checkpoint.load,
         names={
             "model_type": family.model_type,
-            "architecture": TARGET_CLASS_PREFIX + head,
+            "architecture": target_class.__name__,
             "tensors": {name: ours for name, ours in names.items() if name not in extra},
         },
         exact_length=exact_length,
@@ -122,15 +119,28 @@ def read_source_config(raw: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"source: config.json is damaged: {error}") from error
 
 
-def _dtype(tensors: dict[str, torch.Tensor]) -> str:
-    tensor = tensors.get(WORD_EMBEDDINGS)
-    return str(tensor.dtype if tensor is not None else torch.float32).removeprefix("torch.")
+def _dtype(word_embeddings: torch.Tensor | None) -> str:
+    dtype = torch.float32 if word_embeddings is None else word_embeddings.dtype
+    return str(dtype).removeprefix("torch.")
 
 
-def _check_is_encoder(raw: dict[str, Any]) -> None:
-    for name in ("is_decoder", "add_cross_attention"):
-        if raw.get(name):
-            raise ValueError(f"source: {name} = true in config.json; only encoders convert")
+def _check_is_causal(config: PreTrainedConfig, head: str) -> None:
+    is_decoder = bool(getattr(config, "is_decoder", False))
+    if is_decoder != (head == "ForCausalLM"):
+        allowed = "only encoders and causal language models convert"
+        if not is_decoder:
+            allowed = "its tokens attend to later ones, which a causal language model's must not"
+        raise ValueError(
+            f"source: is_decoder = {str(is_decoder).lower()} in config.json; {allowed}"
+        )
+
+
+def _check_attention(raw: dict[str, Any]) -> None:
+    if raw.get("add_cross_attention"):
+        raise ValueError(
+            "source: add_cross_attention = true in config.json; a decoder of an encoder does not "
+            "convert"
+        )
     style = raw.get("position_embedding_type", "absolute")
     if style != "absolute":
         raise ValueError(
@@ -141,7 +151,7 @@ def _check_is_encoder(raw: dict[str, Any]) -> None:
 def _head(family: Family, raw: dict[str, Any], names: set[str], notes: list[str]) -> str:
     architectures = raw.get("architectures")
     if architectures:
-        return head_of(family.class_prefix, architectures[0], family.other_heads)
+        return head_of(family, architectures[0])
     head = head_from_tensors(names)
     notes.append(
         f"config.json names no architecture; its tensors are those of {family.class_prefix}{head}"
@@ -160,9 +170,9 @@ def _target_fields(
     """Return our fields, those the user chose, and up to which length logits are equal."""
     fields = family.target_fields(config, head)
     overrides: dict[str, Any] = {}
-    offset = family.position_offset(config)
-    usable = config.max_position_embeddings - offset
-    exact_length = None if family.takes_global_attention_mask else usable
+    usable = family.max_length(config)
+    exact_length = family.exact_length(config, head)
+    notes += family.notes(config, head)
     if max_positions is not None:
         if not usable <= max_positions <= MAX_POSITIONS:
             raise ValueError(
@@ -170,11 +180,17 @@ def _target_fields(
                 f"allowed are {usable} to {MAX_POSITIONS}"
             )
         if max_positions != usable:
-            overrides["max_position_embeddings"] = max_positions + offset
+            offset = family.position_offset(config)
+            overrides[family.target.positions_field] = max_positions + offset
             notes.append(
                 f"the position table was extended from {usable} to {max_positions} tokens by "
                 "repeating it: fine-tune before trusting inputs longer than the source's"
             )
+    if attention_window is not None and fields["attention_pattern"] != "longformer":
+        raise ValueError(
+            f"attention_window: {attention_window!r} is not allowed; the pattern "
+            f"{fields['attention_pattern']!r} of this source has none"
+        )
     if attention_window is not None:
         before = _windows(fields["attention_window"], config)
         if isinstance(attention_window, list) and len(attention_window) != len(before):
@@ -200,7 +216,7 @@ def _target_fields(
                 f"attention_window {attention_window} instead of {fields['attention_window']}: "
                 f"logits equal the source's only up to {exact_length} tokens"
             )
-    elif not family.takes_global_attention_mask:
+    elif family.is_dense:
         notes.append(
             f"attention_window {fields['attention_window']}, twice the source's {usable} tokens: "
             f"logits equal the source's up to {usable} tokens; --attention-window makes it smaller "
@@ -219,7 +235,7 @@ def _special_tokens(
     family: Family, folder: Path, raw: dict[str, Any], config: PreTrainedConfig
 ) -> dict[str, Any]:
     """Return the ids of separator and first token, from the configuration or the tokenizer."""
-    if family.constants["position_style"] == "bert":
+    if family.constants.get("position_style") == "bert":
         vocabulary = _special_token_ids(folder)
         found = {"sep_token_id": vocabulary.get("[SEP]"), "cls_token_id": vocabulary.get("[CLS]")}
     else:
@@ -228,7 +244,11 @@ def _special_tokens(
             "sep_token_id": end[0] if isinstance(end, list) else end,
             "cls_token_id": config.bos_token_id,
         }
-    return found | {name: raw[name] for name in found if isinstance(raw.get(name), int)}
+    stated = {name: raw.get(name, getattr(config, name, None)) for name in found}
+    found |= {name: value for name, value in stated.items() if isinstance(value, int)}
+    return {
+        name: value for name, value in found.items() if hasattr(family.target.config_class, name)
+    }
 
 
 def _special_token_ids(folder: Path) -> dict[str, int]:
@@ -243,6 +263,8 @@ def _special_token_ids(folder: Path) -> dict[str, int]:
 
 
 def _choose_tensors(
+    family: Family,
+    head: str,
     checkpoint: Checkpoint,
     names: dict[str, str | None],
     config: PreTrainedConfig,
@@ -266,20 +288,47 @@ def _choose_tensors(
         elif ours not in chosen:
             chosen[ours] = source
         elif not checkpoint.equal(source, chosen[ours]):
-            unused = source if chosen[ours].endswith("decoder.bias") else chosen[ours]
-            chosen[ours] = source if unused != source else chosen[ours]
+            unused, chosen[ours] = sorted((chosen[ours], source), key=family.table.row_of)
+            if ours == family.target.word_embeddings and config.tie_word_embeddings:
+                raise ValueError(
+                    f"source: {unused} and {chosen[ours]} differ, but config.json ties them"
+                )
             extra.append(unused)
-    if config.tie_word_embeddings and DECODER in chosen and WORD_EMBEDDINGS in chosen:
-        if checkpoint.equal(chosen[DECODER], chosen[WORD_EMBEDDINGS]):
-            names[chosen.pop(DECODER)] = WORD_EMBEDDINGS
-        else:
-            overrides["tie_word_embeddings"] = False
-            notes.append(
-                f"{chosen[DECODER]} differs from the word embeddings, but config.json ties them: "
-                "kept apart, as Transformers does"
-            )
+    if config.tie_word_embeddings:
+        _drop_tied_copies(family, head, checkpoint, names, chosen, overrides, notes)
     if extra:
         notes.append(
             f"no place in our model, only kept for a conversion back: {', '.join(sorted(extra))}"
         )
     return chosen, extra
+
+
+def _drop_tied_copies(
+    family: Family,
+    head: str,
+    checkpoint: Checkpoint,
+    names: dict[str, str | None],
+    chosen: dict[str, str],
+    overrides: dict[str, Any],
+    notes: list[str],
+) -> None:
+    """Leave out tables that only repeat the word embeddings; untie them all if one does not."""
+    words = family.target.word_embeddings
+    stored = [name for name in family.target.tied if name in chosen]
+    if words not in chosen and stored:
+        # The source kept another one of the names of the shared table.
+        chosen[words] = chosen.pop(stored.pop(0))
+        names[chosen[words]] = words
+    different = [name for name in stored if not checkpoint.equal(chosen[name], chosen[words])]
+    if not different:
+        for name in stored:
+            names[chosen.pop(name)] = words
+        return
+    overrides["tie_word_embeddings"] = False
+    notes.append(
+        f"{', '.join(chosen[name] for name in different)} differs from the word embeddings, but "
+        "config.json ties them: kept apart, as Transformers does"
+    )
+    for name in family.target.tied:
+        if name.startswith(TARGET_PREFIX) or head == "ForConditionalGeneration":
+            chosen.setdefault(name, chosen[words])

@@ -1,5 +1,6 @@
 """Attention patterns: which keys a query may attend to, as rules and as lists of blocks."""
 
+from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,
@@ -16,6 +17,7 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.patterns.strided import Strided
 
 __all__ = [
+    "BigBird",
     "BlockLayout",
     "EntryFlag",
     "Fixed",
@@ -27,7 +29,9 @@ __all__ = [
     "Strided",
     "TransposedLayout",
     "Union",
+    "big_bird_layout",
     "block_layout",
     "pattern_from_spec",
+    "random_draw",
     "split_window",
 ]

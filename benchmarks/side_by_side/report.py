@@ -11,7 +11,8 @@ def text_table(cells: list[dict], names: tuple[str, ...]) -> str:
         cells: Dicts with name, length, mode, dropout and either seconds (and memory) or why_not.
         names: The contestants, in the order of the columns.
     """
-    width = max(24, *(len(name) + 2 for name in names))
+    texts = [_text(cell) for cell in cells]
+    width = 2 + max(22, *(len(text) for text in (*texts, *names)))
     lines = []
     for mode, dropout in dict.fromkeys((cell["mode"], cell["dropout"]) for cell in cells):
         block = [cell for cell in cells if (cell["mode"], cell["dropout"]) == (mode, dropout)]
@@ -27,9 +28,12 @@ def text_table(cells: list[dict], names: tuple[str, ...]) -> str:
 def _text(cell: dict | None) -> str:
     if cell is None or "seconds" not in cell:
         return "-"
-    text = f"{1000 * cell['seconds']:,.0f} ms"
+    milliseconds = 1000 * cell["seconds"]
+    text = f"{milliseconds:,.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2f} ms"
     if cell.get("memory") is not None:
         text += f" {cell['memory'] / 2**20:,.0f} MiB"
+    if "operations_per_second" in cell:
+        text += f" {cell['operations_per_second'] / 1e9:,.0f} GFLOP/s"
     return text
 
 

@@ -24,7 +24,12 @@ HEADS = (
 )
 # Heads whose every output belongs to one token.
 TOKEN_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
-FAMILIES = {"longformer": "Longformer", "roberta": "Roberta", "bert": "Bert"}
+FAMILIES = {
+    "longformer": "Longformer",
+    "roberta": "Roberta",
+    "bert": "Bert",
+    "big_bird": "BigBird",
+}
 TOLERANCE = 1e-5
 
 transformers.logging.set_verbosity_error()
@@ -51,6 +56,10 @@ def source_config(family, **fields):
         )
     elif family == "roberta":
         common.update(pad_token_id=1, max_position_embeddings=514)
+    elif family == "big_bird":
+        # Inputs of up to 112 tokens are read in full.
+        common.update(pad_token_id=0, sep_token_id=3, max_position_embeddings=512)
+        common.update(block_size=16, num_random_blocks=1)
     else:
         common.update(pad_token_id=0, max_position_embeddings=512)
     common.update(fields)
@@ -85,9 +94,10 @@ def write_source(folder, family, head, **fields):
     return Path(folder)
 
 
-def load_converted(folder, head):
-    """Load a converted checkpoint with the class of its head."""
-    return getattr(adaptive_longformer, "AdaptiveSparse" + head).from_pretrained(folder).eval()
+def load_converted(folder, head, **fields):
+    """Load a converted checkpoint with the class of a head, with some fields changed."""
+    model_class = getattr(adaptive_longformer, "AdaptiveSparse" + head)
+    return model_class.from_pretrained(folder, **fields).eval()
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,18 +152,32 @@ def make_inputs(config, head, length, padding="none", global_tokens="default", s
             mask = torch.rand(input_ids.shape, generator=generator) < min(0.5, 6 / length)
             mask[0, length // 2] = True
             inputs["global_attention_mask"] = mask.long()
+    if config.model_type == "big_bird" and head == "ForQuestionAnswering":
+        # question <sep> text, and the model is to find the question's token types.
+        for row, length_of_question in enumerate((9, 4)):
+            input_ids[row, min(length_of_question, length - num_padded) - 1] = config.sep_token_id
+        if global_tokens == "default":
+            del inputs["token_type_ids"]
     if head == "ForMultipleChoice":
         inputs = {name: tensor.unsqueeze(0) for name, tensor in inputs.items()}
     return inputs
 
 
 def outputs_of(model, inputs, valid_only=False):
-    """What a head puts out; with `valid_only`, only what belongs to tokens that are not padding."""
+    """What a head puts out; with `valid_only`, only what belongs to tokens that are not padding.
+
+    Logits that BigBird's question answering rules out by taking 1e6 off become -1.
+    """
+    if model.config.model_type == "big_bird":
+        # After a short input the source would stay dense.
+        model.base_model.set_attention_type(model.config.attention_type)
     output = model(**inputs)
     names = ["logits", "start_logits", "end_logits", "last_hidden_state"]
     if not valid_only:
         names.append("pooler_output")
     found = [output[name] for name in names if output.get(name) is not None]
+    if "start_logits" in output:
+        found = [tensor.masked_fill(tensor < -5e5, -1.0) for tensor in found]
     if valid_only:
         found = [tensor[inputs["attention_mask"] == 1] for tensor in found]
     return found

@@ -58,7 +58,7 @@ def test_other_family(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(
         tmp_path / "gpt2"
     )
-    words = ("'gpt2'", "bert, longformer, roberta")
+    words = ("'gpt2'", "bert, big_bird, bigbird_pegasus, led, longformer, roberta")
     assert_refused(tmp_path, tmp_path / "gpt2", ValueError, *words)
 
 

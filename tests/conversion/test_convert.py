@@ -11,6 +11,8 @@ from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.conversion.families import FAMILIES as TABLES
 from adaptive_longformer.conversion.positions import is_tiled, tile_positions
 
+POOLED_FOR_NOTHING = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", HEADS)
@@ -24,7 +26,9 @@ def test_verify_finds_equal_logits(tmp_path, family, head):
     assert report.max_logit_difference < 1e-4
     assert report.source_model_type == family
     assert report.architecture == "AdaptiveSparse" + head
-    assert report.num_parameters == sum(
+    # Most heads of BigBird carry a pooler along that they do not read.
+    has_idle_pooler = family == "big_bird" and head in POOLED_FOR_NOTHING
+    assert report.num_parameters == has_idle_pooler * (32 * 32 + 32) + sum(
         parameter.numel() for parameter in load_converted(tmp_path / "target", head).parameters()
     )
     files = list((tmp_path / "target").iterdir())

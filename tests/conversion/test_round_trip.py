@@ -48,8 +48,9 @@ def test_weights_and_config_come_back_bit_for_bit(tmp_path, family, head, dtype)
 def test_an_extended_position_table_is_cut_back(tmp_path, family):
     config = source_config(family, max_position_embeddings=66)
     source = write_source(tmp_path / "source", family, "ForMaskedLM", max_position_embeddings=66)
-    offset = 0 if family == "bert" else 2
-    convert_checkpoint(source, tmp_path / "target", max_positions=1000, attention_window=64)
+    offset = 0 if family in ("bert", "big_bird") else 2
+    options = {} if family == "big_bird" else dict(attention_window=64)
+    convert_checkpoint(source, tmp_path / "target", max_positions=1000, **options)
     table = tensors_of(tmp_path / "target")["model.embeddings.position_embeddings.weight"]
     usable = config.max_position_embeddings - offset
     assert table.shape[0] == 1000 + offset
@@ -190,3 +191,31 @@ def test_a_config_without_architecture_is_recognised_by_its_tensors(tmp_path, he
     convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
     assert config_of(tmp_path / "back") == config
     assert_identical(tensors_of(tmp_path / "back"), tensors_of(source))
+
+
+def test_a_causal_model_comes_back_bit_for_bit(tmp_path):
+    source = write_source(tmp_path / "source", "big_bird", "ForCausalLM", is_decoder=True)
+    there_and_back(source, tmp_path, verify=True)
+    assert_identical(tensors_of(tmp_path / "back"), tensors_of(source))
+    assert config_of(tmp_path / "back") == config_of(source)
+
+
+def test_an_encoder_fine_tuned_as_a_causal_model_goes_back_as_a_decoder(tmp_path):
+    source = write_source(tmp_path / "source", "big_bird", "ForMaskedLM")
+    convert_checkpoint(source, tmp_path / "target")
+    model = load_converted(tmp_path / "target", "ForCausalLM", attention_pattern="full")
+    model.save_pretrained(tmp_path / "tuned")
+    report = convert_checkpoint(tmp_path / "tuned", tmp_path / "back", reverse=True)
+    assert report.architecture == "BigBirdForCausalLM"
+    assert config_of(tmp_path / "back")["is_decoder"] is True
+    assert any("attention_pattern 'full'" in note for note in report.notes)
+
+
+def test_a_trained_big_bird_goes_back_without_its_training_step(tmp_path):
+    source = write_source(tmp_path / "source", "big_bird", "ForMaskedLM")
+    convert_checkpoint(source, tmp_path / "target")
+    model = load_converted(tmp_path / "target", "ForMaskedLM").train()
+    model(torch.arange(5, 85).repeat(3)[None])
+    model.save_pretrained(tmp_path / "tuned")
+    report = convert_checkpoint(tmp_path / "tuned", tmp_path / "back", reverse=True, verify=True)
+    assert any("random_step" in note for note in report.notes)

@@ -62,7 +62,7 @@ def test_every_pattern_gives_the_same_as_the_dense_definition(pattern):
 
 
 @by_name
-@pytest.mark.parametrize("head_style", ["roberta", "bert"])
+@pytest.mark.parametrize("head_style", ["roberta", "bert", "big_bird"])
 def test_save_and_load_changes_no_output(model_class, head_style, tmp_path):
     model = tiny_model(
         model_class, head_style=head_style, separate_global_projections=True, num_labels=3

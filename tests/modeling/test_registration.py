@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, pipeline
+from transformers import AttentionInterface, AutoConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 import adaptive_longformer
@@ -35,21 +35,6 @@ def test_public_names_are_sorted_and_exist():
     names = adaptive_longformer.__all__
     assert names == sorted(names)
     assert all(hasattr(adaptive_longformer, name) for name in names)
-
-
-def test_pipeline_takes_our_models(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b", "c"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", sep_token="</s>"
-    )
-    model = tiny_model(adaptive_longformer.AdaptiveSparseForSequenceClassification)
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
-    assert classify("a b c")[0]["label"] in ("LABEL_0", "LABEL_1")
 
 
 def test_model_runs_after_a_round_trip_through_the_device_map(tmp_path):

@@ -1,0 +1,217 @@
+"""The compiled backends "cpp" and "cuda": block-sparse attention by our own kernels, built at the
+first use.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from adaptive_longformer.attention import compiled_cpu, compiled_cuda
+from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.extension import kernel_library, why_unavailable
+from adaptive_longformer.attention.operator import (
+    DEFAULT_BLOCK_SIZE,
+    fake_backward,
+    fake_forward,
+    register_autograd,
+    run_operator,
+)
+from adaptive_longformer.attention.reference import reference_attention
+from adaptive_longformer.patterns.block_layout import block_layout, split_window
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+
+def cpp_supports(call: AttentionCall) -> str | None:
+    """None, or why the C++ kernel for CPUs cannot run the call. Builds the kernel if need be."""
+    if call.query.device.type != "cpu":
+        return f"tensors are on {call.query.device}, the kernel is for CPUs"
+    if call.query.dtype not in compiled_cpu.ELEMENT_TYPES:
+        return f"{call.query.dtype} is not one of float32, bfloat16 and float16"
+    return _why_not_blocks(call) or _why_no_cpu_library()
+
+
+def cuda_supports(call: AttentionCall) -> str | None:
+    """None, or why the CUDA kernel cannot run the call. Builds and checks the kernel if need be."""
+    query, layout = call.query, call.layout
+    if query.device.type != "cuda":
+        return f"tensors are on {query.device}, the kernel is for CUDA devices"
+    if query.dtype not in compiled_cuda.ELEMENT_TYPES:
+        return f"{query.dtype} is not one of bfloat16 and float16"
+    if query.shape[3] not in compiled_cuda.HEAD_DIMS:
+        return f"head_dim {query.shape[3]} is not one of {compiled_cuda.HEAD_DIMS}"
+    query_block, key_block = _block_sizes(call)
+    if (
+        query_block not in compiled_cuda.QUERY_BLOCK_SIZES
+        or key_block != compiled_cuda.KEY_BLOCK_SIZE
+    ):
+        return f"blocks of {query_block} x {key_block} tokens, 64 x 64 or 128 x 64 is needed"
+    if layout is not None and layout.key_blocks.numel() >= 2**31:
+        return "the layout has 2**31 entries or more"
+    return _why_not_blocks(call) or _why_no_cuda_library(
+        query.device.index or 0, query.dtype, query.shape[3], query_block
+    )
+
+
+def run_compiled(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
+    return run_operator(compiled_attention, call)
+
+
+def _block_sizes(call: AttentionCall) -> tuple[int, int]:
+    if call.layout is None:
+        return DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE
+    return call.layout.query_block_size, call.layout.key_block_size
+
+
+def _why_not_blocks(call: AttentionCall) -> str | None:
+    """None if the pattern beside the window lets all or no pairs of a tile through, or why not."""
+    pattern = call.layout.pattern if call.layout is not None else None
+    if call.pattern is not None:
+        pattern = split_window(call.pattern)[1]
+    query_block, key_block = _block_sizes(call)
+    for part in pattern.parts if pattern is not None else ():
+        is_aligned = (
+            isinstance(part, RandomBlocks)
+            and part.block_size % query_block == 0
+            and part.block_size % key_block == 0
+        )
+        if not is_aligned:
+            return f"{part.spec} is not made of whole blocks of {query_block} x {key_block} tokens"
+    return None
+
+
+# torch.compile takes the answers as constants instead of tracing a build.
+@torch.compiler.assume_constant_result
+def _why_no_cpu_library() -> str | None:
+    return why_unavailable("cpu")
+
+
+@torch.compiler.assume_constant_result
+def _why_no_cuda_library(
+    device: int, dtype: torch.dtype, head_dim: int, query_block: int
+) -> str | None:
+    return _check_cuda_kernel(device, dtype, head_dim, query_block)
+
+
+@lru_cache
+def _check_cuda_kernel(
+    device: int, dtype: torch.dtype, head_dim: int, query_block: int
+) -> str | None:
+    """None if this device can run the kernel and gets a small problem right, else the reason."""
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"compute capability {properties.major}.{properties.minor}, 8.0 is needed"
+    reason = why_unavailable("cuda")
+    if reason is not None:
+        return reason
+    needed = kernel_library("cuda").adaptive_cuda_shared_memory(head_dim, query_block)
+    if needed > properties.shared_memory_per_block_optin:
+        return (
+            f"{needed} bytes of shared memory are needed, the device has "
+            f"{properties.shared_memory_per_block_optin}"
+        )
+    error = _largest_error(torch.device("cuda", device), dtype, head_dim, query_block)
+    if not error < 0.02:
+        return f"the kernel failed its self-test, with a relative error of {error}"
+    return None
+
+
+def _largest_error(
+    device: torch.device, dtype: torch.dtype, head_dim: int, query_block: int
+) -> float:
+    """The largest relative error of output and gradients of a small problem."""
+    window = SlidingWindow(90)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        tensors = [
+            torch.randn(1, 2, 200, head_dim, generator=generator).to(device, dtype)
+            for _ in range(4)
+        ]
+        query, key, value = (tensor.requires_grad_() for tensor in tensors[:3])
+        layout = block_layout(window, 200, query_block_size=query_block, device=device)
+        call = AttentionCall(query, key, value, head_dim**-0.5, layout=layout)
+        output, _ = run_compiled(call)
+        actual = [output, *torch.autograd.grad(output, (query, key, value), tensors[3])]
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        call = AttentionCall(exact[0], exact[1], exact[2], head_dim**-0.5, pattern=window)
+        output, _ = reference_attention(call)
+        expected = [output, *torch.autograd.grad(output, exact[:3], exact[3])]
+    ratios = [(a.double() - b).norm() / b.norm() for a, b in zip(actual, expected)]
+    return torch.stack(ratios).amax().item()
+
+
+def _kernels(query: torch.Tensor):
+    return compiled_cuda if query.is_cuda else compiled_cpu
+
+
+@torch.library.custom_op("adaptive_longformer::compiled_attention", mutates_args=())
+def compiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: str,
+    key_blocks: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    flags: torch.Tensor | None,
+    query_block_size: int,
+    key_block_size: int,
+    layout_window: str,
+    layout_pattern: str,
+    entry_bias: torch.Tensor | None,
+    span_length: torch.Tensor | None,
+    span_ramp: float,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-sparse attention by the compiled kernel of the query's device."""
+    return _kernels(query).forward(
+        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
+        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
+        global_mask, is_causal, scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+
+
+compiled_attention.register_fake(fake_forward)
+
+
+@torch.library.custom_op("adaptive_longformer::compiled_attention_backward", mutates_args=())
+def _compiled_attention_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: str,
+    key_blocks: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    flags: torch.Tensor | None,
+    query_block_size: int,
+    key_block_size: int,
+    layout_window: str,
+    layout_pattern: str,
+    entry_bias: torch.Tensor | None,
+    span_length: torch.Tensor | None,
+    span_ramp: float,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _kernels(query).backward(
+        grad_output, grad_lse, output, lse, query, key, value, pattern, key_blocks, counts, flags,
+        query_block_size, key_block_size, layout_window, layout_pattern, entry_bias, span_length,
+        span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+
+
+_compiled_attention_backward.register_fake(fake_backward)
+register_autograd(compiled_attention, _compiled_attention_backward)

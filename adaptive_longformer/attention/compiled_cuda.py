@@ -1,0 +1,373 @@
+"""Calls the CUDA kernels of csrc/cuda: brings the lists into their form, on the device and without
+waiting for it, and fills their argument struct.
+"""
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import torch
+
+from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
+from adaptive_longformer.attention.extension import kernel_library
+from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.memory_format import like_projection
+from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
+from adaptive_longformer.patterns.pattern import pattern_from_spec
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+HEAD_DIMS = (32, 64, 96, 128)
+QUERY_BLOCK_SIZES = (64, 128)
+KEY_BLOCK_SIZE = 64
+# A column of the transposed lists with more entries than this is split into items of so many, whose
+# sums are added in a fixed order: a block that everyone reads would keep one processor busy alone.
+_ITEM_ENTRIES = 64
+
+
+class _RowTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_longlong),
+        ("head_stride", ctypes.c_longlong),
+        ("row_stride", ctypes.c_longlong),
+    ]
+
+
+def _fields(kind, names: str) -> list:
+    return [(name, kind) for name in names.split()]
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of csrc/cuda/arguments.cuh, field by field."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int, "element_type head_dim query_block_size batch heads length"),
+        *_fields(ctypes.c_int, "num_query_blocks max_entries num_sequence_blocks num_blocks"),
+        *_fields(ctypes.c_int, "list_batches list_heads is_causal has_window left right"),
+        *_fields(ctypes.c_int, "has_dropout dropout_threshold"),
+        *_fields(ctypes.c_float, "scale keep_factor span_ramp"),
+        *_fields(ctypes.c_int, "num_items num_slots"),
+        *_fields(_RowTensor, "query key value"),
+        *_fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
+        *_fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
+        *_fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
+        *_fields(ctypes.c_void_p, "span_length"),
+        *_fields(_RowTensor, "output"),
+        *_fields(ctypes.c_void_p, "lse"),
+        *_fields(_RowTensor, "grad_output"),
+        *_fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
+        *_fields(_RowTensor, "grad_query grad_key grad_value"),
+        *_fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
+        *_fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
+        *_fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
+        *_fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
+    ]
+
+
+@dataclass(frozen=True)
+class GradientItems:
+    """The work of the gradients of keys and values: columns of transposed lists, long ones split.
+
+    All sizes follow from those of the lists, so that nothing is read back from the device.
+
+    Attributes:
+        query_blocks, entries: of every entry, sorted by column (list row * num_blocks + key block).
+        column: of every item, or -1 for an item that is not used.
+        first, last: which entries an item adds up.
+        slot: where an item's sums go, or -1 if the item is its whole column.
+        column_first_slot, column_slots: of every column; 0 slots if it was not split.
+        num_slots: an upper bound.
+    """
+
+    query_blocks: torch.Tensor
+    entries: torch.Tensor
+    column: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    slot: torch.Tensor
+    column_first_slot: torch.Tensor
+    column_slots: torch.Tensor
+    num_slots: int
+
+
+def gradient_items(layout: BlockLayout, item_entries: int = _ITEM_ENTRIES) -> GradientItems:
+    """Splits the columns of a layout's transposed lists into items, the longest first."""
+    transposed = layout.transpose()
+    starts = transposed.starts.long()
+    lengths = starts[1:] - starts[:-1]  # [columns]
+    pieces = -(-lengths // item_entries)
+    is_split = pieces > 1
+    num_entries, num_columns = transposed.entries.numel(), lengths.numel()
+    pieces = pieces.clamp(min=1)
+    ends = pieces.cumsum(0)
+    item = torch.arange(num_columns + num_entries // item_entries, device=starts.device)
+    column = torch.searchsorted(ends, item, right=True)
+    is_used = column < num_columns
+    column = column.clamp(max=num_columns - 1)
+    first = starts[column] + (item - (ends - pieces)[column]) * item_entries
+    last = torch.minimum(first + item_entries, starts[column + 1])
+    column_slots = pieces.where(is_split, 0)
+    in_slot = is_used & is_split[column]
+    slot = (in_slot.cumsum(0) - 1).where(in_slot, -1)
+    order = torch.argsort((last - first).where(is_used, -1), descending=True, stable=True)
+    return GradientItems(
+        query_blocks=transposed.query_blocks,
+        entries=transposed.entries.int(),
+        column=column.where(is_used, -1)[order].int(),
+        first=first[order].int(),
+        last=last[order].int(),
+        slot=slot[order].int(),
+        column_first_slot=(column_slots.cumsum(0) - column_slots).int(),
+        column_slots=column_slots.int(),
+        # A split column has more than item_entries entries, so at most two items for so many.
+        num_slots=2 * num_entries // item_entries,
+    )
+
+
+def forward(query: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp; the arguments are those of `compiled_attention`."""
+    call = _Call(query, *inputs)
+    output = like_projection(query)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    call.set_rows(output=output)
+    call.set_arrays(lse=lse)
+    call.run("adaptive_cuda_forward")
+    return output, lse
+
+
+def backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    *inputs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
+    call = _Call(*inputs)
+    query, key, value = inputs[:3]
+    # Only keys that some list may show are written.
+    grads = (
+        like_projection(query),
+        like_projection(key, zero=True),
+        like_projection(value, zero=True),
+    )
+    call.set_rows(output=output, grad_output=grad_output)
+    call.set_rows(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
+    call.set_arrays(lse=lse, grad_lse=grad_lse)
+    call.set_gradient_items()
+    lists = (*query.shape[:2], call.layout.num_query_blocks)
+    grad_bias = grad_span = None
+    if call.entry_bias is not None:
+        grad_bias = query.new_zeros((*lists, call.layout.key_blocks.shape[3]), dtype=torch.float32)
+        call.set_arrays(grad_entry_bias=grad_bias)
+    if call.span_length is not None:
+        grad_span = query.new_empty(lists, dtype=torch.float32)
+        call.set_arrays(grad_span=grad_span)
+    call.run("adaptive_cuda_backward")
+    return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
+
+
+class _Call:
+    """One call of the library, with the tensors that its struct points into."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: str,
+        key_blocks: torch.Tensor | None,
+        counts: torch.Tensor | None,
+        flags: torch.Tensor | None,
+        query_block_size: int,
+        key_block_size: int,
+        layout_window: str,
+        layout_pattern: str,
+        entry_bias: torch.Tensor | None,
+        span_length: torch.Tensor | None,
+        span_ramp: float,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: torch.Tensor | None,
+    ) -> None:
+        self.query, self.entry_bias, self.span_length = query, entry_bias, span_length
+        self._kept_alive: list[torch.Tensor] = []
+        self.arguments = arguments = _Arguments()
+        batch, heads, length, _ = query.shape
+        arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
+        arguments.element_type = ELEMENT_TYPES[query.dtype]
+        arguments.query_block_size = query_block_size
+        arguments.is_causal, arguments.scale = is_causal, scale
+        self.set_rows(query=query, key=key, value=value)
+
+        if key_blocks is None or counts is None or flags is None:
+            layout = block_layout(
+                pattern_from_spec(pattern),
+                length,
+                query_block_size=query_block_size,
+                key_block_size=key_block_size,
+                num_heads=heads,
+                device=query.device,
+            )
+        else:
+            layout = BlockLayout(
+                key_blocks=key_blocks.int(),
+                counts=counts.int(),
+                flags=flags.expand(key_blocks.shape).int(),
+                query_block_size=query_block_size,
+                key_block_size=key_block_size,
+                length=length,
+                window=pattern_from_spec(layout_window) if layout_window else None,  # type: ignore[arg-type]
+            )
+        if layout.window is not None:
+            window = layout.window
+            assert isinstance(window, SlidingWindow) and window.right is not None
+            arguments.has_window = 1
+            arguments.left, arguments.right = min(window.left, length), min(window.right, length)
+        self._set_lists(layout, attention_mask, global_mask)
+        if entry_bias is not None:
+            padded = torch.nn.functional.pad(entry_bias.float(), (self.num_packs, 0))
+            self.set_arrays(entry_bias=padded)
+            rows = padded.shape[2]
+            arguments.bias_batch_stride = padded.shape[1] * rows if padded.shape[0] > 1 else 0
+            arguments.bias_head_stride = rows if padded.shape[1] > 1 else 0
+        if span_length is not None:
+            self.set_arrays(span_length=span_length.detach().float())
+            arguments.span_ramp = span_ramp
+        if attention_mask is not None:
+            self.set_arrays(is_padding=~attention_mask)
+        arguments.keep_factor = 1 / (1 - dropout_p)
+        if dropout_p > 0:
+            assert dropout_seed is not None
+            arguments.has_dropout, arguments.dropout_threshold = 1, threshold(dropout_p)
+            self.set_arrays(
+                row_words=row_keys(dropout_seed, batch, heads, length),
+                column_words=column_keys(dropout_seed, length),
+            )
+
+    def _set_lists(
+        self,
+        layout: BlockLayout,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+    ) -> None:
+        """Puts blocks of packed global keys at the head of every list, and marks the open keys."""
+        arguments, query, length = self.arguments, self.query, self.query.shape[2]
+        num_sequence_blocks = layout.num_key_blocks
+        padded = num_sequence_blocks * KEY_BLOCK_SIZE
+        is_open = torch.arange(padded, device=query.device).expand(query.shape[0], -1) < length
+        listed = attention_mask
+        if global_mask is not None:
+            listed = ~global_mask if listed is None else listed & ~global_mask
+        if listed is not None:
+            is_open = is_open & torch.nn.functional.pad(listed, (0, padded - length))
+        self.num_packs = 0
+        if global_mask is not None:
+            positions = pack_global_tokens(global_mask)
+            self.num_packs = -(-positions.shape[1] // KEY_BLOCK_SIZE)
+            missing = self.num_packs * KEY_BLOCK_SIZE - positions.shape[1]
+            positions = torch.nn.functional.pad(positions, (0, missing), value=length)
+            is_open = torch.cat([is_open, positions < length], dim=1)
+            self.set_arrays(global_positions=positions.int())
+        if self.num_packs > 0:
+            shape = (*layout.counts.shape, self.num_packs)
+            ids = num_sequence_blocks + torch.arange(self.num_packs, device=query.device)
+            packs = ids.int().expand(shape)
+            flags = torch.full_like(packs, int(EntryFlag.GLOBAL_PACK))
+            layout = replace(
+                layout,
+                key_blocks=torch.cat([packs, layout.key_blocks], dim=-1),
+                flags=torch.cat([flags, layout.flags], dim=-1),
+                counts=layout.counts + self.num_packs,
+            )
+        # The packed blocks lie behind the sequence, as if it were longer.
+        num_blocks = num_sequence_blocks + self.num_packs
+        self.layout = layout
+        self._long_layout = replace(layout, length=num_blocks * KEY_BLOCK_SIZE)
+        arguments.num_sequence_blocks, arguments.num_blocks = num_sequence_blocks, num_blocks
+        arguments.list_batches, arguments.list_heads = layout.key_blocks.shape[:2]
+        arguments.num_query_blocks, arguments.max_entries = layout.key_blocks.shape[2:]
+        bits = is_open.view(-1, num_blocks, KEY_BLOCK_SIZE).long()
+        bits = (bits << torch.arange(KEY_BLOCK_SIZE, device=query.device)).sum(dim=-1)
+        order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
+        self.set_arrays(
+            key_blocks=layout.key_blocks,
+            counts=layout.counts,
+            flags=layout.flags,
+            open_keys=bits,
+            order=order.int(),
+        )
+
+    def set_gradient_items(self) -> None:
+        """The transposed lists, and room for what the backward pass keeps between its kernels."""
+        arguments, query = self.arguments, self.query
+        items = gradient_items(self._long_layout)
+        arguments.num_items, arguments.num_slots = items.column.numel(), items.num_slots
+        list_batches, list_heads = self.layout.key_blocks.shape[:2]
+        parts = (
+            query.shape[0] // max(list_batches, 1) * (query.shape[1] // max(list_heads, 1)),
+            items.num_slots * KEY_BLOCK_SIZE * query.shape[3],
+        )
+        rows = (*query.shape[:2], self.layout.num_query_blocks * self.layout.query_block_size)
+        self.set_arrays(
+            transposed_query_blocks=items.query_blocks,
+            transposed_entries=items.entries,
+            item_column=items.column,
+            item_first=items.first,
+            item_last=items.last,
+            item_slot=items.slot,
+            column_first_slot=items.column_first_slot,
+            column_slots=items.column_slots,
+            partial_keys=query.new_empty(parts, dtype=torch.float32),
+            partial_values=query.new_empty(parts, dtype=torch.float32),
+            row_lse=query.new_empty(rows, dtype=torch.float32),
+            row_delta=query.new_empty(rows, dtype=torch.float32),
+        )
+
+    def set_rows(self, **tensors: torch.Tensor) -> None:
+        """Points fields at tensors [batch, heads, length, head_dim], copied where the kernels'
+        accesses of 16 bytes would be misaligned.
+        """
+        for name, tensor in tensors.items():
+            is_aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
+            if not is_aligned or any(stride % 8 != 0 for stride in tensor.stride()[:3]):
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            self._kept_alive.append(tensor)
+            setattr(self.arguments, name, _RowTensor(tensor.data_ptr(), *tensor.stride()[:3]))
+
+    def set_arrays(self, **tensors: torch.Tensor) -> None:
+        """Points fields at the elements of tensors."""
+        for name, tensor in tensors.items():
+            tensor = tensor.contiguous()
+            self._kept_alive.append(tensor)
+            setattr(self.arguments, name, tensor.data_ptr())
+
+    def run(self, function: str) -> None:
+        library = kernel_library("cuda")
+        assert library.adaptive_cuda_arguments_size() == ctypes.sizeof(_Arguments)
+        if self.query.numel() == 0:
+            return
+        stream = 0
+        if self.query.is_cuda:
+            stream = torch.cuda.current_stream(self.query.device).cuda_stream
+        with torch.cuda.device_of(self.query):
+            error = getattr(library, function)(
+                ctypes.byref(self.arguments), ctypes.c_void_p(stream)
+            )
+        if error != 0:
+            library.adaptive_cuda_error.restype = ctypes.c_char_p
+            raise RuntimeError(f"{function} failed: {library.adaptive_cuda_error(error).decode()}")
+
+    def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
+        if grad is None or self.entry_bias is None:
+            return self.query.new_zeros(0)
+        grad = grad[..., self.num_packs :]
+        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype)
+
+    def reduce_span(self, grad: torch.Tensor | None) -> torch.Tensor:
+        if grad is None or self.span_length is None:
+            return self.query.new_zeros(0)
+        return grad.sum(dim=(0, 2)).to(self.span_length.dtype)

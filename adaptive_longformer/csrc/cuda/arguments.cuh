@@ -1,0 +1,87 @@
+// What every kernel gets, by value. Field by field the `_Arguments` of attention/compiled_cuda.py.
+#pragma once
+
+#include "device.cuh"
+
+namespace adaptive {
+
+constexpr int KEY_BLOCK = 64;
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+constexpr float MIN_SPAN_WEIGHT = 1e-6f;
+
+// Bits of an entry's flags; adaptive_longformer/patterns/block_layout.py explains them.
+enum EntryFlag { WINDOW = 2, GLOBAL_PACK = 16 };
+
+// A tensor [batch, heads, length, head_dim] whose last dimension is contiguous; strides in elements.
+struct RowTensor {
+  Half* data;
+  long long batch_stride, head_stride, row_stride;
+};
+
+// Pointers may be null where a comment says so.
+struct Arguments {
+  int element_type, head_dim, query_block_size;
+  int batch, heads, length;
+  int num_query_blocks, max_entries;
+  // Key blocks of the sequence, and all: with the blocks of packed global keys behind them.
+  int num_sequence_blocks, num_blocks;
+  // Shape of the lists: batch or 1, heads or 1.
+  int list_batches, list_heads;
+  int is_causal, has_window, left, right;
+  int has_dropout, dropout_threshold;
+  float scale, keep_factor, span_ramp;
+  // Items and partial sums of the gradients of keys and values.
+  int num_items, num_slots;
+
+  RowTensor query, key, value;
+  // [list_batches, list_heads, num_query_blocks, max_entries]; flags GLOBAL_PACK: the id is of a block of packed keys.
+  const int* key_blocks;
+  const int* counts;
+  const int* flags;
+  // All lists, the longest first: nothing but the running time depends on the order.
+  const int* order;
+  // Lists of a bias per entry, strides in lists, 0 where shared; null: none.
+  const float* entry_bias;
+  long long bias_batch_stride, bias_head_stride;
+  // [batch, num_blocks]: which keys of a block the lists show, neither padding nor (in the sequence) global.
+  const Bits* open_keys;
+  // [batch, (num_blocks - num_sequence_blocks) * KEY_BLOCK]: positions of the packed keys.
+  const int* global_positions;
+  // [batch, length] of bytes: padding, whose rows may hold anything; null: none.
+  const unsigned char* is_padding;
+  const int* row_words;     // dropout words [batch, heads, length]
+  const int* column_words;  // dropout words [length]
+  const float* span_length; // [heads]; null: no adaptive span
+
+  RowTensor output;
+  float* lse;  // [batch, heads, length]
+
+  // Backward only.
+  RowTensor grad_output;
+  const float* grad_lse;  // [batch, heads, length]
+  // [batch, heads, num_query_blocks * query_block_size]: LSE in base 2, or +inf for a row without weights; and
+  // sum(grad_output * output) - grad_lse. Written by row_sums, read by the others.
+  float* row_lse;
+  float* row_delta;
+  RowTensor grad_query, grad_key, grad_value;
+  float* grad_entry_bias;  // [batch, heads, num_query_blocks, max_entries], zeroed by the caller; null: not wanted
+  float* grad_span;        // [batch, heads, num_query_blocks]; null: not wanted
+  // The transposed lists: per entry its query block and its index among all entries.
+  const int* transposed_query_blocks;
+  const int* transposed_entries;
+  // Items [num_items]: a column (list row * num_blocks + block) or -1, its entries [first, last), and the slot of its
+  // partial sums, or -1 if the item is the whole column.
+  const int* item_column;
+  const int* item_first;
+  const int* item_last;
+  const int* item_slot;
+  // Per column: its first slot and its number of slots, 0 if the column is one item.
+  const int* column_first_slot;
+  const int* column_slots;
+  // Partial sums [batch / list_batches, heads / list_heads, num_slots, KEY_BLOCK, head_dim].
+  float* partial_keys;
+  float* partial_values;
+};
+
+}  // namespace adaptive

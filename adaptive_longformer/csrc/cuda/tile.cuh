@@ -1,0 +1,245 @@
+// Tiles in shared memory, products of tiles, and which pairs of a tile are visible.
+#pragma once
+
+#include "arguments.cuh"
+
+namespace adaptive {
+
+// Farther than any offset, and far from overflow.
+constexpr int NOWHERE = 1 << 30;
+
+DEVICE float infinity() { return __builtin_huge_valf(); }
+
+// Where chunk (8 elements, 16 bytes) of a row lies in a tile: chunks are permuted so that the 8 rows that one ldmatrix
+// reads lie in different banks. Rows of 32 and 96 elements start half a bank line apart and need only 2 bits.
+template <int D>
+DEVICE int swizzled(int row, int chunk) {
+  return row * D + ((D % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3)) << 3);
+}
+
+DEVICE const Half* row_at(const RowTensor& tensor, int batch, int head, int position) {
+  return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + position * tensor.row_stride;
+}
+
+// Which list a block of threads works on.
+struct Place {
+  int batch, head, query_block;
+  long long list;  // row of key_blocks, counts and flags
+
+  DEVICE Place(const Arguments& arguments, int list_index, int batch_repeat, int head_repeat) {
+    const int list_row = list_index / arguments.num_query_blocks;
+    query_block = list_index % arguments.num_query_blocks;
+    batch = arguments.list_batches > 1 ? list_row / arguments.list_heads : batch_repeat;
+    head = arguments.list_heads > 1 ? list_row % arguments.list_heads : head_repeat;
+    list = list_index;
+  }
+};
+
+// A block of keys: of the sequence, or packed global keys.
+struct KeyBlock {
+  Bits open;
+  int first;
+  const int* positions;  // null for a block of the sequence
+
+  DEVICE KeyBlock(const Arguments& arguments, int batch, int block) {
+    open = arguments.open_keys[(long long)batch * arguments.num_blocks + block];
+    first = block * KEY_BLOCK;
+    positions = nullptr;
+    const int packed = block - arguments.num_sequence_blocks;
+    if (packed >= 0)
+      positions = arguments.global_positions +
+                  ((long long)batch * (arguments.num_blocks - arguments.num_sequence_blocks) + packed) * KEY_BLOCK;
+  }
+  DEVICE bool is_open(int column) const { return open >> column & 1; }
+  // Only for open columns.
+  DEVICE int position(int column) const { return positions == nullptr ? first + column : positions[column]; }
+};
+
+// What one entry asks for, the same in all threads.
+struct Mask {
+  bool is_skipped, is_masked, has_span;
+  float bias;  // in base 2
+  int low, high, limit;
+  bool is_inverted;
+
+  DEVICE Mask(const Arguments& arguments, const Place& place, int first_query, int num_queries, int entry,
+              const KeyBlock& keys) {
+    const long long index = place.list * arguments.max_entries + entry;
+    const int flags = arguments.flags[index];
+    low = -NOWHERE, high = NOWHERE, limit = arguments.is_causal ? 0 : NOWHERE;
+    is_inverted = has_span = false;
+    bias = 0.0f;
+    is_skipped = keys.open == 0;
+    is_masked = keys.open != ~(Bits)0;
+    if (flags & GLOBAL_PACK) {
+      is_masked |= arguments.is_causal;
+      return;
+    }
+    const bool is_window = flags & WINDOW;
+    const int last_query = min_of(first_query + num_queries, arguments.length) - 1;
+    const int last_key = min_of(keys.first + KEY_BLOCK, arguments.length) - 1;
+    // The offsets key - query of the tile.
+    const int lowest = keys.first - last_query, highest = last_key - first_query;
+    if (arguments.is_causal) {
+      is_skipped |= lowest > 0;
+      is_masked |= highest > 0;
+    }
+    if (arguments.has_window) {
+      const int left = -arguments.left, right = arguments.right;
+      const bool touches = highest >= left && lowest <= right, is_inside = lowest >= left && highest <= right;
+      is_skipped |= is_window ? !touches : is_inside;
+      if (is_window ? !is_inside : touches) {
+        is_masked = true;
+        low = left, high = right, is_inverted = !is_window;
+      }
+    }
+    if (is_window && arguments.span_length != nullptr)
+      has_span = (float)(-lowest > highest ? -lowest : highest) >= arguments.span_length[place.head];
+    if (!is_window && arguments.entry_bias != nullptr)
+      bias = LOG2_E * arguments.entry_bias[(place.batch * arguments.bias_batch_stride +
+                                            place.head * arguments.bias_head_stride + place.query_block) *
+                                               arguments.max_entries +
+                                           entry];
+  }
+
+  // Which of the 64 keys the query at a position sees.
+  DEVICE Bits visible_keys(const KeyBlock& keys, int query) const {
+    if (keys.positions == nullptr) {
+      const int start = query - keys.first;
+      const Bits inside = interval(start + low, start + high);
+      return keys.open & (is_inverted ? ~inside : inside) & interval(0, start + limit);
+    }
+    // Packed keys have no window.
+    Bits visible = keys.open;
+    if (limit == 0)
+      for (int column = 0; column < KEY_BLOCK; column++)
+        if (keys.is_open(column) && keys.position(column) > query) visible &= ~((Bits)1 << column);
+    return visible;
+  }
+
+  // Which of the 64 queries from first_query on see the key at a position.
+  DEVICE Bits visible_queries(int position, int first_query) const {
+    const int start = position - first_query;
+    const Bits inside = interval(start - high, start - low);
+    return (is_inverted ? ~inside : inside) & interval(start - limit, KEY_BLOCK - 1);
+  }
+
+ private:
+  static DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+  // Bits from first to last, clipped to 0 to 63.
+  static DEVICE Bits interval(int first, int last) {
+    if (last < 0 || first > 63) return 0;
+    const Bits from = first <= 0 ? ~(Bits)0 : ~(Bits)0 << first;
+    const Bits to = last >= 63 ? ~(Bits)0 : ~(~(Bits)0 << (last + 1));
+    return from & to;
+  }
+};
+
+// The weight of the adaptive span for a pair of the window.
+DEVICE float span_weight(const Arguments& arguments, int head, int offset) {
+  const float distance = (float)(offset < 0 ? -offset : offset);
+  return (arguments.span_length[head] + arguments.span_ramp - distance) / arguments.span_ramp;
+}
+
+DEVICE float span_log2(float weight) {
+  if (weight <= 0.0f) return -infinity();
+  return log2f(weight < MIN_SPAN_WEIGHT ? MIN_SPAN_WEIGHT : weight > 1.0f ? 1.0f : weight);
+}
+
+// Derivative of the span's logarithm by its length.
+DEVICE float span_slope(const Arguments& arguments, float weight) {
+  return weight < MIN_SPAN_WEIGHT || weight > 1.0f ? 0.0f : 1.0f / (weight * arguments.span_ramp);
+}
+
+DEVICE bool is_kept(const Arguments& arguments, int row_word, int column_word) {
+  Word word = (Word)(row_word ^ column_word);
+  word *= 0x7FEB352Du;
+  word ^= (Word)((int)word >> 15);
+  word *= 0x846CA68Bu;
+  return ((int)word >> 1) >= arguments.dropout_threshold;
+}
+
+// Starts copying the keys or values of a block; hidden rows become zeros, since 0 * NaN is NaN.
+template <int D, int THREADS>
+DEVICE void load_keys(Half* tile, const RowTensor& source, const Place& place, const KeyBlock& keys) {
+  for (int i = (int)threadIdx.x; i < KEY_BLOCK * D / 8; i += THREADS) {
+    const int row = i / (D / 8), chunk = i % (D / 8);
+    const bool is_open = keys.is_open(row);
+    const int position = is_open ? keys.position(row) : 0;
+    copy_async(tile + swizzled<D>(row, chunk), row_at(source, place.batch, place.head, position) + chunk * 8, is_open);
+  }
+}
+
+// Starts copying ROWS rows of queries; rows behind the end become zeros, and with row_lse those without weights.
+template <int D, int ROWS, int THREADS>
+DEVICE void load_queries(Half* tile, const RowTensor& source, const Arguments& arguments, const Place& place,
+                         int first_query, const float* row_lse) {
+  for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
+    const int row = i / (D / 8), chunk = i % (D / 8);
+    bool is_used = first_query + row < arguments.length;
+    const int position = is_used ? first_query + row : 0;
+    if (row_lse != nullptr) is_used = row_lse[row] < infinity();
+    copy_async(tile + swizzled<D>(row, chunk), row_at(source, place.batch, place.head, position) + chunk * 8, is_used);
+  }
+}
+
+// c[16 x COLUMNS] += a b^T: 16 rows of a from first_row on, COLUMNS rows of b, both of D elements.
+template <int TYPE, int D, int COLUMNS>
+DEVICE void multiply_transposed(float (&c)[COLUMNS / 8][4], const Half* a, int first_row, const Half* b, int lane) {
+  UNROLL for (int k = 0; k < D / 16; k++) {
+    Word a_part[4];
+    load_matrices(a_part, a + swizzled<D>(first_row + lane % 16, k * 2 + lane / 16));
+    UNROLL for (int n = 0; n < COLUMNS / 16; n++) {
+      Word b_part[4];
+      load_matrices(b_part, b + swizzled<D>(n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+      multiply_accumulate<TYPE>(c[n * 2], a_part, b_part);
+      multiply_accumulate<TYPE>(c[n * 2 + 1], a_part, b_part + 2);
+    }
+  }
+}
+
+// c[16 x D] += a b: a [16 x DEPTH] in registers as multiply_transposed leaves it, b has DEPTH rows of D elements.
+template <int TYPE, int D, int DEPTH>
+DEVICE void multiply_registers(float (&c)[D / 8][4], const float (&a)[DEPTH / 8][4], const Half* b, int lane) {
+  UNROLL for (int k = 0; k < DEPTH / 16; k++) {
+    const Word a_part[4] = {pack<TYPE>(a[k * 2][0], a[k * 2][1]), pack<TYPE>(a[k * 2][2], a[k * 2][3]),
+                            pack<TYPE>(a[k * 2 + 1][0], a[k * 2 + 1][1]),
+                            pack<TYPE>(a[k * 2 + 1][2], a[k * 2 + 1][3])};
+    UNROLL for (int n = 0; n < D / 16; n++) {
+      Word b_part[4];
+      load_matrices_transposed(b_part, b + swizzled<D>(k * 16 + lane % 16, n * 2 + lane / 16));
+      multiply_accumulate<TYPE>(c[n * 2], a_part, b_part);
+      multiply_accumulate<TYPE>(c[n * 2 + 1], a_part, b_part + 2);
+    }
+  }
+}
+
+template <int COLUMNS>
+DEVICE void set_zero(float (&c)[COLUMNS][4]) {
+  UNROLL for (int n = 0; n < COLUMNS; n++) UNROLL for (int j = 0; j < 4; j++) c[n][j] = 0.0f;
+}
+
+// Sets the elements of the hidden pairs to -inf; visible[h] has a bit per column, for the rows of elements 2h and 2h + 1.
+template <int COLUMNS>
+DEVICE void hide(float (&scores)[COLUMNS][4], const Bits (&visible)[2], int first_column, int lane) {
+  UNROLL for (int h = 0; h < 2; h++) {
+    const Bits own = visible[h] >> (first_column + lane % 4 * 2);
+    UNROLL for (int n = 0; n < COLUMNS; n++)
+      UNROLL for (int side = 0; side < 2; side++)
+        if (!(own >> (n * 8 + side) & 1)) scores[n][2 * h + side] = -infinity();
+  }
+}
+
+// Element j of fragment n of a 16-row result: its row (add 16 * warp) and its column.
+DEVICE int fragment_row(int lane, int j) { return lane / 4 + j / 2 * 8; }
+DEVICE int fragment_column(int lane, int n, int j) { return n * 8 + lane % 4 * 2 + j % 2; }
+
+// Writes row half h (elements 2h and 2h + 1) of a 16 x D result.
+template <int TYPE, int D>
+DEVICE void store_row_half(Half* row, const float (&c)[D / 8][4], int h, float factor, int lane) {
+  UNROLL for (int n = 0; n < D / 8; n++)
+    *(Word*)(row + fragment_column(lane, n, 0)) = pack<TYPE>(c[n][2 * h] * factor, c[n][2 * h + 1] * factor);
+}
+
+}  // namespace adaptive

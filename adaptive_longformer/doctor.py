@@ -1,0 +1,142 @@
+"""The command `adaptive-longformer doctor`: what each backend can do on this machine, and why
+not.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from adaptive_longformer.attention.backends import choose_backend
+from adaptive_longformer.attention.extension import (
+    ENVIRONMENT,
+    ExtensionUnavailableError,
+    build_folder,
+    is_built,
+    refuse_unsafe_folder,
+)
+from adaptive_longformer.attention.functional import (
+    explain_backends,
+    make_call,
+    sparse_attention,
+)
+from adaptive_longformer.build_kernels import KINDS
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+# Enough for several blocks and a last one that is not full.
+_LENGTH = 700
+_LONG_LENGTH = 4096
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `doctor`, which has no arguments."""
+    subparsers.add_parser(
+        "doctor",
+        help="what each attention backend can do on this machine, and why not",
+        description=(
+            "Say what each attention backend can do on this machine, check its result, and say "
+            "which one is chosen. Compiles the kernels if they are not in the cache yet."
+        ),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        0, or 1 if a backend that claims to run gives a wrong result.
+    """
+    for name, value in _environment():
+        print(f"{name:<14}{value}")
+    failed = False
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in _DTYPES[device]:
+            print(f"\n{str(dtype).removeprefix('torch.')} on {device}")
+            for name, verdict, is_wrong in _backends(torch.device(device), dtype):
+                print(f"  {name:<12}{verdict}")
+                failed |= is_wrong
+    return int(failed)
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
+    yield "transformers", transformers.__version__
+    yield "CUDA", torch.version.cuda or "this torch is built without CUDA"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            yield f"GPU {index}", f"{name}, compute capability {major}.{minor}"
+    else:
+        yield "GPU", "none that torch can use"
+    yield "C++ compiler", _version(os.environ.get("CXX", "c++").split()[0])
+    yield "nvcc", _version("nvcc")
+    yield "ninja", _version("ninja")
+    for kind in KINDS:
+        yield f"{kind} kernels", _cache_state(kind)
+    for name in ENVIRONMENT:
+        if name in os.environ:
+            yield name, os.environ[name]
+
+
+def _version(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        return "not found"
+    result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if any(c.isdigit() for c in line)]
+    chosen = next((line for line in lines if "release" in line), lines[0] if lines else "?")
+    return f"{path}: {chosen.strip()}"
+
+
+def _cache_state(kind: str) -> str:
+    folder = build_folder(kind)
+    if not is_built(kind):
+        return f"not in the cache yet ({folder})"
+    try:
+        refuse_unsafe_folder(folder)
+    except ExtensionUnavailableError as error:
+        return f"refused: {error}"
+    return f"in the cache ({folder})"
+
+
+def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:
+    """For each backend its name, what it can do, and whether its result is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [
+        torch.randn(1, 4, _LENGTH, 64, generator=generator, dtype=torch.float64) for _ in range(3)
+    ]
+    query, key, value = (tensor.to(device, dtype) for tensor in exact)
+    pattern = SlidingWindow(128)
+    is_global = (torch.arange(_LENGTH) == 0)[None]
+    expected = sparse_attention(
+        exact[0], exact[1], exact[2], pattern, global_mask=is_global, backend="reference"
+    )
+    assert isinstance(expected, torch.Tensor)
+    options = {"global_mask": is_global.to(device)}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, reason in explain_backends(query, key, value, pattern, **options).items():
+        if reason is not None:
+            yield name, f"no: {reason}", False
+            continue
+        started = time.perf_counter()
+        output = sparse_attention(query, key, value, pattern, backend=name, **options)
+        assert isinstance(output, torch.Tensor)
+        error = ((output.double().cpu() - expected).norm() / expected.norm()).item()
+        seconds = time.perf_counter() - started
+        verdict = f"relative error {error:.1e} for {_LENGTH} tokens, {1000 * seconds:.0f} ms"
+        if not error < tolerance:
+            yield name, f"WRONG: {verdict}, at most {tolerance:.0e} is right", True
+        else:
+            yield name, f"yes: {verdict}", False
+    long = torch.zeros(1, 1, _LONG_LENGTH, 64, device=device, dtype=dtype)
+    chosen = choose_backend(make_call(long, long, long, SlidingWindow(256)))
+    yield "auto", f"takes {chosen.name} for {_LONG_LENGTH} tokens with a window of 512", False

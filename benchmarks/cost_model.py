@@ -1,0 +1,121 @@
+"""Arithmetic of an encoder with full attention and with ours, counted, not timed.
+
+    python benchmarks/cost_model.py
+
+A multiplication and an addition count as two operations. Our attention is counted in the tiles of
+64 x 64 that it executes; the selection in the scores that it computes for its nodes.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A BERT-like encoder and the options of its adaptive selection; sizes in tokens."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    attention_window: int = 512
+    num_global_tokens: int = 1
+    block_size: int = 64
+    num_selected_blocks: int = 8
+    sub_block_size: int = 16
+    fan_out: int = 4
+    num_sub_queries: int = 16
+    start_nodes: int = 256
+    beam_width: int = 64
+
+    def projections(self, length: int) -> float:
+        """Query, key, value, output and the feed-forward layers."""
+        return self.num_layers * 24 * length * self.hidden_size**2
+
+    def full_attention(self, length: int) -> float:
+        """Scores and weighted sums of every pair."""
+        return self.num_layers * 4 * length**2 * self.hidden_size
+
+    def keys_per_query(self, length: int) -> float:
+        """Keys in the tiles that a query's block reads; never more than there are."""
+        blocks_of_window = self.attention_window // self.block_size + 1
+        blocks = blocks_of_window + self.num_selected_blocks
+        return min(float(length), blocks * self.block_size + self.num_global_tokens)
+
+    def sparse_attention(self, length: int) -> float:
+        """Scores and weighted sums of the executed tiles, and the rows of global queries."""
+        local = 4 * length * self.keys_per_query(length) * self.hidden_size
+        global_rows = 4 * self.num_global_tokens * length * self.hidden_size
+        return self.num_layers * (local + global_rows)
+
+    def visited_nodes(self, length: int) -> int:
+        """Nodes whose mass a query block estimates: the beam's start and its expansions."""
+        num_blocks = math.ceil(length / self.block_size)
+        levels, nodes = 0, num_blocks
+        while nodes > self.start_nodes:
+            nodes, levels = math.ceil(nodes / self.fan_out), levels + 1
+        return nodes + levels * self.beam_width * self.fan_out
+
+    def selection(self, length: int) -> float:
+        """One score for every sub-query and child of a visited node, and the pyramid's means."""
+        num_blocks = math.ceil(length / self.block_size)
+        scores = num_blocks * self.num_sub_queries * self.visited_nodes(length) * self.fan_out
+        pyramid = 2 * length
+        return self.num_layers * self.hidden_size * (2 * scores + pyramid)
+
+    def full(self, length: int) -> float:
+        return self.projections(length) + self.full_attention(length)
+
+    def sparse(self, length: int) -> float:
+        return self.projections(length) + self.sparse_attention(length) + self.selection(length)
+
+    def shortest_saving_half(self, only_attention: bool) -> int:
+        """The shortest length, in blocks, from which at most half of the operations remain."""
+        length = self.block_size
+        while True:
+            ours = self.sparse_attention(length) + self.selection(length)
+            theirs = self.full_attention(length)
+            rest = 0.0 if only_attention else self.projections(length)
+            if ours + rest <= 0.5 * (theirs + rest):
+                return length
+            length += self.block_size
+
+
+def table(encoder: Encoder, lengths: list[int]) -> str:
+    lines = [
+        "| tokens | full attention | ours | of it selection | ours / full, attention |"
+        " ours / full, whole encoder | nodes visited per query block |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for length in lengths:
+        full, selection = encoder.full_attention(length), encoder.selection(length)
+        ours = encoder.sparse_attention(length) + selection
+        whole = encoder.sparse(length) / encoder.full(length)
+        lines.append(
+            f"| {length:,} | {full / 1e12:.2f} TFLOP | {ours / 1e12:.2f} TFLOP |"
+            f" {selection / ours:.0%} | {ours / full:.0%} | {whole:.0%} |"
+            f" {encoder.visited_nodes(length):,} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--selected-blocks", type=int, default=8)
+    args = parser.parse_args()
+    encoder = Encoder(
+        hidden_size=args.hidden_size,
+        num_layers=args.layers,
+        num_selected_blocks=args.selected_blocks,
+    )
+    print(table(encoder, args.lengths))
+    print(
+        f"\nHalf of the operations are saved from {encoder.shortest_saving_half(True):,} tokens on"
+        f" (attention alone) and from {encoder.shortest_saving_half(False):,} (whole encoder)."
+    )
+
+
+if __name__ == "__main__":
+    main()

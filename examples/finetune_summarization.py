@@ -1,0 +1,163 @@
+"""Fine-tune an encoder-decoder to summarise long documents.
+
+    python examples/finetune_summarization.py --model allenai/led-base-16384 --dataset
+    ccdv/arxiv-summarization --document-column article --target-column abstract
+    python examples/finetune_summarization.py --model my-led --data-file train.jsonl --eval-file
+    validation.jsonl
+
+A line of a data file has a "document" and a "summary" (or other names, see the options), and
+possibly a "query" that says what to summarise; "queries" of {"query", "answer"} are read too. An
+LED or BigBird-Pegasus is converted on the fly.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    EvalPrediction,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from adaptive_longformer.training.document_pairs import DocumentPair, load_document_pairs
+from adaptive_longformer.training.take_over import take_over_checkpoint
+from adaptive_longformer.training.text_metrics import rouge_metrics
+from adaptive_longformer.training.text_to_text_collator import TextToTextCollator
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fine-tune a long-document summariser.")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data-file", help="JSON lines to train on")
+    data.add_argument("--dataset", help="hub id of a data set")
+    parser.add_argument("--eval-file", help="JSON lines to evaluate on (default: a tenth held out)")
+    parser.add_argument("--document-column", default="document")
+    parser.add_argument("--target-column", default="summary")
+    parser.add_argument("--output", default="outputs/summarization")
+    parser.add_argument("--max-length", type=int, default=16384, help="tokens read per document")
+    parser.add_argument("--max-target-length", type=int, default=512)
+    parser.add_argument("--max-train", type=int, help="documents to train on, the first ones")
+    parser.add_argument("--max-eval", type=int, help="documents to evaluate on, the first ones")
+    parser.add_argument("--num-beams", type=int, default=4)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--batch-size", type=int, default=2, help="documents per step and process")
+    parser.add_argument("--gradient-accumulation", type=int, default=4)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    return parser.parse_args(argv)
+
+
+def load_pairs(args: argparse.Namespace) -> tuple[list[DocumentPair], list[DocumentPair]]:
+    """Pairs to train and to evaluate on."""
+    columns = {"document_column": args.document_column, "target_column": args.target_column}
+    if args.data_file:
+        train = load_document_pairs(args.data_file, **columns)
+        held_out = load_document_pairs(args.eval_file, **columns) if args.eval_file else None
+    else:
+        splits = load_dataset(args.dataset)
+        train, held_out = (
+            [
+                DocumentPair(
+                    document=row[args.document_column], query="", targets=[row[args.target_column]]
+                )
+                for row in splits[name]
+            ]
+            for name in ("train", "validation")
+        )
+    if held_out is None:
+        cut = len(train) - max(1, len(train) // 10)
+        train, held_out = train[:cut], train[cut:]
+    return train[: args.max_train], held_out[: args.max_eval]
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse_arguments(argv)
+    output = Path(args.output)
+    PartialState(cpu=args.cpu)
+
+    # Data
+    model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    config = AutoConfig.from_pretrained(model_path)
+    train, held_out = load_pairs(args)
+    collator = TextToTextCollator(
+        tokenizer,
+        max_length=min(args.max_length, config.max_sequence_length),
+        max_target_length=args.max_target_length,
+        vocab_size=config.vocab_size,
+    )
+    print(f"{collator.coverage(held_out):.1%} of the documents' tokens are read", flush=True)
+
+    # Model
+    set_seed(args.seed)
+    model = AutoModelForSeq2SeqLM.from_pretrained(model_path)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    # TrainingArguments
+    training_args = Seq2SeqTrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        warmup_steps=0.1,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        predict_with_generate=True,
+        generation_max_length=args.max_target_length,
+        generation_num_beams=args.num_beams,
+        remove_unused_columns=False,
+        report_to="none",
+        seed=args.seed,
+        use_cpu=args.cpu,
+    )
+
+    # Trainer
+    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
+        token_ids = np.where(
+            prediction.predictions < 0, tokenizer.pad_token_id, prediction.predictions
+        )
+        texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return rouge_metrics(texts, [pair["targets"] for pair in held_out])
+
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        compute_metrics=metrics_of,
+    )
+    last_checkpoint = get_last_checkpoint(str(output)) if args.resume and output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    names = ("loss", "rouge1", "rouge2", "rougeL", "rougeLsum")
+    result = {name: metrics[f"eval_{name}"] for name in names}
+    if trainer.is_world_process_zero():
+        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        for name, value in result.items():
+            print(f"{name:>10}: {value:.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Full attention of a decoder: to the text so far, and to the encoded document.
+
+Queries are [batch, heads, length, head_dim], keys and values [batch, heads, key_length, head_dim].
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import EncoderDecoderCache
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
+
+
+def causal_mask(
+    query_length: int,
+    key_length: int,
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """What the last `query_length` of `key_length` tokens may see: tokens before them and
+    themselves.
+
+    Args:
+        query_length: number of tokens whose hidden states are computed now.
+        key_length: all tokens so far, cached ones included.
+        attention_mask: bool [batch, key_length], True where a token is not padding; None: all are.
+        device: where the mask is wanted.
+
+    Returns:
+        bool [batch or 1, 1, query_length, key_length], True = may attend, or None if everything may
+        be attended to. A token always sees itself, so that no row of padding is empty.
+    """
+    if attention_mask is None and query_length == 1:
+        return None
+    queries = torch.arange(key_length - query_length, key_length, device=device)[:, None]
+    keys = torch.arange(key_length, device=device)
+    mask = (keys <= queries)[None, None]
+    if attention_mask is not None:
+        mask = mask & (attention_mask[:, None, None, :] | (keys == queries))
+    return mask
+
+
+class DecoderAttention(nn.Module):
+    """The projections and the scaled dot products of one attention layer of the decoder."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.decoder_attention_heads
+        self.head_dim = config.d_model // config.decoder_attention_heads
+        self.scale = self.head_dim**-0.5
+        self.dropout_p = float(config.attention_dropout)
+        self.query = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
+        self.key = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
+        self.value = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _attend(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        output_attentions: bool | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output [batch, length, d_model], and the probabilities if asked for."""
+        query = self._split_heads(self.query(hidden_states))
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            scale=self.scale,
+        )
+        probabilities = None
+        if output_attentions:
+            scores = query @ key.transpose(-1, -2) * self.scale
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            probabilities = scores.float().softmax(dim=-1).to(query.dtype)
+        return self.output(context.transpose(1, 2).flatten(2)), probabilities
+
+
+class DecoderSelfAttention(DecoderAttention):
+    """Causal attention to the text so far, whose keys and values a cache may hold."""
+
+    is_causal = True
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends and projects.
+
+        Args:
+            hidden_states: [batch, length, d_model] of the tokens that are not in the cache yet.
+            attention_mask: bool [batch or 1, 1, length, key_length], True = may attend, see
+                `causal_mask`; None: everything.
+            past_key_values: the cache; it is extended.
+            output_attentions: whether to return the probabilities as well.
+
+        Returns:
+            The output [batch, length, d_model], and the attention probabilities before dropout
+            [batch, heads, length, key_length] or None.
+        """
+        key = self._split_heads(self.key(hidden_states))
+        value = self._split_heads(self.value(hidden_states))
+        if past_key_values is not None:
+            cache = past_key_values.self_attention_cache
+            key, value = cache.update(key, value, self.layer_idx)
+        return self._attend(hidden_states, key, value, attention_mask, output_attentions)
+
+
+class DecoderCrossAttention(DecoderAttention):
+    """Attention to the encoded document, whose keys and values are computed once."""
+
+    is_causal = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends and projects.
+
+        Args:
+            hidden_states: [batch, length, d_model].
+            encoder_hidden_states: [batch, document_length, d_model]; not read if the cache has
+                their keys and values.
+            attention_mask: bool [batch, 1, 1, document_length], True where a token of the document
+                is not padding; None: all are.
+            past_key_values: the cache; it is filled by the first call.
+            output_attentions: whether to return the probabilities as well.
+
+        Returns:
+            The output [batch, length, d_model], and the attention probabilities before dropout
+            [batch, heads, length, document_length] or None.
+        """
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            key = self._split_heads(self.key(encoder_hidden_states))
+            value = self._split_heads(self.value(encoder_hidden_states))
+            if past_key_values is not None:
+                cache = past_key_values.cross_attention_cache
+                key, value = cache.update(key, value, self.layer_idx)
+                past_key_values.is_updated[self.layer_idx] = True
+        return self._attend(hidden_states, key, value, attention_mask, output_attentions)

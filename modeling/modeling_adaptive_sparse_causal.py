@@ -1,0 +1,317 @@
+"""The adaptive_sparse decoder and its language modelling head.
+
+The parameters have the names and shapes of the encoder with its masked language modelling head, so
+that each loads the checkpoints of the other.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+from typing_extensions import Unpack
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.causal_attention import CausalSparseAttention
+from adaptive_longformer.modeling.causal_cache import causal_cache
+from adaptive_longformer.modeling.input_checks import (
+    boolean_mask,
+    can_read_values,
+    check_extra_arguments,
+    check_length,
+    check_tokens,
+)
+from adaptive_longformer.modeling.losses import next_token_loss
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseEmbeddings,
+    AdaptiveSparseLayer,
+    AdaptiveSparseLMHead,
+    AdaptiveSparsePreTrainedModel,
+    OutputArguments,
+)
+
+# What a token sees must not depend on how many tokens follow it.
+CAUSAL_PATTERNS = ("longformer", "sliding_window", "full", "strided", "fixed")
+
+
+class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
+    """One post-norm Transformer layer whose tokens see only earlier ones."""
+
+    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.attention = CausalSparseAttention(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        sink_rank: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+        past_length: int = 0,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        attended, _ = self.attention(
+            hidden_states, attention_mask, sink_rank, output_attentions, past_length,
+            past_key_values,
+        )  # fmt: skip
+        return self.after_attention(attended, hidden_states)
+
+
+class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
+    """The decoder: a token sees earlier ones in the pattern of the configuration, and the sinks.
+
+    Of `config.attention_window` the half before a token counts. With the patterns "longformer",
+    "strided" and "fixed" the first `config.num_sink_tokens` tokens that are not padding are seen by
+    all later ones.
+
+    Args:
+        config: the configuration; it is not changed.
+
+    Raises:
+        ValueError: the pattern is none for a causal model, or has separate global projections.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": AdaptiveSparseCausalLayer,
+        "attentions": CausalSparseAttention,
+    }
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        config.validate_adaptive_sparse()  # values may have been set after its construction
+        if config.attention_pattern not in CAUSAL_PATTERNS:
+            raise ValueError(
+                f"attention_pattern is {config.attention_pattern!r}, allowed in a causal model are "
+                f"{', '.join(map(repr, CAUSAL_PATTERNS))}"
+            )
+        if config.separate_global_projections:
+            raise ValueError(
+                "separate_global_projections is True, a causal model has none: load it with "
+                "separate_global_projections=False"
+            )
+        super().__init__(config)
+        self.embeddings = AdaptiveSparseEmbeddings(config)
+        self.layers = nn.ModuleList(
+            AdaptiveSparseCausalLayer(config, layer_idx)
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> BaseModelOutputWithPast:
+        """Decodes a batch of sequences, or continues one.
+
+        Args:
+            input_ids: [batch, length] ids of the new tokens; or give `inputs_embeds`.
+            attention_mask: [batch, cached + length], 1 for tokens, 0 for padding on either side.
+                None: no padding.
+            token_type_ids: [batch, length] segment numbers.
+            position_ids: [batch, length] rows of the position table. None: tokens are counted
+                without padding, whatever `config.position_style` says about slots.
+            inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
+            past_key_values: the keys and values of earlier tokens; the new ones are added.
+            use_cache: whether to make a cache if none is given; None: `config.use_cache`, never in
+                training.
+            validate: also check values whose reading makes the host wait for the device (they are
+                always checked on the CPU, except while compiling).
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
+
+        Returns:
+            last_hidden_state [batch, length, hidden_size], past_key_values or None, and on request
+            hidden_states and attentions.
+
+        Raises:
+            ValueError: an argument has a wrong shape, type or value, or the sequence is longer than
+                the position table.
+        """
+        check_extra_arguments(kwargs, OutputArguments.__annotations__)
+        batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        total = past_length + length
+        mask = boolean_mask("attention_mask", attention_mask, (batch_size, total), validate)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        if mask is not None:
+            mask = mask.to(tokens.device)
+            if can_read_values(mask, validate=False) and mask.all():
+                mask = None
+        if position_ids is None:
+            position_ids = self._position_ids(mask, past_length, total, tokens.device)
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        sink_rank = self._sink_rank(mask, batch_size, total, tokens.device)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = causal_cache(self.config)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                sink_rank,
+                output_attentions,
+                past_length,
+                past_key_values=past_key_values,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _position_ids(
+        self, mask: torch.Tensor | None, past_length: int, total: int, device: torch.device
+    ) -> torch.Tensor:
+        """Rows of the position table of the new tokens: [batch or 1, length]."""
+        longest = total
+        if mask is None:
+            index = torch.arange(past_length, total, device=device)[None]
+        else:
+            if can_read_values(mask, validate=False):
+                longest = int(mask.sum(dim=1).max())
+            index = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
+        check_length(longest, self.config.max_sequence_length)
+        return index + self.config.position_offset
+
+    def _sink_rank(
+        self, mask: torch.Tensor | None, batch_size: int, total: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """The how-manieth sink every token is, int64 [batch, total]; None if there are none."""
+        num_sinks = self.config.num_sink_tokens
+        if num_sinks == 0 or not self.config.uses_global_tokens:
+            return None
+        if mask is None:
+            rank = torch.arange(total, device=device).expand(batch_size, -1)
+        else:
+            rank = (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, num_sinks)
+        return rank.clamp(max=num_sinks)
+
+
+class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head; `generate()` continues texts.
+
+    Layers with a sliding window cache only what can still be seen. For generation that takes tokens
+    back, such as with an assistant model, everything is cached.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+    _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseCausalLayer"]
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseCausalModel(config)
+        self.lm_head = AdaptiveSparseLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> CausalLMOutputWithPast:
+        """Predicts next tokens; the other arguments are those of the decoder's forward.
+
+        Args:
+            labels: [batch, length] token ids, as `input_ids`: the shift by one is done here; -100
+                is ignored.
+            logits_to_keep: compute logits of the last so many tokens only; 0: of all.
+
+        Returns:
+            logits [batch, length or logits_to_keep, vocab_size], past_key_values, and the loss if
+            there are labels.
+
+        Raises:
+            ValueError: both labels and logits_to_keep are given, or see
+                `AdaptiveSparseCausalModel.forward`.
+        """
+        if labels is not None and logits_to_keep:
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep}, 0 is needed with labels: the loss reads all"
+            )
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            validate,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """The inputs of one step, as Transformers prepares them, without its position ids.
+
+        Those count from 0; ours are rows of a table whose first rows may be reserved.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        for name in ("position_ids", "cache_position"):
+            inputs.pop(name, None)
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+    ):
+        """Gives `generate()` our cache where it would make a DynamicCache."""
+        if (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and generation_mode != GenerationMode.ASSISTED_GENERATION
+            and not generation_config.is_assistant
+        ):
+            model_kwargs["past_key_values"] = causal_cache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, *args, **kwargs
+        )
+
+
+__all__ = ["AdaptiveSparseCausalModel", "AdaptiveSparseForCausalLM"]

@@ -1,0 +1,946 @@
+"""The adaptive_sparse_seq2seq encoder-decoder and its task heads.
+
+Hidden states are [batch, length, d_model] everywhere.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+)
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+from typing_extensions import Unpack
+
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
+from adaptive_longformer.modeling.adaptive import SelectionState
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.baseline_attention import encoder_attention
+from adaptive_longformer.modeling.decoder_attention import (
+    DecoderCrossAttention,
+    DecoderSelfAttention,
+    causal_mask,
+)
+from adaptive_longformer.modeling.input_checks import (
+    boolean_mask,
+    can_read_values,
+    check_extra_arguments,
+    check_indices,
+    check_length,
+    check_tokens,
+)
+from adaptive_longformer.modeling.losses import classification_loss, span_loss, token_loss
+from adaptive_longformer.modeling.masks import resolve_masks
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparsePreTrainedModel,
+    OutputArguments,
+)
+
+logger = logging.get_logger(__name__)
+
+FORGOTTEN_GLOBAL_MASK = (
+    "No global_attention_mask was given and config.default_global_tokens is 'none': every token of "
+    "the document sees only its window, which is what the source model does. Summaries need a "
+    'global first token: set config.default_global_tokens = "first", or pass a '
+    "global_attention_mask."
+)
+
+
+def shift_tokens_right(
+    input_ids: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int
+) -> torch.Tensor:
+    """The decoder's input for a text it shall predict: the text one token later, start token first.
+
+    Args:
+        input_ids: [batch, length] token ids or labels.
+        pad_token_id: takes the place of -100, which labels have where they are ignored.
+        decoder_start_token_id: the first token of the result.
+
+    Raises:
+        ValueError: there is no pad token.
+    """
+    if pad_token_id is None:
+        raise ValueError(
+            "config.pad_token_id is None, a token id is needed to make decoder_input_ids from "
+            "labels or input_ids"
+        )
+    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Word embeddings times a constant, 1 or sqrt(d_model)."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
+        self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.scale
+
+
+class AdaptiveSparseSeq2SeqEmbeddings(nn.Module):
+    """The sum of word and position embeddings; normalised where the layers normalise at their end.
+
+    Positions are slots: padding counts, on either side.
+    """
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, num_positions: int) -> None:
+        super().__init__()
+        self.word_embeddings = ScaledEmbedding(config)
+        self.position_embeddings = nn.Embedding(num_positions, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model) if config.norm_style == "post" else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        num_cached: int = 0,
+    ) -> torch.Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        slots = torch.arange(num_cached, num_cached + words.shape[1], device=words.device)
+        embeddings = words + self.position_embeddings(slots)
+        if self.layer_norm is not None:
+            embeddings = self.layer_norm(embeddings)
+        return self.dropout(embeddings)
+
+
+class AdaptiveSparseSeq2SeqSublayers(GradientCheckpointingLayer):
+    """What encoder and decoder layers share: residual connections and the feed-forward sublayer."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.normalises_first = config.norm_style == "pre"
+        self.intermediate = nn.Linear(config.d_model, intermediate_size)
+        self.activation = ACT2FN[config.activation_function]
+        self.output = nn.Linear(intermediate_size, config.d_model)
+        self.output_layer_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def _before(self, layer_norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a sublayer reads."""
+        return layer_norm(hidden_states) if self.normalises_first else hidden_states
+
+    def _after(
+        self, layer_norm: nn.LayerNorm, hidden_states: torch.Tensor, update: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states with what a sublayer found."""
+        hidden_states = hidden_states + self.dropout(update)
+        return hidden_states if self.normalises_first else layer_norm(hidden_states)
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        read = self._before(self.output_layer_norm, hidden_states)
+        update = self.output(self.activation_dropout(self.activation(self.intermediate(read))))
+        return self._after(self.output_layer_norm, hidden_states, update)
+
+
+class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
+    """Sparse attention and feed-forward."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
+        super().__init__(config, config.encoder_ffn_dim)
+        self.attention = encoder_attention(config, layer_idx, output_bias=config.use_bias)
+        self.attention_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        global_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+        random_step: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
+    ) -> torch.Tensor:
+        read = self._before(self.attention_layer_norm, hidden_states)
+        attended, _ = self.attention(
+            read, attention_mask, global_mask, output_attentions, random_step, selection_state
+        )
+        hidden_states = self._after(self.attention_layer_norm, hidden_states, attended)
+        hidden_states = self._feed_forward(hidden_states)
+        if hidden_states.dtype == torch.float16:
+            # The residual stream of pre-norm models overflows there.
+            largest = torch.finfo(torch.float16).max - 1000
+            hidden_states = hidden_states.clamp(-largest, largest)
+        return hidden_states
+
+
+class AdaptiveSparseSeq2SeqDecoderLayer(AdaptiveSparseSeq2SeqSublayers):
+    """Causal self-attention, attention to the document, and feed-forward."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
+        super().__init__(config, config.decoder_ffn_dim)
+        self.self_attention = DecoderSelfAttention(config, layer_idx)
+        self.self_attention_layer_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention = DecoderCrossAttention(config, layer_idx)
+        self.cross_attention_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool | None = False,
+    ) -> torch.Tensor:
+        read = self._before(self.self_attention_layer_norm, hidden_states)
+        attended, _ = self.self_attention(read, attention_mask, past_key_values, output_attentions)
+        hidden_states = self._after(self.self_attention_layer_norm, hidden_states, attended)
+
+        read = self._before(self.cross_attention_layer_norm, hidden_states)
+        attended, _ = self.cross_attention(
+            read, encoder_hidden_states, encoder_attention_mask, past_key_values, output_attentions
+        )
+        hidden_states = self._after(self.cross_attention_layer_norm, hidden_states, attended)
+        return self._feed_forward(hidden_states)
+
+
+class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
+    """Loading, saving and initialisation, shared by all encoder-decoder models."""
+
+    config: AdaptiveSparseSeq2SeqConfig  # type: ignore[assignment]
+    _no_split_modules = [
+        "AdaptiveSparseSeq2SeqEmbeddings",
+        "AdaptiveSparseSeq2SeqEncoderLayer",
+        "AdaptiveSparseSeq2SeqDecoderLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = False
+    _can_record_outputs = {}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AdaptiveSparseForConditionalGeneration):
+            init.zeros_(module.final_logits_bias)
+
+
+class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
+    """Reads the document.
+
+    Args:
+        config: the configuration; it is not changed.
+        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": AdaptiveSparseSeq2SeqEncoderLayer,
+        "attentions": AdaptiveSparseAttention,
+    }
+
+    def __init__(
+        self, config: AdaptiveSparseSeq2SeqConfig, auto_global_tokens: str = "first"
+    ) -> None:
+        super().__init__(config)
+        self.embeddings = AdaptiveSparseSeq2SeqEmbeddings(
+            config, config.max_encoder_position_embeddings
+        )
+        self.layers = nn.ModuleList(
+            AdaptiveSparseSeq2SeqEncoderLayer(config, layer_idx)
+            for layer_idx in range(config.encoder_layers)
+        )
+        is_pre_norm = config.norm_style == "pre"
+        self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
+        self.auto_global_tokens = auto_global_tokens
+        self._register_random_step()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    # No **kwargs: generate() passes what the signature names, and Seq2SeqTrainer gives it labels.
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        validate: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
+        """Encodes a batch of documents of any length up to `config.max_sequence_length`.
+
+        Args:
+            input_ids: [batch, length] token ids; or give `inputs_embeds`.
+            attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
+            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that
+                all attend to. None: `config.default_global_tokens`.
+            inputs_embeds: [batch, length, d_model] in place of the (scaled) word embeddings.
+            validate: see `AdaptiveSparseModel.forward`.
+            output_attentions, output_hidden_states: what else to return.
+
+        Returns:
+            last_hidden_state [batch, length, d_model], and on request hidden_states and attentions.
+
+        Raises:
+            ValueError: an argument has a wrong shape, type or value, or the document is too long.
+        """
+        config = self.config
+        batch_size, length = check_tokens(input_ids, inputs_embeds, config.d_model)
+        check_length(length, config.max_sequence_length)
+        if input_ids is not None:
+            check_indices("input_ids", input_ids, config.vocab_size, "vocab_size", validate)
+        shape = (batch_size, length)
+        mask = boolean_mask("attention_mask", attention_mask, shape, validate)
+        global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
+        if (
+            global_mask is None
+            and config.default_global_tokens == "none"
+            and config.separate_global_projections
+        ):
+            logger.warning_once(FORGOTTEN_GLOBAL_MASK)
+
+        hidden_states = self.embeddings(input_ids, inputs_embeds)
+        mask, global_mask = resolve_masks(
+            config,
+            hidden_states,
+            mask,
+            global_mask,
+            auto_global_tokens=self.auto_global_tokens,
+            input_ids=input_ids,
+        )
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        random_step = self._next_random_step()
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                global_mask,
+                output_attentions,
+                random_step,
+                self._selection_state(validate),
+            )
+        if self.final_layer_norm is not None:
+            hidden_states = self.final_layer_norm(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
+    """Writes a text about the document, one token after the other."""
+
+    _can_record_outputs = {
+        "hidden_states": AdaptiveSparseSeq2SeqDecoderLayer,
+        "attentions": DecoderSelfAttention,
+        "cross_attentions": DecoderCrossAttention,
+    }
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.embeddings = AdaptiveSparseSeq2SeqEmbeddings(
+            config, config.max_decoder_position_embeddings
+        )
+        self.layers = nn.ModuleList(
+            AdaptiveSparseSeq2SeqDecoderLayer(config, layer_idx)
+            for layer_idx in range(config.decoder_layers)
+        )
+        is_pre_norm = config.norm_style == "pre"
+        self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        validate: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decodes a batch of texts, or the tokens that follow those in the cache.
+
+        Args:
+            input_ids: [batch, length] token ids that are not in the cache; or `inputs_embeds`.
+            attention_mask: [batch, cached + length], 1 for tokens, 0 for padding. None: no padding.
+            encoder_hidden_states: [batch, document_length, d_model].
+            encoder_attention_mask: [batch, document_length], 1 for tokens, 0 for padding.
+            past_key_values: the cache of earlier calls.
+            inputs_embeds: [batch, length, d_model] in place of the (scaled) word embeddings.
+            use_cache: whether to return a cache; None: `config.use_cache`. Never while training
+                with gradient checkpointing.
+            validate: see `AdaptiveSparseModel.forward`.
+            output_attentions, output_hidden_states: what else to return.
+
+        Returns:
+            last_hidden_state [batch, length, d_model], past_key_values, and on request
+            hidden_states, attentions and cross_attentions.
+
+        Raises:
+            ValueError: an argument has a wrong shape, type or value, or the text is too long.
+        """
+        config = self.config
+        batch_size, length = _check_decoder_tokens(input_ids, inputs_embeds, config.d_model)
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states is None, the encoded document is needed")
+        if encoder_hidden_states.shape[0] != batch_size:
+            raise ValueError(
+                f"decoder_input_ids has {batch_size} sequences, "
+                f"the document's batch size of {encoder_hidden_states.shape[0]} is needed"
+            )
+        past_key_values = self._cache(past_key_values, use_cache)
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        key_length = num_cached + length
+        if key_length > config.max_decoder_position_embeddings:
+            raise ValueError(
+                f"the decoder is given {key_length} tokens, at most "
+                f"config.max_decoder_position_embeddings = "
+                f"{config.max_decoder_position_embeddings} are allowed"
+            )
+        if input_ids is not None:
+            check_indices("decoder_input_ids", input_ids, config.vocab_size, "vocab_size", validate)
+        mask = boolean_mask(
+            "decoder_attention_mask", attention_mask, (batch_size, key_length), validate
+        )
+        encoder_mask = boolean_mask(
+            "attention_mask",
+            encoder_attention_mask,
+            (batch_size, encoder_hidden_states.shape[1]),
+            validate,
+        )
+
+        hidden_states = self.embeddings(input_ids, inputs_embeds, num_cached)
+        mask = causal_mask(length, key_length, _to(hidden_states, mask), hidden_states.device)
+        encoder_mask = _to(hidden_states, encoder_mask)
+        if encoder_mask is not None:
+            encoder_mask = encoder_mask[:, None, None, :]
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                encoder_hidden_states,
+                encoder_mask,
+                past_key_values,
+                output_attentions,
+            )
+        if self.final_layer_norm is not None:
+            hidden_states = self.final_layer_norm(hidden_states)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _cache(
+        self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
+    ) -> EncoderDecoderCache | None:
+        """The cache to use: the caller's, a new one, or none."""
+        if self.gradient_checkpointing and self.training:
+            return None  # recomputed layers would extend it a second time
+        if past_key_values is None:
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, "
+                "a transformers.EncoderDecoderCache is needed"
+            )
+        return past_key_values
+
+
+class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
+    """Encoder and decoder.
+
+    Args:
+        config: the configuration; it is not changed.
+        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+    """
+
+    _tied_weights_keys = {
+        "decoder.embeddings.word_embeddings.weight": "encoder.embeddings.word_embeddings.weight"
+    }
+
+    def __init__(
+        self, config: AdaptiveSparseSeq2SeqConfig, auto_global_tokens: str = "first"
+    ) -> None:
+        config.validate_adaptive_sparse_seq2seq()  # values may have been set since its construction
+        super().__init__(config)
+        self.encoder = AdaptiveSparseSeq2SeqEncoder(config, auto_global_tokens)
+        self.decoder = AdaptiveSparseSeq2SeqDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embeddings.word_embeddings = value
+        if self.config.tie_word_embeddings:
+            self.decoder.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> Seq2SeqModelOutput:
+        """Encodes documents and decodes texts about them.
+
+        Args:
+            input_ids: [batch, length] token ids of the document; or `inputs_embeds`.
+            attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
+            decoder_input_ids: [batch, target_length]; or `decoder_inputs_embeds`. If both are None,
+                the document itself, shifted by one (as BART does).
+            decoder_attention_mask: [batch, target_length], 1 for tokens, 0 for padding, cached
+                tokens included.
+            encoder_outputs: what the encoder returned for the document, to not encode it again.
+            global_attention_mask: [batch, length], see `AdaptiveSparseSeq2SeqEncoder.forward`.
+            past_key_values: the decoder's cache; give it only the tokens that come after.
+            inputs_embeds: [batch, length, d_model] in place of the document's word embeddings.
+            decoder_inputs_embeds: [batch, target_length, d_model].
+            use_cache: whether to return the decoder's cache; None: `config.use_cache`.
+            validate: see `AdaptiveSparseModel.forward`.
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
+
+        Returns:
+            last_hidden_state [batch, target_length, d_model], past_key_values,
+            encoder_last_hidden_state [batch, length, d_model], and on request the hidden states,
+            attentions and cross-attentions of both.
+
+        Raises:
+            ValueError: an argument has a wrong shape, type or value, an input is too long, or there
+                is nothing to decode.
+        """
+        check_extra_arguments(kwargs, OutputArguments.__annotations__)
+        also = {
+            name: kwargs[name]
+            for name in ("output_attentions", "output_hidden_states")
+            if kwargs.get(name) is not None
+        }
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError(
+                    "neither of decoder_input_ids and decoder_inputs_embeds was given, and there "
+                    "are no input_ids or labels to make them from: give decoder_input_ids"
+                )
+            if input_ids.shape[-1] > self.config.max_decoder_position_embeddings:
+                raise ValueError(
+                    "neither of decoder_input_ids and decoder_inputs_embeds was given, and the "
+                    f"document's {input_ids.shape[-1]} tokens cannot take their place: the decoder "
+                    "reads at most config.max_decoder_position_embeddings = "
+                    f"{self.config.max_decoder_position_embeddings}. Give decoder_input_ids or "
+                    "labels"
+                )
+            decoder_input_ids = shift_tokens_right(
+                input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
+            )
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids,
+                attention_mask,
+                global_attention_mask,
+                inputs_embeds,
+                validate,
+                return_dict=True,
+                **also,
+            )
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        assert encoder_outputs is not None
+        decoder_outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs[0],
+            attention_mask,
+            past_key_values,
+            decoder_inputs_embeds,
+            use_cache,
+            validate,
+            return_dict=True,
+            **also,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+        )
+
+
+class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedModel, GenerationMixin):
+    """Encoder and decoder with a language head, for summaries and other texts about a document."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embeddings.word_embeddings.weight"}
+    _keys_to_ignore_on_load_missing = [
+        "final_logits_bias",
+        *(AdaptiveSparsePreTrainedModel._keys_to_ignore_on_load_missing or ()),
+    ]
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseSeq2SeqModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
+
+        Raises:
+            ValueError: encoder and decoder have tables of their own.
+        """
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
+                "decoder and language head together"
+            )
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        old, size = self.final_logits_bias, embeddings.weight.shape[0]
+        kept = old[:, :size]
+        self.final_logits_bias = torch.cat([kept, old.new_zeros(1, size - kept.shape[1])], dim=1)
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The decoder's input for labels [batch, target_length], which data collators ask for."""
+        return shift_tokens_right(
+            labels, self.config.pad_token_id, self.config.decoder_start_token_id
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> Seq2SeqLMOutput:
+        """Predicts texts; the other arguments are those of `AdaptiveSparseSeq2SeqModel.forward`.
+
+        Args:
+            labels: [batch, target_length] token ids; -100 is ignored. Without decoder inputs these
+                are made from the labels. Nothing is cached.
+
+        Returns:
+            logits [batch, target_length, vocab_size], and the loss if there are labels.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            global_attention_mask,
+            past_key_values,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            use_cache,
+            validate,
+            **_without_return_dict(kwargs),
+        )
+        logits = self.lm_head(outputs.last_hidden_state) + self.final_logits_bias
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **_beside_the_head(outputs))
+
+    def _validate_generated_length(self, generation_config, *args, **kwargs) -> None:
+        """Refuses at the start of generate() what would fail at its end."""
+        super()._validate_generated_length(generation_config, *args, **kwargs)
+        # The last token is written, but not read again.
+        longest = self.config.max_decoder_position_embeddings + 1
+        if generation_config.max_length > longest:
+            raise ValueError(
+                f"generate: a text of up to {generation_config.max_length} tokens is asked for, at "
+                f"most config.max_decoder_position_embeddings + 1 = {longest} are allowed, start "
+                "token included: give a smaller max_new_tokens or max_length"
+            )
+
+
+class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedModel):
+    """Encoder and decoder with a head that scores tokens as the start and the end of the answer.
+
+    The decoder reads question and document once more; by default the question's tokens are global.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseSeq2SeqModel(config, auto_global_tokens="question")
+        self.qa_outputs = nn.Linear(config.d_model, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> Seq2SeqQuestionAnsweringModelOutput:
+        """Finds answers; the other arguments are those of `AdaptiveSparseSeq2SeqModel.forward`.
+
+        Args:
+            start_positions, end_positions: [batch] slots of the answer in the decoder's input;
+                those beyond it are ignored.
+
+        Returns:
+            start_logits and end_logits [batch, target_length], and the loss if both positions are
+            given.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            global_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=False,
+            validate=validate,
+            **_without_return_dict(kwargs),
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
+            loss = self.add_density_loss(loss)
+        return Seq2SeqQuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            **_beside_the_head(outputs),
+        )
+
+
+class AdaptiveSparseSeq2SeqClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout and projection to the labels."""
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__()
+        assert config.num_labels is not None  # Transformers names two labels if nobody else does
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = torch.tanh(self.dense(self.dropout(hidden_states)))
+        return self.out_proj(self.dropout(hidden_states))
+
+
+class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTrainedModel):
+    """Encoder and decoder with a head that classifies documents.
+
+    The decoder reads the document once more; the head reads its hidden state at the document's last
+    end-of-sequence token.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AdaptiveSparseSeq2SeqModel(config)
+        self.classifier = AdaptiveSparseSeq2SeqClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        validate: bool = False,
+        **kwargs: Unpack[OutputArguments],
+    ) -> Seq2SeqSequenceClassifierOutput:
+        """Classifies documents; other arguments are those of `AdaptiveSparseSeq2SeqModel.forward`.
+
+        Args:
+            input_ids: [batch, length], at least one of them `config.eos_token_id` in every row;
+                decoder inputs, if given, have the same length.
+            labels: [batch] class numbers or regression targets, or [batch, num_labels] floats for
+                several labels at once; see `config.problem_type`.
+
+        Returns:
+            logits [batch, num_labels], and the loss if there are labels.
+
+        Raises:
+            ValueError: there are no input_ids, or no end-of-sequence token in one of them; or see
+                `AdaptiveSparseSeq2SeqModel.forward`.
+        """
+        if input_ids is None:
+            raise ValueError(
+                "input_ids is None, the document's token ids are needed to find its last "
+                "end-of-sequence token"
+            )
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            global_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=False,
+            validate=validate,
+            **_without_return_dict(kwargs),
+        )
+        logits = self.classifier(self._last_end(outputs.last_hidden_state, input_ids, validate))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type)
+            loss = self.add_density_loss(loss)
+        return Seq2SeqSequenceClassifierOutput(
+            loss=loss, logits=logits, **_beside_the_head(outputs)
+        )
+
+    def _last_end(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor, validate: bool
+    ) -> torch.Tensor:
+        """The hidden state at the last end-of-sequence token: [batch, d_model]."""
+        length = input_ids.shape[1]
+        if hidden_states.shape[1] != length:
+            raise ValueError(
+                f"decoder_input_ids has {hidden_states.shape[1]} tokens per sequence, the length "
+                f"of input_ids = {length} is needed: the head reads the slot of the last "
+                "end-of-sequence token"
+            )
+        ends = torch.as_tensor(self.config.eos_token_id, device=input_ids.device)
+        is_end = torch.isin(input_ids, ends).to(hidden_states.device)
+        if can_read_values(input_ids, validate) and not is_end.any(dim=1).all():
+            row = int((~is_end.any(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"input_ids has no end-of-sequence token in row {row}, config.eos_token_id = "
+                f"{self.config.eos_token_id} is needed in every row"
+            )
+        slots = torch.arange(1, length + 1, device=hidden_states.device)
+        index = (is_end * slots).argmax(dim=1)
+        return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+
+
+def _check_decoder_tokens(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> tuple[int, int]:
+    """As `check_tokens`, with the names the decoder's inputs have for the user."""
+    try:
+        return check_tokens(input_ids, inputs_embeds, hidden_size)
+    except ValueError as error:
+        message = str(error).replace("input_ids", "decoder_input_ids")
+        raise ValueError(message.replace("inputs_embeds", "decoder_inputs_embeds")) from None
+
+
+def _to(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask on the device of the hidden states; None if it is seen to have no effect."""
+    if mask is None:
+        return None
+    mask = mask.to(hidden_states.device)
+    return None if can_read_values(mask, validate=False) and mask.all() else mask
+
+
+def _without_return_dict(kwargs: Any) -> Any:
+    return {**kwargs, "return_dict": True}
+
+
+def _beside_the_head(outputs: Seq2SeqModelOutput) -> dict[str, Any]:
+    """What a head returns of the model below it, unchanged."""
+    return {
+        name: getattr(outputs, name)
+        for name in (
+            "past_key_values",
+            "decoder_hidden_states",
+            "decoder_attentions",
+            "cross_attentions",
+            "encoder_last_hidden_state",
+            "encoder_hidden_states",
+            "encoder_attentions",
+        )
+    }
+
+
+__all__ = [
+    "AdaptiveSparseForConditionalGeneration",
+    "AdaptiveSparseSeq2SeqForQuestionAnswering",
+    "AdaptiveSparseSeq2SeqForSequenceClassification",
+    "AdaptiveSparseSeq2SeqModel",
+    "AdaptiveSparseSeq2SeqPreTrainedModel",
+]

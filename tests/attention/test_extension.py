@@ -1,0 +1,156 @@
+"""Whatever happens while the kernels are built, the process ends up with a backend and a reason."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from adaptive_longformer.attention import explain_backends, extension, sparse_attention
+from adaptive_longformer.patterns import SlidingWindow
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None or sys.platform == "win32", reason="no C++ compiler (c++)"
+)
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from adaptive_longformer.attention import extension
+extension.SOURCES = Path(sys.argv[1])
+print(extension.kernel_library("cpu").answer())
+"""
+
+
+def start_process(sandbox):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(sandbox / "csrc")], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_builds_once_and_then_loads(sandbox, monkeypatch):
+    assert extension.kernel_library("cpu").answer() == 42
+    folder = extension.build_folder("cpu")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    built = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+    extension.forget()
+    monkeypatch.setenv("ADAPTIVE_LONGFORMER_KERNELS", "cached")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert extension.kernel_library("cpu").answer() == 42
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == built
+
+
+def test_other_sources_get_another_folder(sandbox):
+    before = extension.build_folder("cpu")
+    (sandbox / "csrc" / "cpu" / "answer.cpp").write_text('extern "C" int answer() { return 43; }')
+    assert extension.build_folder("cpu") != before
+
+
+def test_a_killed_build_is_repeated(sandbox):
+    folder = extension.build_folder("cpu")
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "lock").touch()  # torch's own, left by a killed builder: it would wait for ever
+    (folder / "adaptive_longformer_cpu_0.so").write_text("half a library")
+    (folder.parent / f"{folder.name}.lock").touch()
+    assert extension.kernel_library("cpu").answer() == 42
+
+
+def test_processes_that_build_at_once_all_get_the_library(sandbox):
+    processes = [start_process(sandbox) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0].strip() for process in processes] == ["42"] * 2
+
+
+def test_a_lock_dies_with_its_holder(sandbox):
+    folder = extension.build_folder("cpu")
+    folder.parent.mkdir(mode=0o700)
+    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2)"
+    hold += "; print('held', flush=True); time.sleep(99)"
+    command = [sys.executable, "-c", hold, f"{folder}.lock"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    process = start_process(sandbox)
+    time.sleep(0.5)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert process.communicate(timeout=100)[0].strip() == "42"
+
+
+def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(extension, "LOCK_TIMEOUT", 0.2)
+    folder = extension.build_folder("cpu")
+    folder.parent.mkdir(mode=0o700)
+    with open(f"{folder}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process has held" in (extension.why_unavailable("cpu") or "")
+
+
+@pytest.mark.parametrize(
+    "variable,value,reason",
+    [
+        ("ADAPTIVE_LONGFORMER_KERNELS", "off", "is 'off'"),
+        ("ADAPTIVE_LONGFORMER_KERNELS", "cached", "holds no finished build"),
+        ("ADAPTIVE_LONGFORMER_KERNELS", "yes", "'on', 'cached' or 'off' is allowed"),
+        ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler was not found"),
+        ("CXX", "false", "the build failed"),
+        ("ADAPTIVE_LONGFORMER_CACHE", "/proc/nowhere", "names a folder that can be written"),
+    ],
+)
+def test_each_obstacle_is_named_and_another_backend_runs(
+    sandbox, monkeypatch, caplog, variable, value, reason
+):
+    monkeypatch.setenv(variable, value)
+    query = torch.randn(1, 1, 1000, 8)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            output = sparse_attention(query, query, query, SlidingWindow(8))
+    assert reason in (explain_backends(query, query, query, SlidingWindow(8))["cpp"] or "")
+    assert len(caplog.records) == 1 and reason in caplog.text
+    expected = sparse_attention(query, query, query, SlidingWindow(8), backend="blocked")
+    assert torch.equal(output, expected)
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run this call"):
+        sparse_attention(query, query, query, SlidingWindow(8), backend="cpp")
+
+
+def test_a_source_that_does_not_compile_is_named(sandbox):
+    (sandbox / "csrc" / "cpu" / "answer.cpp").write_text("int answer( { }")
+    assert "error" in (extension.why_unavailable("cpu") or "")
+    assert not (extension.build_folder("cpu") / "done").exists()
+
+
+def test_a_cache_that_everybody_can_write_to_is_refused(sandbox):
+    cache = sandbox / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert "every user can write to" in (extension.why_unavailable("cpu") or "")
+    cache.chmod(0o700)
+    extension.forget()
+    assert extension.kernel_library("cpu").answer() == 42
+    extension.build_folder("cpu").chmod(0o777)
+    extension.forget()
+    assert "every user can write to" in (extension.why_unavailable("cpu") or "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_read_only_cache_is_named(sandbox):
+    (sandbox / "cache").mkdir(mode=0o500)
+    assert "ADAPTIVE_LONGFORMER_CACHE" in (extension.why_unavailable("cpu") or "")
+
+
+def test_cuda_kernels_need_a_torch_with_cuda(sandbox):
+    shutil.copytree(sandbox / "csrc" / "cpu", sandbox / "csrc" / "cuda")
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built with CUDA")
+    assert extension.why_unavailable("cuda") == "this torch is built without CUDA"
+
+
+def test_nothing_is_built_at_import(sandbox):
+    subprocess.run([sys.executable, "-c", "import adaptive_longformer.attention"], check=True)
+    assert not (sandbox / "cache").exists()

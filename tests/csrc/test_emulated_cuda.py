@@ -1,0 +1,254 @@
+"""The CUDA kernels, run thread by thread on the CPU, equal the definition in value and gradient.
+
+They run through the same Python code as on a GPU, on tensors of the CPU.
+"""
+
+import shutil
+
+import pytest
+import torch
+from emulation import CUDA_SOURCES, build_emulator
+
+from adaptive_longformer.attention import AttentionSpan, compiled_cuda, extension
+from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.operator import operator_arguments
+from adaptive_longformer.attention.reference import reference_attention
+from adaptive_longformer.patterns import EntryFlag, SlidingWindow, block_layout
+
+SEED = torch.tensor(2**40 + 12345)
+# Relative errors of a correct kernel are at most a quarter of these.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def random_layout(length, query_block=64, heads=1, seed=0):
+    """A window and ROUTED entries, also on its edge; some lists are empty without the window."""
+    window = SlidingWindow(40, 70)
+    base = block_layout(window, length, query_block_size=query_block)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, heads, base.num_query_blocks, base.num_key_blocks)
+    routed = torch.rand(shape, generator=generator) < 0.5
+    used = base.used.expand(*shape[:3], -1)
+    flags = [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)]
+    ids = torch.arange(shape[3], dtype=torch.int32).expand(shape)
+    layout = type(base)(
+        key_blocks=torch.cat([base.key_blocks.expand_as(used), ids], dim=-1),
+        flags=torch.cat(flags, dim=-1),
+        counts=torch.full(shape[:3], used.shape[-1] + shape[3], dtype=torch.int32),
+        query_block_size=query_block,
+        key_block_size=64,
+        length=length,
+        window=window,
+    )
+    return layout.select(layout.flags != 0)
+
+
+def errors(pattern, length, *, heads=1, head_dim=32, dtype=torch.bfloat16, batch=1, **options):
+    """Relative errors of output, LSE and all gradients against float64; NaN where there is one."""
+    generator = torch.Generator().manual_seed(length + head_dim)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = [
+        draw(batch, length, heads, head_dim).transpose(1, 2).to(dtype).requires_grad_()
+        for _ in range(3)
+    ]
+    if options.pop("with_bias", False):
+        bias = draw(1, heads, *pattern.key_blocks.shape[2:]).requires_grad_()
+        options["entry_bias"] = bias
+        tensors.append(bias)
+    if "span" in options:
+        length_of_span = torch.linspace(10.0, options["span"], heads).requires_grad_()
+        options["span"] = AttentionSpan(length_of_span, 9.5)
+        tensors.append(length_of_span)
+    grad_output = draw(batch, heads, length, head_dim).to(dtype)
+    grad_lse = draw(batch, heads, length)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact_options = dict(options)
+    if "entry_bias" in options:
+        exact_options["entry_bias"] = exact[3]
+    if "span" in options:
+        exact_options["span"] = AttentionSpan(exact[-1], 9.5)
+    output, lse = reference_attention(make_call(*exact[:3], pattern, **exact_options))
+    # The rows of global queries are not the kernel's business.
+    mask = options.get("global_mask", torch.zeros(batch, length, dtype=torch.bool))
+    is_local = ~mask[:, None].expand_as(lse)
+    is_empty = lse == -torch.inf
+    grad_output = grad_output * is_local[..., None]
+    grad_lse = grad_lse * is_local * ~is_empty
+    finite_lse = lse.masked_fill(is_empty, 0.0)
+    loss = (output * grad_output).sum() + (finite_lse * grad_lse).sum()
+    expected = [output, finite_lse, *torch.autograd.grad(loss, exact, materialize_grads=True)]
+
+    arguments = operator_arguments(make_call(*tensors[:3], pattern, **options))
+    with torch.no_grad():
+        actual_output, actual_lse = compiled_cuda.forward(*arguments)
+        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, *arguments)
+    assert torch.equal((actual_lse == -torch.inf) & is_local, is_empty & is_local)
+    assert (actual_output[is_empty & is_local] == 0).all()
+    actual = [actual_output, actual_lse.masked_fill(is_empty, 0.0)]
+    actual += [grad for grad in grads if grad.numel() > 0]
+    assert len(actual) == len(expected)
+    results = []
+    for index, (a, b) in enumerate(zip(actual, expected)):
+        difference = a.double() - b
+        if index < 2:
+            difference = difference[is_local]
+        results.append((difference.norm() / max(b.norm().item(), 1.0)).item())
+    return results
+
+
+def assert_small(results, dtype=torch.bfloat16):
+    assert all(error <= TOLERANCE[dtype] for error in results), results
+
+
+def masks(length, batch=1):
+    position = torch.arange(length).expand(batch, -1)
+    attention_mask = (position >= length // 10) & (position < length - length // 8)
+    return {"attention_mask": attention_mask, "global_mask": (position % 29 == 0) & attention_mask}
+
+
+@pytest.mark.parametrize("query_block", compiled_cuda.QUERY_BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", compiled_cuda.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", compiled_cuda.ELEMENT_TYPES, ids=str)
+def test_every_instance_matches_reference(emulator, dtype, head_dim, query_block):
+    results = errors(
+        random_layout(150, query_block),
+        150,
+        head_dim=head_dim,
+        dtype=dtype,
+        with_bias=True,
+        dropout_p=0.2,
+        dropout_seed=SEED,
+        **masks(150),
+    )
+    assert_small(results, dtype)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
+def test_lengths_match_reference(emulator, length, is_causal):
+    layout = random_layout(length, heads=2)
+    assert_small(
+        errors(layout, length, heads=2, is_causal=is_causal, with_bias=True, **masks(length))
+    )
+
+
+def test_shared_lists_of_many_heads_match_reference(emulator):
+    layout = random_layout(140)
+    assert_small(errors(layout, 140, heads=2, batch=2, span=60.0, with_bias=True, **masks(140, 2)))
+
+
+@pytest.mark.parametrize("span", [12.0, 90.0])
+def test_adaptive_span_matches_reference(emulator, span):
+    assert_small(errors(SlidingWindow(60, 30), 140, heads=2, span=span, is_causal=True))
+
+
+def test_everything_padded_gives_zeros(emulator):
+    mask = torch.zeros(1, 70, dtype=torch.bool)
+    assert_small(errors(random_layout(70), 70, with_bias=True, attention_mask=mask))
+
+
+def test_split_columns_match_reference(emulator, monkeypatch):
+    """A column of more entries than an item takes is added up in parts."""
+    original = compiled_cuda.gradient_items
+    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 2))
+    layout = random_layout(330)
+    items = original(layout, 2)
+    assert (items.column_slots > 2).any()
+    assert_small(errors(layout, 330, with_bias=True, **masks(330)))
+
+
+def test_nan_in_padding_does_not_leak(emulator):
+    torch.manual_seed(0)
+    mask = torch.ones(1, 150, dtype=torch.bool)
+    mask[:, 60:80] = False
+    tensors = [torch.randn(1, 1, 150, 32, dtype=torch.bfloat16) for _ in range(3)]
+    results = []
+    for fill in (0.0, torch.nan):
+        inputs = [tensor.masked_fill(~mask[:, None, :, None], fill) for tensor in tensors]
+        arguments = operator_arguments(make_call(*inputs, SlidingWindow(30), attention_mask=mask))
+        output, lse = compiled_cuda.forward(*arguments)
+        grad = torch.ones_like(output).masked_fill(~mask[:, None, :, None], 0.0)
+        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, *arguments)
+        results.append([output, *grads[:3]])
+    for clean, dirty in zip(*results):
+        assert torch.equal(clean[:, :, mask[0]], dirty[:, :, mask[0]])
+
+
+def test_any_order_of_warps_gives_the_same_bits(emulator):
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 1, 130, 32, dtype=torch.bfloat16) for _ in range(3)]
+    arguments = operator_arguments(make_call(*tensors, SlidingWindow(50)))
+    results = []
+    for seed in (1, 2, 3):
+        emulator.adaptive_emulator_seed(seed)
+        output, lse = compiled_cuda.forward(*arguments)
+        results.append([output, *compiled_cuda.backward(output, lse, output, lse, *arguments)[:3]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+# What a kernel may get wrong without a visible trace on most runs: (file, text, replacement).
+MUTANTS = {
+    "forward_without_wait": ("forward.cuh", "wait_for_copies<1>();", ""),
+    "forward_waits_for_too_little": (
+        "forward.cuh",
+        "wait_for_copies<1>()",
+        "wait_for_copies<2>()",
+    ),
+    "forward_without_barrier_before_use": (
+        "forward.cuh",
+        "wait_for_copies<1>();\n    synchronize_block();",
+        "wait_for_copies<1>();",
+    ),
+    "forward_without_barrier_after_use": (
+        "forward.cuh",
+        "synchronize_block();\n    entry = following;",
+        "entry = following;",
+    ),
+    "keys_without_barrier_after_use": (
+        "backward.cuh",
+        "synchronize_block();\n    step = following;",
+        "step = following;",
+    ),
+    "keys_without_wait": (
+        "backward.cuh",
+        "wait_for_copies<1>();\n    synchronize_block();\n    const Mask mask = mask_of",
+        "synchronize_block();\n    const Mask mask = mask_of",
+    ),
+    "wrong_lane_map": ("tile.cuh", "lane / 4 + j / 2 * 8", "lane % 8 + j / 2 * 8"),
+    "wrong_matrix_rows": ("tile.cuh", "k * 16 + lane % 16, n", "k * 16 + lane % 8, n"),
+    "wrong_swizzle": ("tile.cuh", "chunk ^ ((row >> 1) & 3)", "chunk ^ ((row >> 1) & 7)"),
+    "no_scale_of_the_sum": ("forward.cuh", "sum[i][2 * h] *= decay;", ""),
+}
+
+
+@pytest.mark.parametrize("mutant", ["none", *MUTANTS])
+def test_emulator_catches(mutant, tmp_path, monkeypatch):
+    """A wrong kernel gives wrong numbers or an error; the right one passes the same test."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulator with")
+    sources = tmp_path / "cuda"
+    shutil.copytree(CUDA_SOURCES, sources)
+    # One instance is enough, and compiles in a moment.
+    launch = (sources / "launch.cuh").read_text()
+    for line in launch.splitlines():
+        if any(text in line for text in ("case 64:", "case 96:", "case 128:", "<TYPE, D, 128>()")):
+            launch = launch.replace(line + "\n", "")
+    (sources / "launch.cuh").write_text(launch)
+    if mutant != "none":
+        name, text, replacement = MUTANTS[mutant]
+        source = (sources / name).read_text()
+        assert source.count(text) == 1
+        (sources / name).write_text(source.replace(text, replacement))
+    library = build_emulator(tmp_path, sources)
+    monkeypatch.setattr(extension, "_loaded", {"cuda": library})
+    try:
+        results = errors(SlidingWindow(90), 200)
+    except RuntimeError as error:
+        assert mutant != "none" and "shared memory" in str(error)
+        return
+    is_correct = all(error <= TOLERANCE[torch.bfloat16] for error in results)
+    assert is_correct == (mutant == "none"), results

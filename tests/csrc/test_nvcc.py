@@ -1,0 +1,62 @@
+"""What ptxas says of the CUDA kernels: they compile for each architecture and do not spill."""
+
+import os
+import re
+import shutil
+import subprocess
+from itertools import product
+
+import pytest
+from emulation import CUDA_SOURCES
+
+KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
+# Bytes that may spill, by kernel and head_dim; 0 elsewhere.
+ALLOWED_SPILLS = {("grad_keys_kernel", 128): 24}
+
+INSTANCE = """
+#include "launch.cuh"
+template __global__ void adaptive::forward_kernel<{type}, {dim}, {block}>(adaptive::Arguments);
+template __global__ void adaptive::grad_keys_kernel<{type}, {dim}, {block}>(adaptive::Arguments);
+template __global__ void adaptive::grad_queries_kernel<{type}, {dim}, {block}>(adaptive::Arguments);
+"""
+
+
+# Every pair of values occurs; all combinations take minutes.
+PAIRS = [
+    (32, 64, 80), (32, 128, 90), (64, 64, 90), (64, 128, 80), (96, 64, 80), (96, 128, 90),
+    (128, 64, 90), (128, 128, 80),
+]  # fmt: skip
+FULL_GRID = [*product((32, 64, 96, 128), (64, 128), (80, 90))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "head_dim, query_block, architecture",
+    FULL_GRID if os.environ.get("ADAPTIVE_LONGFORMER_FULL_GRID") else PAIRS,
+)
+def test_kernels_do_not_spill(architecture, head_dim, query_block, tmp_path):
+    """bfloat16 only: float16 differs in two instructions."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source = tmp_path / "instance.cu"
+    source.write_text(INSTANCE.format(type=1, dim=head_dim, block=query_block))
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    run = subprocess.run(
+        [nvcc, "-O3", "-std=c++17", target, "-Xptxas", "-v", f"-I{CUDA_SOURCES}", "-cubin",
+         str(source), "-o", str(tmp_path / "instance.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    spills = {}
+    for name, stores, loads in re.findall(
+        r"Compiling entry function '(\w+)'[^']*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+        run.stderr.replace(f"for 'sm_{architecture}'", ""),
+    ):
+        kernel = next(kernel for kernel in KERNELS if kernel in name)
+        spills[kernel] = max(int(stores), int(loads))
+    assert set(spills) == set(KERNELS)
+    for kernel, spilled in spills.items():
+        assert spilled <= ALLOWED_SPILLS.get((kernel, head_dim), 0), spills

@@ -1,0 +1,74 @@
+"""The examples for summarisation and question answering, on a small LED made on the spot."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import LEDConfig, LEDForConditionalGeneration, set_seed
+
+from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An LED that reads 256 tokens, and ten documents with queries."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = [
+        {
+            "document": f"Meeting {i}. " + "They spoke about the budget. " * (5 + i),
+            "queries": [
+                {"query": "What was it about?", "answer": "the budget"},
+                {"query": "Summarize the meeting", "answer": f"Meeting {i} was on the budget."},
+            ],
+        }
+        for i in range(10)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:8]))
+    (folder / "validation.jsonl").write_text("\n".join(json.dumps(row) for row in rows[8:]))
+    texts = [row["document"] for row in rows]
+    tokenizer = train_byte_level_tokenizer(texts, vocab_size=320, max_length=256)
+    set_seed(0)
+    config = LEDConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_encoder_position_embeddings=128,
+        max_decoder_position_embeddings=32, attention_window=32,
+    )  # fmt: skip
+    LEDForConditionalGeneration(config).save_pretrained(folder / "led")
+    tokenizer.save_pretrained(folder / "led")
+    return folder
+
+
+def arguments(files, output, *more):
+    return [
+        "--model", str(files / "led"), "--data-file", str(files / "train.jsonl"),
+        "--eval-file", str(files / "validation.jsonl"), "--output", str(output),
+        "--max-length", "256", "--max-target-length", "12", "--batch-size", "4",
+        "--gradient-accumulation", "1", "--learning-rate", "3e-3", "--cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, metrics",
+    [
+        ("finetune_summarization.py", {"rouge1", "rouge2", "rougeL", "rougeLsum"}),
+        ("finetune_question_answering.py", {"exact_match", "f1"}),
+    ],
+)
+def test_an_led_is_converted_fine_tuned_and_resumed(script, metrics, files, tmp_path, capsys):
+    example = runpy.run_path(str(EXAMPLES / script))
+    first = example["main"](arguments(files, tmp_path, "--epochs", "1"))
+    assert set(first) == {"loss", *metrics}
+    assert "% of the documents' tokens are read" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "adaptive_sparse_seq2seq"
+    assert config["max_encoder_position_embeddings"] == 256
+    second = example["main"](arguments(files, tmp_path, "--epochs", "3", "--resume"))
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["epoch"] == 3 and state["log_history"][0]["epoch"] <= 1
+    assert second["loss"] < first["loss"]
+    assert json.loads((tmp_path / "result.json").read_text()) == second

@@ -1,0 +1,26 @@
+import shutil
+
+import pytest
+
+from adaptive_longformer.__main__ import main
+from adaptive_longformer.attention import extension
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")
+def test_kernels_are_built_once(sandbox, capsys):
+    assert main(["build-kernels", "cpu"]) == 0
+    assert "cpu: built in" in capsys.readouterr().out
+    extension.forget()
+    assert main(["build-kernels"]) == 0
+    assert f"cpu: already in {extension.build_folder('cpu')}" in capsys.readouterr().out
+
+
+def test_a_failed_build_is_told_with_its_reason(sandbox, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["build-kernels", "cpu"]) == 1
+    assert "cpu: not built: no C++ compiler: no-such-compiler" in capsys.readouterr().out
+
+
+def test_an_unknown_kind_is_one_line(capsys):
+    assert main(["build-kernels", "tpu"]) == 2
+    assert capsys.readouterr().err == "adaptive-longformer: KIND is 'tpu', allowed are cpu, cuda\n"

@@ -1,0 +1,40 @@
+import pytest
+
+from adaptive_longformer.__main__ import main
+from adaptive_longformer.attention import extension
+from adaptive_longformer.attention.backends import BACKENDS
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(extension, "_loaded", {})
+    monkeypatch.setenv("ADAPTIVE_LONGFORMER_KERNELS", "off")
+
+
+def test_doctor_says_for_every_backend_whether_it_runs_or_why_not(no_kernels, capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    on_cpu = lines[lines.index("float32 on cpu") + 1 :]
+    verdicts = {line.split()[0]: line.split()[1] for line in on_cpu[: len(BACKENDS)]}
+    assert verdicts == {
+        "sdpa": "yes:",
+        "cuda": "no:",
+        "cpp": "no:",
+        "blocked": "yes:",
+        "reference": "yes:",
+    }
+    assert "ADAPTIVE_LONGFORMER_KERNELS is 'off'" in next(line for line in on_cpu if "cpp" in line)
+    assert "takes blocked" in next(line for line in on_cpu if line.split()[0] == "auto")
+
+
+def test_doctor_finds_a_backend_that_is_wrong(no_kernels, monkeypatch, capsys):
+    honest = BACKENDS["blocked"]
+
+    def run(call):
+        output, lse = honest.run(call)
+        return output * 1.01, lse
+
+    monkeypatch.setitem(BACKENDS, "blocked", honest._replace(run=run))
+    assert main(["doctor"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 1 and wrong[0].split()[0] == "blocked"
