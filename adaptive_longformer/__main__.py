@@ -35,6 +35,10 @@ _COMMANDS = {
         "adaptive_longformer.quickstart",
         "convert, verify, time and fine-tune a small Longformer, with nothing to download",
     ),
+    "report": (
+        "adaptive_longformer.analysis.command",
+        "say what the layers of an adaptive checkpoint read in a document",
+    ),
 }
 
 

@@ -25,6 +25,10 @@ MIN_WEIGHT = 1e-6
 # Over how many ranks a budget fades out, and over how many tokens a window does.
 BUDGET_RAMP = 2.0
 WINDOW_RAMP = 32.0
+# Buffers that the configuration mirrors, by the name of its field.
+SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p"}
+# Of a head whose budget is not calibrated.
+NO_LIMIT = 2**31 - 1
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01
 
@@ -91,7 +95,8 @@ class AdaptiveSelection(nn.Module):
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
         strength, top_p: scalars, see `AdaptiveSparseConfig`.
-        head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`.
+        head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
+            before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
     """
 
@@ -133,7 +138,7 @@ class AdaptiveSelection(nn.Module):
         init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
         if self.config.head_budgets is None:
-            init.constant_(self.head_budgets, self.config.num_selected_blocks)
+            init.constant_(self.head_budgets, NO_LIMIT)
         else:
             budgets = torch.tensor(self.config.head_budgets[self.layer_idx])
             init.copy_(self.head_budgets, budgets)
@@ -143,10 +148,20 @@ class AdaptiveSelection(nn.Module):
         self._known.clear()
         return super().train(mode)
 
+    def set_strength(self, strength: float) -> None:
+        """See `set_selection_strength`."""
+        self._known.clear()  # what is compiled reads only what is known
+        self.strength.fill_(strength)
+        self.config.selection_strength = float(strength)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._known.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def is_active(self) -> bool:
         """Whether anything is chosen or narrowed at all."""
-        return self._read("strength", lambda strength: bool(strength > 0))
+        return self._read("strength", lambda strength: bool(strength > 0), True)
 
     def forward(
         self,
@@ -176,7 +191,9 @@ class AdaptiveSelection(nn.Module):
         if not self.is_active:
             return query, Reads(self.window)
         span = self._attention_span()
-        length, num_blocks = query.shape[2], self._read("head_budgets", lambda b: int(b.max()))
+        length = query.shape[2]
+        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
+        num_blocks = min(num_blocks, self.options.num_blocks)
         # Where the window reaches everywhere there is nothing to choose.
         if length <= self.window.left + 1 or (
             num_blocks == 0 and self.options.num_global_blocks == 0
@@ -190,7 +207,9 @@ class AdaptiveSelection(nn.Module):
             )
             if state is not None:
                 state.selected = selected
-        layout, slots = selection_layout(selected, self.window, length, options, self.rank_limit())
+        is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
+        read = selected._replace(global_open=selected.global_open & is_open)
+        layout, slots = selection_layout(read, self.window, length, options, self.rank_limit())
         return query, Reads(layout, self._entry_bias(selected, slots), span)
 
     def _select(
@@ -269,16 +288,20 @@ class AdaptiveSelection(nn.Module):
     def _attention_span(self) -> AttentionSpan | None:
         """The learned windows; None where they are as wide as the pattern's and stay so."""
         is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        if not is_trained and not self._read("span", lambda span: bool((span < 1).any())):
+        if not is_trained and not self._read("span", lambda span: bool((span < 1).any()), True):
             return None
         length = self.span.clamp(min=0.0) * self.window.left
-        return AttentionSpan(length, WINDOW_RAMP)
+        return AttentionSpan(length.where(self.strength > 0, self.window.left), WINDOW_RAMP)
 
-    def _read(self, name: str, read: Callable[[torch.Tensor], Any]) -> Any:
-        """A value on the host that depends on one tensor, read again only when that changes."""
+    def _read(self, name: str, read: Callable[[torch.Tensor], Any], safe: Any) -> Any:
+        """A value on the host that depends on one tensor, read again only when that changes.
+
+        While compiling it is the last one that was read, or `safe`, with which every result is
+        right, if slower.
+        """
         tensor = getattr(self, name)
-        if torch.compiler.is_compiling() and name in self._known:
-            return self._known[name][2]
+        if torch.compiler.is_compiling():
+            return self._known[name][2] if name in self._known else safe
         version = None if tensor.is_inference() else tensor._version
         known = self._known.get(name)
         if known is None or version is None or known[0] is not tensor or known[1] != version:
@@ -317,16 +340,33 @@ def set_selection_strength(model: nn.Module, strength: float) -> None:
             "the model has nothing to select with: load it with attention_pattern='adaptive'"
         )
     for part in parts:
-        part.strength.fill_(strength)
-        part.config.selection_strength = float(strength)
+        part.set_strength(strength)
+
+
+@torch.no_grad()
+def mirror_selection_buffers(model: nn.Module, asked: dict[str, float]) -> None:
+    """Makes a loaded model and its configuration agree: what was asked for wins, then the weights.
+
+    Args:
+        model: any of our models.
+        asked: fields of the configuration that the caller gave, with their values.
+    """
+    for part in selections(model):
+        for field, name in SELECTION_BUFFERS.items():
+            buffer = getattr(part, name)
+            if field in asked:
+                buffer.fill_(asked[field])
+            elif buffer.item() != torch.tensor(getattr(part.config, field), dtype=buffer.dtype):
+                setattr(part.config, field, buffer.item())
 
 
 def density_loss(model: nn.Module, target: float) -> torch.Tensor:
     """What is added to a loss so that training ends at a density of `target`.
 
-    max(0, price + excess) * excess for an excess of density - target, with gradients of the second
-    factor only (augmented Lagrangian). The price rises while the density is above the target and
-    falls, to 0 at the least, below it (dual ascent); every call in training mode moves it.
+    strength * max(0, price + excess) * excess for an excess of density - target, with gradients of
+    the last factor only (augmented Lagrangian). The price rises while the density is above the
+    target and falls, to 0 at the least, below it (dual ascent); every call in training mode moves
+    it. The strength lets the task be heard before anything is pruned.
 
     Args:
         model: a model with adaptive layers.
@@ -338,7 +378,7 @@ def density_loss(model: nn.Module, target: float) -> torch.Tensor:
     price = parts[0].price.clone()
     if model.training:
         with torch.no_grad():
-            moved = (price + PRICE_STEP * excess).clamp(min=0.0)
+            moved = (price + PRICE_STEP * parts[0].strength * excess).clamp(min=0.0)
             for part in parts:
                 part.price.copy_(moved)
-    return (price + excess.detach()).clamp(min=0.0) * excess
+    return parts[0].strength.clone() * (price + excess.detach()).clamp(min=0.0) * excess

@@ -29,9 +29,11 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     AdaptiveSparseConfig,
 )
 from adaptive_longformer.modeling.adaptive import (
+    SELECTION_BUFFERS,
     AdaptiveSelection,
     SelectionState,
     density_loss,
+    mirror_selection_buffers,
     set_selection_strength,
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
@@ -233,7 +235,11 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None:
             cls._refuse_other_model_types(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        asked = {name: kwargs[name] for name in SELECTION_BUFFERS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        mirror_selection_buffers(model, asked)
+        return loaded
 
     @classmethod
     def _refuse_other_model_types(cls, source: str | os.PathLike, kwargs: dict) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, selections
+from adaptive_longformer.analysis.watching import watch
+from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 
 
@@ -79,7 +80,6 @@ class SparsityReport:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def sparsity_report(
     model: nn.Module, batch: Mapping[str, Any], *, sampled_blocks: int = 8
 ) -> SparsityReport:
@@ -96,30 +96,15 @@ def sparsity_report(
     """
     if sampled_blocks < 1:
         raise ValueError(f"sampled_blocks is {sampled_blocks}, at least 1 is needed")
-    parts = selections(model)
-    if not parts:
-        raise ValueError(
-            "the model has nothing to report: load it with attention_pattern='adaptive'"
-        )
     layers: dict[int, LayerSparsity] = {}
+    strengths: list[float] = []
 
-    def watch(number: int, part: AdaptiveSelection):
-        def hook(module, args, output) -> None:
-            layers[number] = _measure(part, args, output[1], sampled_blocks)
+    def see(number: int, part: AdaptiveSelection, args: tuple, reads: Reads) -> None:
+        layers[number] = _measure(part, args, reads, sampled_blocks)
+        strengths.append(float(part.strength))
 
-        return hook
-
-    handles = [part.register_forward_hook(watch(number, part)) for number, part in enumerate(parts)]
-    was_training = model.training
-    try:
-        model.eval()(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    return SparsityReport(
-        [layers[number] for number in range(len(parts))], float(parts[0].strength)
-    )
+    watch(model, batch, see)
+    return SparsityReport([layers[number] for number in sorted(layers)], max(strengths))
 
 
 def _measure(

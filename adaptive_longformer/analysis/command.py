@@ -1,0 +1,88 @@
+"""The command `adaptive-longformer report`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from adaptive_longformer.analysis.reading_map import reading_maps, save_reading_maps
+from adaptive_longformer.analysis.sparsity import sparsity_report
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive import set_selection_strength
+from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `report` and its arguments."""
+    parser = subparsers.add_parser(
+        "report",
+        help="say what the layers of an adaptive checkpoint read in a document",
+        description="Say what the layers of an adaptive checkpoint read in a document.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub id")
+    parser.add_argument("file", metavar="FILE", help="the document, a text file in UTF-8")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="read selected blocks with this strength, 0 to 1 (default: the checkpoint's own); "
+        "makes any longformer checkpoint select",
+    )
+    parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
+    parser.add_argument("--figure", metavar="PATH", help="also draw who reads whom, as PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the checkpoint on the document and print what its layers read."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    text = _read_text(args.file)
+    config = AutoConfig.from_pretrained(args.checkpoint)
+    if not isinstance(config, AdaptiveSparseConfig):
+        raise ValueError(
+            f"CHECKPOINT: {args.checkpoint} is a {config.model_type} checkpoint; convert it first: "
+            f"adaptive-longformer convert {args.checkpoint} TARGET"
+        )
+    if args.strength is not None:
+        config.attention_pattern = "adaptive"
+        config.validate_adaptive_sparse()
+    elif config.attention_pattern != "adaptive":
+        raise ValueError(
+            f"CHECKPOINT: its attention_pattern is {config.attention_pattern!r}, which selects "
+            "nothing; --strength 1 shows what it would select"
+        )
+    model = AdaptiveSparseModel.from_pretrained(
+        args.checkpoint, config=config, add_pooling_layer=False
+    )
+    if args.strength is not None:
+        set_selection_strength(model, args.strength)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    batch = tokenizer(
+        text, return_tensors="pt", truncation=True, max_length=config.max_sequence_length
+    )
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    report = sparsity_report(model, batch)
+    length = batch["input_ids"].shape[1]
+    sys.stdout.write(
+        f"{length} tokens, {report.keys_per_query:.1f} keys per query "
+        f"({report.keys_per_query / length:.1%} of all), strength {report.strength:g}\n"
+        f"{report.table()}\n"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"length": length, **report.as_dict()}, indent=2))
+    if args.figure:
+        save_reading_maps(reading_maps(model, batch), args.figure)
+    return 0
+
+
+def _read_text(file: str) -> str:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"FILE: {file} is not text in UTF-8") from error
+    if not text.strip():
+        raise ValueError(f"FILE: {file} is empty")
+    return text

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import torch
+
+from adaptive_longformer.__main__ import main
+from adaptive_longformer.analysis.reading_map import reading_maps
+from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
+from adaptive_longformer.testing import tiny_adaptive_model, tiny_inputs, tiny_model
+from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """An adaptive and a plain checkpoint with a tokenizer, and a document."""
+    folder = tmp_path_factory.mktemp("report")
+    text = " ".join(f"word{number % 40} and" for number in range(400))
+    (folder / "document.txt").write_text(text)
+    tokenizer = train_byte_level_tokenizer([text], vocab_size=300)
+    for name, model in (
+        ("adaptive", tiny_adaptive_model(AdaptiveSparseForMaskedLM, vocab_size=300)),
+        ("plain", tiny_model(AdaptiveSparseForMaskedLM, vocab_size=300)),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_report_prints_a_line_per_layer_and_writes_numbers_and_figure(places, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = [str(places / "adaptive"), str(places / "document.txt")]
+    files = ["--json", str(places / "report.json"), "--figure", str(places / "map.png")]
+    assert main(["report", *arguments, *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "strength 1" in lines[0]
+    numbers = json.loads((places / "report.json").read_text())
+    assert numbers["layers"][0]["selected_keys"] > 0
+    assert (places / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_what_a_plain_checkpoint_would_select(places, capsys):
+    arguments = ["report", str(places / "plain"), str(places / "document.txt")]
+    assert main(arguments) == 2
+    assert "--strength 1" in capsys.readouterr().err
+    assert main([*arguments, "--strength", "0.5"]) == 0
+    assert "strength 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "is empty"), (b"\xff\xfe\x00", "not text in UTF-8")]
+)
+def test_documents_that_are_none_are_refused_in_one_line(places, capsys, content, words):
+    (places / "bad.txt").write_bytes(content)
+    assert main(["report", str(places / "adaptive"), str(places / "bad.txt")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_maps_show_the_window_and_what_was_selected():
+    model = tiny_adaptive_model()
+    for reading_map in reading_maps(model, tiny_inputs(model, 300, padding="left")):
+        assert reading_map.shape == (19, 19)
+        assert (reading_map.diagonal() == 1).all()
+        assert 0 < reading_map[0, 5:].sum() <= 4
+        assert reading_map.max() == 1
+    model.set_selection_strength(0.0)
+    for reading_map in reading_maps(model, tiny_inputs(model, 300, padding="none")):
+        assert torch.equal(reading_map.nonzero().diff(dim=1).abs().max(), torch.tensor(1))
