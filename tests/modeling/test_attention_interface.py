@@ -12,6 +12,7 @@ from transformers import (
 from adaptive_longformer.modeling.attention_interface import (
     adaptive_sparse_attention_forward,
     adaptive_sparse_mask,
+    adaptive_sparse_options,
 )
 from adaptive_longformer.testing import randomize_all_parameters
 
@@ -64,7 +65,8 @@ def test_window_over_everything_equals_eager(config, padding, length):
 
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=lambda config: config.model_type)
 def test_narrow_window_differs_from_eager(config):
-    ours = foreign_model(config, "adaptive_sparse", attention_window=8, num_global_tokens=0)
+    options = {"attention_window": 8, "num_global_tokens": 0, "num_selected_blocks": 0}
+    ours = foreign_model(config, "adaptive_sparse", **options)
     expected = logits_of(foreign_model(config, "eager"), 64, "none")
     assert (logits_of(ours, 64, "none") - expected).abs().max() > 1e-2
 
@@ -179,3 +181,43 @@ def test_mask_function_keeps_the_padding_mask():
     mask = torch.tensor([[True, False]])
     assert adaptive_sparse_mask(1, 2, 2, attention_mask=mask) is mask
     assert adaptive_sparse_mask(1, 2, 2) is None
+
+
+EVERY_BLOCK = {"num_selected_blocks": 12, "block_size": 16, "query_block_size": 16, "top_p": 1.0}
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_choosing_every_block_equals_eager(config, padding):
+    """Grouped-query heads included. Under causality the window reaches over the own blocks."""
+    ours = foreign_model(config, "adaptive_sparse", attention_window=80, **EVERY_BLOCK)
+    narrow = foreign_model(config, "adaptive_sparse", attention_window=80, num_selected_blocks=0)
+    expected = logits_of(foreign_model(config, "eager"), 150, padding)
+    scale = expected.abs().max().clamp(min=1)
+    assert (logits_of(ours, 150, padding) - expected).abs().max() <= 1e-5 * scale
+    assert (logits_of(narrow, 150, padding) - expected).abs().max() > 1e-3 * scale
+
+
+def test_the_choice_of_a_causal_model_does_not_see_later_tokens():
+    options = {**EVERY_BLOCK, "num_selected_blocks": 2}
+    model = foreign_model(LLAMA, "adaptive_sparse", attention_window=32, **options)
+    ids = torch.randint(5, 97, (1, 160))
+    changed = ids.clone()
+    changed[0, 100:] = 5
+    with torch.no_grad():
+        before, after = model(input_ids=ids).logits, model(input_ids=changed).logits
+    assert torch.equal(before[:, :100], after[:, :100])
+
+
+def test_options_of_a_context_hold_for_its_time():
+    model = foreign_model(BERT, "adaptive_sparse", attention_window=16, num_selected_blocks=0)
+    other = foreign_model(BERT, "adaptive_sparse", attention_window=64, num_selected_blocks=0)
+    alone = logits_of(model, 100, "none")
+    with adaptive_sparse_options(attention_window=64):
+        assert torch.equal(logits_of(model, 100, "none"), logits_of(other, 100, "none"))
+    assert torch.equal(logits_of(model, 100, "none"), alone)
+    with (
+        pytest.raises(ValueError, match="num_selected_blocks'\\] is -1"),
+        adaptive_sparse_options(num_selected_blocks=-1),
+    ):
+        pass
