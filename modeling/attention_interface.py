@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
 
 from adaptive_longformer.attention.alignment import left_padding, roll_rows
 from adaptive_longformer.attention.functional import sparse_attention
@@ -30,11 +35,18 @@ _UNSUPPORTED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a position bias",
-    "sliding_window": "a sliding window of the model itself",
     "output_attentions": "attention probabilities (attn_implementation='eager' returns them)",
     "cu_seq_lens_q": "packed sequences",
     "cache": "a paged cache",
 }
+
+
+_PLAIN_MASKS = (causal_mask_function, bidirectional_mask_function)
+# Every window has a closure of its own, the code behind it is one of these two.
+_WINDOW_OVERLAYS = (
+    sliding_window_overlay(1).__code__,
+    sliding_window_bidirectional_overlay(1).__code__,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ def adaptive_sparse_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Sliding window, first tokens global, and chosen blocks, with the signature of
@@ -139,6 +152,7 @@ def adaptive_sparse_attention_forward(
         dropout: probability of dropping an attention probability.
         scaling: factor of the scores; None: head_dim**-0.5.
         is_causal: None: `module.is_causal`.
+        sliding_window: the layer's own window, the query counted in: then it is all that is read.
         kwargs: what else the model passes; only what changes nothing is accepted.
 
     Returns:
@@ -163,6 +177,11 @@ def adaptive_sparse_attention_forward(
             f"an attention_mask of shape {tuple(attention_mask.shape)}; pass [batch, length]"
         )
     options = _options(module.config)
+    window = SlidingWindow(options.attention_window // 2)
+    if sliding_window is not None:
+        # A layer that is local by itself stays what it is. Transformers counts the query in.
+        options = replace(options, num_global_tokens=0, num_selected_blocks=0)
+        window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     shifts = None
     if options.num_selected_blocks and attention_mask is not None:
@@ -173,7 +192,7 @@ def adaptive_sparse_attention_forward(
             for tensor in (query, key, value)
         )
         attention_mask = roll_rows(attention_mask, shifts)
-    output = _attend(query, key, value, attention_mask, options, causal, scaling, dropout)
+    output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
     output = output.transpose(1, 2)
     if shifts is not None:
         output = roll_rows(output, -shifts)
@@ -196,15 +215,26 @@ def adaptive_sparse_mask(
         bool [batch, length], True where a token is not padding, or None.
 
     Raises:
-        NotImplementedError: the model asks for more than causality and padding, such as packed
-            sequences or its own sliding window.
+        NotImplementedError: the model asks for more than causality, padding and a sliding window,
+            such as packed sequences.
     """
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+    if mask_function not in _PLAIN_MASKS and not _is_sliding_window(mask_function):
         raise _not_implemented(
-            "a mask beyond causality and padding (the model's own sliding window or chunks, or "
+            "a mask beyond causality, padding and a sliding window (chunks, or "
             "packed sequences; if positions are regular, pass an attention_mask of ones)"
         )
     return attention_mask
+
+
+def _is_sliding_window(mask_function: Callable) -> bool:
+    """Whether it is the mask of a layer's own window, whose size the layer also passes as
+    `sliding_window`: an overlay and causality, or nothing, joined by `and_masks`.
+    """
+    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
+        return False
+    overlay, rest = parts[0]
+    return rest in _PLAIN_MASKS and getattr(overlay, "__code__", None) in _WINDOW_OVERLAYS
 
 
 def _options(config: Any) -> AdaptiveSparseOptions:
@@ -225,13 +255,13 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    window: SlidingWindow,
     options: AdaptiveSparseOptions,
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
 ) -> torch.Tensor:
     """Attention in the window, to the first tokens and to the chosen blocks."""
-    window = SlidingWindow(options.attention_window // 2)
     global_mask = _first_tokens(query, attention_mask, options.num_global_tokens)
     pattern_or_layout: Pattern | BlockLayout = window
     length = query.shape[2]

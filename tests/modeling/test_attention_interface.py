@@ -6,6 +6,7 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     RobertaConfig,
 )
 
@@ -27,6 +28,12 @@ SIZES = {
 BERT = BertConfig(**SIZES)
 ROBERTA = RobertaConfig(**SIZES)
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False)
+MISTRAL = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16, use_cache=False)
+MODERNBERT = ModernBertConfig(
+    **SIZES, local_attention=32, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2, cls_token_id=1, sep_token_id=2,
+)  # fmt: skip
+WIDER = {"mistral": {"sliding_window": 17}, "modernbert": {"local_attention": 34}}
 
 
 def foreign_model(config, attn_implementation, **options):
@@ -122,11 +129,17 @@ def test_generation_without_cache_equals_eager():
     assert torch.equal(*texts)
 
 
-def test_own_sliding_window_of_a_model_is_refused():
-    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16)
-    model = foreign_model(config, "adaptive_sparse")
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        model(input_ids=torch.randint(5, 97, (1, 40)))
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("config", [MISTRAL, MODERNBERT], ids=lambda config: config.model_type)
+def test_a_layers_own_sliding_window_stays_what_it_is(config, padding):
+    """All layers of this Mistral are local; ModernBERT's global layers read everything here."""
+    ours = foreign_model(config, "adaptive_sparse", attention_window=400, num_global_tokens=0)
+    expected = logits_of(foreign_model(config, "eager"), 150, padding)
+    scale = expected.abs().max().clamp(min=1)
+    assert (logits_of(ours, 150, padding) - expected).abs().max() <= 1e-5 * scale
+    wider = type(config)(**{**config.to_dict(), **WIDER[config.model_type]})
+    other = logits_of(foreign_model(wider, "adaptive_sparse", attention_window=400), 150, padding)
+    assert (other - expected).abs().max() > 1e-3 * scale
 
 
 def test_packed_sequences_are_refused():
