@@ -20,16 +20,14 @@ from adaptive_longformer.attention.dropout import column_keys, keep_words, row_k
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import (
-    fake_backward,
-    fake_forward,
-    register_autograd,
+    OperatorArguments,
+    define_operator,
     run_operator,
 )
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,
-    block_layout,
     split_window,
 )
 from adaptive_longformer.patterns.pattern import pattern_from_spec
@@ -72,36 +70,12 @@ class _Tile:
 class _Problem:
     """The inputs of one call, prepared once for the forward or the backward walk over the tiles."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pattern: str,
-        key_blocks: torch.Tensor | None,
-        counts: torch.Tensor | None,
-        flags: torch.Tensor | None,
-        query_block_size: int,
-        key_block_size: int,
-        layout_window: str,
-        layout_pattern: str,
-        entry_bias: torch.Tensor | None,
-        span_length: torch.Tensor | None,
-        span_ramp: float,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: torch.Tensor | None,
-    ) -> None:
+    def __init__(self, arguments: OperatorArguments) -> None:
+        query, key, value = arguments.query, arguments.key, arguments.value
+        attention_mask, global_mask = arguments.attention_mask, arguments.global_mask
         self.batch, self.heads, self.length, self.head_dim = query.shape
-        self.device, self.is_causal, self.scale, self.dropout_p = (
-            query.device,
-            is_causal,
-            scale,
-            dropout_p,
-        )
+        self.device, self.is_causal = query.device, arguments.is_causal
+        self.scale, self.dropout_p = arguments.scale, arguments.dropout_p
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         # Low precision stays on the matrix units of a GPU; a CPU has none, and is more exact in
         # float32.
@@ -111,46 +85,22 @@ class _Problem:
             padding = ~attention_mask[:, None, :, None]
             key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
         self.query, self.key, self.value = query, key, value
-        self.span_length, self.span_ramp = span_length, span_ramp
+        self.span_length, self.span_ramp = arguments.span_length, arguments.span_ramp
 
-        if key_blocks is None:
-            window, rest = split_window(pattern_from_spec(pattern))
-            extra = None
-            if rest is not None:
-                extra = block_layout(
-                    pattern_from_spec(pattern),
-                    self.length,
-                    query_block_size=query_block_size,
-                    key_block_size=key_block_size,
-                    num_heads=self.heads,
-                    device=self.device,
-                )
-        else:
-            assert counts is not None and flags is not None
-            extra = BlockLayout(
-                key_blocks=key_blocks,
-                counts=counts,
-                flags=flags,
-                query_block_size=query_block_size,
-                key_block_size=key_block_size,
-                length=self.length,
-                window=pattern_from_spec(layout_window) if layout_window else None,  # type: ignore[arg-type]
-                pattern=pattern_from_spec(layout_pattern) if layout_pattern else None,
-            )
-            window = extra.window
+        extra, window = self._lists_and_window(arguments)
         self.extra = extra
-        self.entry_bias = entry_bias
+        self.entry_bias = arguments.entry_bias
         if extra is not None:
-            self._drop_window_entries(extra, entry_bias)
+            self._drop_window_entries(extra, arguments.entry_bias)
         self.window = window
         if window is None:
             self.left, self.right = 0, -1
         else:
             assert isinstance(window, SlidingWindow) and window.right is not None
             self.left = min(window.left, self.length)
-            self.right = 0 if is_causal else min(window.right, self.length)
-            if span_length is not None:
-                self._narrow_to_span(span_length)
+            self.right = 0 if self.is_causal else min(window.right, self.length)
+            if self.span_length is not None:
+                self._narrow_to_span(self.span_length)
         self.tile_rows = min(_TILE_ROWS.get(self.device.type, 128), max(self.length, 1))
         if self.extra is not None:
             self.tile_rows = self.extra.query_block_size
@@ -174,12 +124,23 @@ class _Problem:
             self.near_invalid_before = torch.cat(
                 [zero, (~near_valid).cumsum(dim=1)], dim=1
             ).tolist()
-        if dropout_p > 0:
-            assert dropout_seed is not None
-            self.row_keys = row_keys(dropout_seed, self.batch, self.heads, self.length)
-            self.column_keys = column_keys(dropout_seed, self.length)
+        if self.dropout_p > 0:
+            assert arguments.dropout_seed is not None
+            self.row_keys = row_keys(arguments.dropout_seed, self.batch, self.heads, self.length)
+            self.column_keys = column_keys(arguments.dropout_seed, self.length)
         if self.extra is not None:
             self.key_tiles, self.value_tiles = self._as_blocks(key), self._as_blocks(value)
+
+    def _lists_and_window(
+        self, arguments: OperatorArguments
+    ) -> tuple[BlockLayout | None, SlidingWindow | None]:
+        """The lists of blocks, None if the window is all there is, and the window."""
+        if arguments.key_blocks is None:
+            window, rest = split_window(pattern_from_spec(arguments.pattern))
+            if rest is None:
+                return None, window
+        layout = arguments.layout()
+        return layout, layout.window
 
     def _drop_window_entries(self, layout: BlockLayout, entry_bias: torch.Tensor | None) -> None:
         """Keeps only the entries besides the window, and remembers where they stood for the bias
@@ -500,38 +461,10 @@ class _Prepared:
     positions: torch.Tensor | None
 
 
-@torch.library.custom_op("adaptive_longformer::blocked_attention", mutates_args=())
-def blocked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: str,
-    key_blocks: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    flags: torch.Tensor | None,
-    query_block_size: int,
-    key_block_size: int,
-    layout_window: str,
-    layout_pattern: str,
-    entry_bias: torch.Tensor | None,
-    span_length: torch.Tensor | None,
-    span_ramp: float,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of every row as an ordinary row; `run_blocked` says what the arguments are.
-
-    Patterns are given as their specs ("" where there is none), a layout as its tensors.
-    """
-    problem = _Problem(
-        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
-        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
-        global_mask, is_causal, scale, dropout_p, dropout_seed,
-    )  # fmt: skip
+def _forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of every row, as an ordinary row."""
+    problem = _Problem(arguments)
+    query, scale, dropout_p = arguments.query, arguments.scale, arguments.dropout_p
     output = like_projection(query)
     lse = torch.empty(query.shape[:3], dtype=problem.dtype, device=query.device)
     for tile in problem.tiles():
@@ -555,41 +488,18 @@ def blocked_attention(
     return output, lse
 
 
-blocked_attention.register_fake(fake_forward)
-
-
-@torch.library.custom_op("adaptive_longformer::blocked_attention_backward", mutates_args=())
-def _blocked_attention_backward(
+def _backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: str,
-    key_blocks: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    flags: torch.Tensor | None,
-    query_block_size: int,
-    key_block_size: int,
-    layout_window: str,
-    layout_pattern: str,
-    entry_bias: torch.Tensor | None,
-    span_length: torch.Tensor | None,
-    span_ramp: float,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
+    arguments: OperatorArguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    problem = _Problem(
-        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
-        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
-        global_mask, is_causal, scale, dropout_p, dropout_seed,
-    )  # fmt: skip
+    """Gradients of query, key, value, entry bias and span."""
+    problem = _Problem(arguments)
+    query, key, value = arguments.query, arguments.key, arguments.value
+    entry_bias, span_length = arguments.entry_bias, arguments.span_length
+    scale, dropout_p = arguments.scale, arguments.dropout_p
     dtype, matmul_dtype = problem.dtype, problem.matmul_dtype
     grad_query = like_projection(query)
     grad_key, grad_value = (
@@ -726,5 +636,4 @@ class _Accumulators:
         return self.grad_key.to(key.dtype), self.grad_value.to(value.dtype), grad_bias, grad_span
 
 
-_blocked_attention_backward.register_fake(fake_backward)
-register_autograd(blocked_attention, _blocked_attention_backward)
+blocked_attention = define_operator("blocked_attention", _forward, _backward)

@@ -11,9 +11,8 @@ from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.extension import kernel_library, why_unavailable
 from adaptive_longformer.attention.operator import (
     DEFAULT_BLOCK_SIZE,
-    fake_backward,
-    fake_forward,
-    register_autograd,
+    OperatorArguments,
+    define_operator,
     run_operator,
 )
 from adaptive_longformer.attention.reference import reference_attention
@@ -141,77 +140,23 @@ def _largest_error(
     return torch.stack(ratios).amax().item()
 
 
-def _kernels(query: torch.Tensor):
-    return compiled_cuda if query.is_cuda else compiled_cpu
+def _kernels(arguments: OperatorArguments):
+    return compiled_cuda if arguments.query.is_cuda else compiled_cpu
 
 
-@torch.library.custom_op("adaptive_longformer::compiled_attention", mutates_args=())
-def compiled_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: str,
-    key_blocks: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    flags: torch.Tensor | None,
-    query_block_size: int,
-    key_block_size: int,
-    layout_window: str,
-    layout_pattern: str,
-    entry_bias: torch.Tensor | None,
-    span_length: torch.Tensor | None,
-    span_ramp: float,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-sparse attention by the compiled kernel of the query's device."""
-    return _kernels(query).forward(
-        query, key, value, pattern, key_blocks, counts, flags, query_block_size, key_block_size,
-        layout_window, layout_pattern, entry_bias, span_length, span_ramp, attention_mask,
-        global_mask, is_causal, scale, dropout_p, dropout_seed,
-    )  # fmt: skip
+def _forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp by the compiled kernel of the query's device."""
+    return _kernels(arguments).forward(arguments)
 
 
-compiled_attention.register_fake(fake_forward)
-
-
-@torch.library.custom_op("adaptive_longformer::compiled_attention_backward", mutates_args=())
-def _compiled_attention_backward(
+def _backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: str,
-    key_blocks: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    flags: torch.Tensor | None,
-    query_block_size: int,
-    key_block_size: int,
-    layout_window: str,
-    layout_pattern: str,
-    entry_bias: torch.Tensor | None,
-    span_length: torch.Tensor | None,
-    span_ramp: float,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _kernels(query).backward(
-        grad_output, grad_lse, output, lse, query, key, value, pattern, key_blocks, counts, flags,
-        query_block_size, key_block_size, layout_window, layout_pattern, entry_bias, span_length,
-        span_ramp, attention_mask, global_mask, is_causal, scale, dropout_p, dropout_seed,
-    )  # fmt: skip
+    arguments: OperatorArguments,
+) -> tuple[torch.Tensor, ...]:
+    return _kernels(arguments).backward(grad_output, grad_lse, output, lse, arguments)
 
 
-_compiled_attention_backward.register_fake(fake_backward)
-register_autograd(compiled_attention, _compiled_attention_backward)
+compiled_attention = define_operator("compiled_attention", _forward, _backward)

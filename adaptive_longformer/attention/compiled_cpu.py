@@ -8,10 +8,8 @@ from adaptive_longformer.attention.dropout import column_keys, row_keys, thresho
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.memory_format import like_projection
+from adaptive_longformer.attention.operator import OperatorArguments
 from adaptive_longformer.attention.reference import MIN_WEIGHT
-from adaptive_longformer.patterns.block_layout import block_layout
-from adaptive_longformer.patterns.pattern import pattern_from_spec
-from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ERRORS = {
@@ -60,9 +58,9 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def forward(query: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; the arguments are those of `compiled_attention`."""
-    call = _Call(query, *inputs)
+def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp."""
+    call, query = _Call(arguments), arguments.query
     output = like_projection(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     call.set_rows(output=output)
@@ -76,11 +74,11 @@ def backward(
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    *inputs,
+    arguments: OperatorArguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
-    call = _Call(*inputs)
-    query, key, value = inputs[:3]
+    call = _Call(arguments)
+    query, key, value = arguments.query, arguments.key, arguments.value
     grads = like_projection(query), like_projection(key), like_projection(value)
     call.set_rows(output=output, grad_output=grad_output)
     call.set_rows(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
@@ -101,88 +99,61 @@ def backward(
 class _Call:
     """One call of the library, with the tensors that its struct points into."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pattern: str,
-        key_blocks: torch.Tensor | None,
-        counts: torch.Tensor | None,
-        flags: torch.Tensor | None,
-        query_block_size: int,
-        key_block_size: int,
-        layout_window: str,
-        layout_pattern: str,
-        entry_bias: torch.Tensor | None,
-        span_length: torch.Tensor | None,
-        span_ramp: float,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: torch.Tensor | None,
-    ) -> None:
-        self.query = query
-        self.entry_bias, self.span_length = entry_bias, span_length
+    def __init__(self, inputs: OperatorArguments) -> None:
+        query, self.query = inputs.query, inputs.query
+        self.entry_bias, self.span_length = inputs.entry_bias, inputs.span_length
         self._kept_alive: list[torch.Tensor] = []
         self.arguments = arguments = _Arguments()
         batch, heads, length, _ = query.shape
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
-        arguments.query_block_size = query_block_size
-        arguments.key_block_size = key_block_size
-        arguments.is_causal = is_causal
-        arguments.scale = scale
+        arguments.query_block_size = inputs.query_block_size
+        arguments.key_block_size = inputs.key_block_size
+        arguments.is_causal = inputs.is_causal
+        arguments.scale = inputs.scale
         arguments.num_threads = torch.get_num_threads()
-        self.set_rows(query=query, key=key, value=value)
+        self.set_rows(query=query, key=inputs.key, value=inputs.value)
 
-        window = pattern_from_spec(layout_window) if layout_window else None
-        if key_blocks is None or counts is None or flags is None:
-            layout = block_layout(
-                pattern_from_spec(pattern),
-                length,
-                query_block_size=query_block_size,
-                key_block_size=key_block_size,
-                num_heads=heads,
-            )
-            key_blocks, counts, flags = layout.key_blocks, layout.counts, layout.flags
-            window = layout.window
-        self.key_blocks = key_blocks
+        layout = inputs.layout()
+        self.key_blocks = layout.key_blocks
         self.set_arrays(
-            key_blocks=key_blocks.int(),
-            counts=counts.int(),
-            flags=flags.expand(key_blocks.shape).int(),
+            key_blocks=layout.key_blocks.int(),
+            counts=layout.counts.int(),
+            flags=layout.flags.expand(layout.key_blocks.shape).int(),
         )
-        arguments.num_query_blocks, arguments.max_entries = key_blocks.shape[2:]
-        arguments.list_batch_stride, arguments.list_head_stride = _broadcast_strides(key_blocks)
-        if window is not None:
-            assert isinstance(window, SlidingWindow) and window.right is not None
+        arguments.num_query_blocks, arguments.max_entries = self.key_blocks.shape[2:]
+        strides = _broadcast_strides(self.key_blocks)
+        arguments.list_batch_stride, arguments.list_head_stride = strides
+        if layout.window is not None:
+            window = layout.window
+            assert window.right is not None
             arguments.has_window = 1
             arguments.left, arguments.right = min(window.left, length), min(window.right, length)
-        if entry_bias is not None:
-            self.set_arrays(entry_bias=entry_bias.float())
-            arguments.bias_batch_stride, arguments.bias_head_stride = _broadcast_strides(entry_bias)
-        if span_length is not None:
-            self._set_span(span_length.detach().float(), span_ramp)
+        if self.entry_bias is not None:
+            self.set_arrays(entry_bias=self.entry_bias.float())
+            strides = _broadcast_strides(self.entry_bias)
+            arguments.bias_batch_stride, arguments.bias_head_stride = strides
+        if self.span_length is not None:
+            self._set_span(self.span_length.detach().float(), inputs.span_ramp)
 
-        is_listed = attention_mask
-        if attention_mask is not None:
-            self.set_arrays(is_padding=~attention_mask)
-        if global_mask is not None:
-            is_listed = ~global_mask if is_listed is None else is_listed & ~global_mask
-            positions = pack_global_tokens(global_mask)
+        is_listed = inputs.attention_mask
+        if inputs.attention_mask is not None:
+            self.set_arrays(is_padding=~inputs.attention_mask)
+        if inputs.global_mask is not None:
+            is_ordinary = ~inputs.global_mask
+            is_listed = is_ordinary if is_listed is None else is_listed & is_ordinary
+            positions = pack_global_tokens(inputs.global_mask)
             arguments.num_global = positions.shape[1]
             self.set_arrays(global_positions=positions)
         if is_listed is not None:
             self.set_arrays(is_listed=is_listed)
-        if dropout_p > 0:
-            assert dropout_seed is not None
-            arguments.dropout_p, arguments.dropout_threshold = dropout_p, threshold(dropout_p)
+        if inputs.dropout_p > 0:
+            assert inputs.dropout_seed is not None
+            arguments.dropout_p = inputs.dropout_p
+            arguments.dropout_threshold = threshold(inputs.dropout_p)
             self.set_arrays(
-                row_words=row_keys(dropout_seed, batch, heads, length),
-                column_words=column_keys(dropout_seed, length),
+                row_words=row_keys(inputs.dropout_seed, batch, heads, length),
+                column_words=column_keys(inputs.dropout_seed, length),
             )
 
     def set_rows(self, **tensors: torch.Tensor) -> None:

@@ -11,9 +11,8 @@ from adaptive_longformer.attention.dropout import column_keys, row_keys, thresho
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.memory_format import like_projection
-from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
-from adaptive_longformer.patterns.pattern import pattern_from_spec
-from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.attention.operator import OperatorArguments
+from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 
 ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 96, 128)
@@ -124,9 +123,9 @@ def gradient_items(layout: BlockLayout, item_entries: int = _ITEM_ENTRIES) -> Gr
     )
 
 
-def forward(query: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; the arguments are those of `compiled_attention`."""
-    call = _Call(query, *inputs)
+def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp."""
+    call, query = _Call(arguments), arguments.query
     output = like_projection(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     call.set_rows(output=output)
@@ -140,11 +139,11 @@ def backward(
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    *inputs,
+    arguments: OperatorArguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
-    call = _Call(*inputs)
-    query, key, value = inputs[:3]
+    call = _Call(arguments)
+    query, key, value = arguments.query, arguments.key, arguments.value
     # Only keys that some list may show are written.
     grads = (
         like_projection(query),
@@ -170,82 +169,50 @@ def backward(
 class _Call:
     """One call of the library, with the tensors that its struct points into."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pattern: str,
-        key_blocks: torch.Tensor | None,
-        counts: torch.Tensor | None,
-        flags: torch.Tensor | None,
-        query_block_size: int,
-        key_block_size: int,
-        layout_window: str,
-        layout_pattern: str,
-        entry_bias: torch.Tensor | None,
-        span_length: torch.Tensor | None,
-        span_ramp: float,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: torch.Tensor | None,
-    ) -> None:
-        self.query, self.entry_bias, self.span_length = query, entry_bias, span_length
+    def __init__(self, inputs: OperatorArguments) -> None:
+        query, self.query = inputs.query, inputs.query
+        self.entry_bias, self.span_length = inputs.entry_bias, inputs.span_length
         self._kept_alive: list[torch.Tensor] = []
         self.arguments = arguments = _Arguments()
         batch, heads, length, _ = query.shape
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
-        arguments.query_block_size = query_block_size
-        arguments.is_causal, arguments.scale = is_causal, scale
-        self.set_rows(query=query, key=key, value=value)
+        arguments.query_block_size = inputs.query_block_size
+        arguments.is_causal, arguments.scale = inputs.is_causal, inputs.scale
+        self.set_rows(query=query, key=inputs.key, value=inputs.value)
 
-        if key_blocks is None or counts is None or flags is None:
-            layout = block_layout(
-                pattern_from_spec(pattern),
-                length,
-                query_block_size=query_block_size,
-                key_block_size=key_block_size,
-                num_heads=heads,
-                device=query.device,
-            )
-        else:
-            layout = BlockLayout(
-                key_blocks=key_blocks.int(),
-                counts=counts.int(),
-                flags=flags.expand(key_blocks.shape).int(),
-                query_block_size=query_block_size,
-                key_block_size=key_block_size,
-                length=length,
-                window=pattern_from_spec(layout_window) if layout_window else None,  # type: ignore[arg-type]
-            )
+        layout = inputs.layout()
+        layout = replace(
+            layout,
+            key_blocks=layout.key_blocks.int(),
+            counts=layout.counts.int(),
+            flags=layout.flags.expand(layout.key_blocks.shape).int(),
+        )
         if layout.window is not None:
             window = layout.window
-            assert isinstance(window, SlidingWindow) and window.right is not None
+            assert window.right is not None
             arguments.has_window = 1
             arguments.left, arguments.right = min(window.left, length), min(window.right, length)
-        self._set_lists(layout, attention_mask, global_mask)
-        if entry_bias is not None:
-            padded = torch.nn.functional.pad(entry_bias.float(), (self.num_packs, 0))
+        self._set_lists(layout, inputs.attention_mask, inputs.global_mask)
+        if self.entry_bias is not None:
+            padded = torch.nn.functional.pad(self.entry_bias.float(), (self.num_packs, 0))
             self.set_arrays(entry_bias=padded)
             rows = padded.shape[2]
             arguments.bias_batch_stride = padded.shape[1] * rows if padded.shape[0] > 1 else 0
             arguments.bias_head_stride = rows if padded.shape[1] > 1 else 0
-        if span_length is not None:
-            self.set_arrays(span_length=span_length.detach().float())
-            arguments.span_ramp = span_ramp
-        if attention_mask is not None:
-            self.set_arrays(is_padding=~attention_mask)
-        arguments.keep_factor = 1 / (1 - dropout_p)
-        if dropout_p > 0:
-            assert dropout_seed is not None
-            arguments.has_dropout, arguments.dropout_threshold = 1, threshold(dropout_p)
+        if self.span_length is not None:
+            self.set_arrays(span_length=self.span_length.detach().float())
+            arguments.span_ramp = inputs.span_ramp
+        if inputs.attention_mask is not None:
+            self.set_arrays(is_padding=~inputs.attention_mask)
+        arguments.keep_factor = 1 / (1 - inputs.dropout_p)
+        if inputs.dropout_p > 0:
+            assert inputs.dropout_seed is not None
+            arguments.has_dropout = 1
+            arguments.dropout_threshold = threshold(inputs.dropout_p)
             self.set_arrays(
-                row_words=row_keys(dropout_seed, batch, heads, length),
-                column_words=column_keys(dropout_seed, length),
+                row_words=row_keys(inputs.dropout_seed, batch, heads, length),
+                column_words=column_keys(inputs.dropout_seed, length),
             )
 
     def _set_lists(

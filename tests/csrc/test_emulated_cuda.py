@@ -83,8 +83,8 @@ def errors(pattern, length, *, heads=1, head_dim=32, dtype=torch.bfloat16, batch
 
     arguments = operator_arguments(make_call(*tensors[:3], pattern, **options))
     with torch.no_grad():
-        actual_output, actual_lse = compiled_cuda.forward(*arguments)
-        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, *arguments)
+        actual_output, actual_lse = compiled_cuda.forward(arguments)
+        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, arguments)
     assert torch.equal((actual_lse == -torch.inf) & is_local, is_empty & is_local)
     assert (actual_output[is_empty & is_local] == 0).all()
     actual = [actual_output, actual_lse.masked_fill(is_empty, 0.0)]
@@ -169,9 +169,9 @@ def test_nan_in_padding_does_not_leak(emulator):
     for fill in (0.0, torch.nan):
         inputs = [tensor.masked_fill(~mask[:, None, :, None], fill) for tensor in tensors]
         arguments = operator_arguments(make_call(*inputs, SlidingWindow(30), attention_mask=mask))
-        output, lse = compiled_cuda.forward(*arguments)
+        output, lse = compiled_cuda.forward(arguments)
         grad = torch.ones_like(output).masked_fill(~mask[:, None, :, None], 0.0)
-        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, *arguments)
+        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, arguments)
         results.append([output, *grads[:3]])
     for clean, dirty in zip(*results):
         assert torch.equal(clean[:, :, mask[0]], dirty[:, :, mask[0]])
@@ -184,8 +184,8 @@ def test_any_order_of_warps_gives_the_same_bits(emulator):
     results = []
     for seed in (1, 2, 3):
         emulator.adaptive_emulator_seed(seed)
-        output, lse = compiled_cuda.forward(*arguments)
-        results.append([output, *compiled_cuda.backward(output, lse, output, lse, *arguments)[:3]])
+        output, lse = compiled_cuda.forward(arguments)
+        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
