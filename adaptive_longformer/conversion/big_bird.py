@@ -38,12 +38,19 @@ class BigBirdFamily(Family):
 
     def notes(self, config: PreTrainedConfig, head: str) -> list[str]:
         """Return what a user of this source should know."""
-        if self.exact_length(config, head) is None:
+        if head != "ForCausalLM":
             return []
+        notes = [
+            "Transformers 5.17 gives this source no causal mask: logits equal those of versions "
+            "that do, such as 5.23"
+        ]
+        if self.exact_length(config, head) is None:
+            return notes
         return [
+            *notes,
             f"above {self.dense_length(config)} tokens the source's block attention is not causal; "
             f"this model is: every token sees the {self.dense_length(config)} before it and the "
-            f"first {config.block_size}"
+            f"first {config.block_size}",
         ]
 
 

@@ -3,8 +3,15 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import FAMILIES, HEADS, load_converted, write_source
-from transformers import AutoTokenizer, BertTokenizer, BigBirdTokenizer
+from checkpoints import (
+    FAMILIES,
+    HEADS,
+    load_converted,
+    randomize,
+    source_config,
+    write_source,
+)
+from transformers import AutoTokenizer, BertTokenizer, BigBirdForPreTraining, BigBirdTokenizer
 
 from adaptive_longformer.conversion import source as source_module
 from adaptive_longformer.conversion.convert import convert_checkpoint
@@ -81,6 +88,18 @@ def test_the_tokenizer_goes_along_and_reads_the_new_length(tmp_path):
     assert (config.cls_token_id, config.sep_token_id) == (2, 3)
     convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "back").model_max_length == 512
+
+
+def test_a_pre_training_checkpoint_of_big_bird_gives_its_masked_language_model(tmp_path):
+    model = randomize(BigBirdForPreTraining(source_config("big_bird")))
+    model.save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", verify=True)
+    assert report.architecture == "AdaptiveSparseForMaskedLM"
+    assert any("cls.seq_relationship.weight" in note for note in report.notes)
+    convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
+    again = BigBirdForPreTraining.from_pretrained(tmp_path / "back")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_the_tokenizer_of_big_bird_goes_along(tmp_path):

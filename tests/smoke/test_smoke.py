@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BigBirdConfig,
+    BigBirdForMaskedLM,
     LongformerConfig,
     LongformerForMaskedLM,
 )
@@ -29,6 +32,15 @@ SIZES = dict(
 )
 
 
+def randomized(model):
+    """The model with every parameter drawn anew."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.fixture
 def input_ids():
     generator = torch.Generator().manual_seed(0)
@@ -39,12 +51,7 @@ def input_ids():
 def longformer():
     """A Longformer whose every tensor is random: default initialisation hides wrong scales."""
     config = LongformerConfig(**SIZES, attention_window=[16, 32], pad_token_id=1)
-    model = LongformerForMaskedLM(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return randomized(LongformerForMaskedLM(config).eval())
 
 
 def test_public_names_exist():
@@ -90,6 +97,35 @@ def test_converted_longformer_has_the_same_logits(tmp_path, longformer, input_id
             expected = longformer(input_ids=input_ids, **masks).logits[attention_mask.bool()]
             logits = converted(input_ids=input_ids, **masks).logits[attention_mask.bool()]
         assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("length", [90, 150])
+def test_converted_big_bird_has_the_same_logits(tmp_path, length):
+    # Inputs of up to 112 tokens are read in full, longer ones by blocks.
+    config = BigBirdConfig(**SIZES, block_size=16, num_random_blocks=1)
+    source = randomized(BigBirdForMaskedLM(config).eval())
+    source.save_pretrained(tmp_path / "source")
+    adaptive_longformer.convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "target").eval()
+    input_ids = torch.randint(5, 50, (2, length), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 70:] = 0
+    with torch.no_grad():
+        expected = source(input_ids, attention_mask).logits
+        logits = converted(input_ids, attention_mask).logits
+    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_is_the_same_with_and_without_a_cache(input_ids, options):
+    config = AdaptiveSparseConfig(**SIZES, attention_window=32, num_sink_tokens=2)
+    model = randomized(AutoModelForCausalLM.from_config(config).eval())
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :60] = 0
+    options = dict(attention_mask=attention_mask, max_new_tokens=20, pad_token_id=1, **options)
+    cached = model.generate(input_ids, **options)
+    assert torch.equal(cached, model.generate(input_ids, use_cache=False, **options))
+    assert cached.shape[1] > input_ids.shape[1]
 
 
 def test_converted_folder_loads_with_remote_code(tmp_path, longformer):
