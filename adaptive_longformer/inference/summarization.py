@@ -88,25 +88,20 @@ def summarize(
     options = _generation_options(model, max_new_tokens, generation_options)
     longest = options["max_new_tokens"]
 
-    input_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    num_tokens = input_ids.shape[1]
-    if num_tokens > model.config.max_sequence_length:
-        input_ids = tokenizer(
-            text,
-            return_tensors="pt",
-            truncation=True,
-            max_length=model.config.max_sequence_length,
-        )["input_ids"]
-    if not set(input_ids[0].tolist()) - set(tokenizer.all_special_ids):
+    token_ids = tokenizer(text, verbose=False)["input_ids"]
+    num_tokens = len(token_ids)
+    special = set(tokenizer.all_special_ids)
+    token_ids = _cut(token_ids, model.config.max_sequence_length, special)
+    if special.issuperset(token_ids):
         raise ValueError("text has no token the tokenizer knows, a document is needed")
-    inputs = {"input_ids": input_ids.to(model.device)}
+    inputs = {"input_ids": torch.tensor([token_ids], device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if model.config.separate_global_projections and model.config.default_global_tokens == "none":
         inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
         inputs["global_attention_mask"][:, 0] = 1
 
-    report_progress("reading", 0, input_ids.shape[1])
-    criteria = StoppingCriteriaList([_Report(report_progress, input_ids.shape[1], longest)])
+    report_progress("reading", 0, len(token_ids))
+    criteria = StoppingCriteriaList([_Report(report_progress, len(token_ids), longest)])
     was_training = model.training
     model.eval()
     try:
@@ -117,9 +112,20 @@ def summarize(
     report_progress("writing", longest, longest)
     return Summary(
         text=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
-        num_tokens_read=input_ids.shape[1],
+        num_tokens_read=len(token_ids),
         num_tokens=num_tokens,
     )
+
+
+def _cut(token_ids: list[int], length: int, special: set[int]) -> list[int]:
+    """The first tokens of a document that is too long, and the special tokens at its end."""
+    if len(token_ids) <= length:
+        return token_ids
+    start = len(token_ids)
+    while start > 0 and token_ids[start - 1] in special:
+        start -= 1
+    end = token_ids[start:][-length:]
+    return token_ids[: length - len(end)] + end
 
 
 class _Report(StoppingCriteria):

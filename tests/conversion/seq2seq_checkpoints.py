@@ -9,6 +9,7 @@ import transformers
 from checkpoints import in_tolerances
 
 from adaptive_longformer.conversion.convert import convert_checkpoint
+from adaptive_longformer.conversion.families import FAMILIES as TABLES
 from adaptive_longformer.conversion.target import SEQ2SEQ
 from adaptive_longformer.testing import randomize_all_parameters, vary_with_position
 
@@ -176,3 +177,31 @@ def compare(source, converted, inputs, converted_inputs=None, valid=None):
         found = outputs_of(converted, converted_inputs or inputs, valid)
     assert len(expected) == len(found)
     return max(in_tolerances([one], [other]) for one, other in zip(expected, found))
+
+
+def gradients(model, inputs, name_of):
+    """The gradients of a random projection of the outputs, by our names; None counts as zero."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    total = sum(
+        (tensor * torch.randn(tensor.shape, generator=generator)).sum()
+        for tensor in outputs_of(model, inputs)
+    )
+    total.backward()
+    return {
+        name_of(name): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+def assert_equal_gradients(family, inputs, source, converted):
+    """The gradients of all parameters are those of the source."""
+    table = TABLES[family].table
+    expected = gradients(source, inputs, table.to_target)
+    is_base = converted.base_model is converted
+    found = gradients(converted, inputs, lambda name: "model." + name if is_base else name)
+    assert expected.keys() == found.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        unit = max(gradient.abs().max().item(), 1e-3 * largest)
+        assert (gradient - found[name]).abs().max() <= 1e-4 * unit, name

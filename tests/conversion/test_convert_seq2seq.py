@@ -147,6 +147,32 @@ def test_more_positions_for_the_document_are_cut_back(tmp_path):
     assert config_of(tmp_path / "back") == config_of(source)
 
 
+def test_blocks_of_bigbird_pegasus_are_taken_over_and_can_be_replaced_at_loading(tmp_path):
+    fields = dict(max_position_embeddings=300, num_random_blocks=1, block_size=16)
+    source = write_source(
+        tmp_path / "source", "bigbird_pegasus", "ForConditionalGeneration", **fields
+    )
+    report = convert_checkpoint(source, tmp_path / "target", max_positions=1000)
+    assert any("extended from 300 to 1000 tokens" in note for note in report.notes)
+    config = config_of(tmp_path / "target")
+    assert (config["attention_pattern"], config["norm_style"]) == ("big_bird", "pre")
+    assert (config["block_size"], config["num_random_blocks"]) == (16, 1)
+    assert config["max_encoder_position_embeddings"] == 1000
+    assert config["max_decoder_position_embeddings"] == 300
+    with pytest.raises(ValueError, match="attention_window: 64 is not allowed"):
+        convert_checkpoint(source, tmp_path / "other", attention_window=64)
+    model = AdaptiveSparseForConditionalGeneration.from_pretrained(
+        tmp_path / "target",
+        attention_pattern="longformer",
+        attention_window=32,
+        default_global_tokens="first",
+    )
+    assert model.generate(torch.full((1, 900), 7), max_new_tokens=3).shape[0] == 1
+    convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True)
+    assert_identical(tensors_of(tmp_path / "back"), tensors_of(source))
+    assert config_of(tmp_path / "back") == config_of(source)
+
+
 def test_windows_of_led_are_taken_over_or_replaced(tmp_path):
     source = write_source(
         tmp_path / "source", "led", "ForConditionalGeneration", attention_window=[32, 64]

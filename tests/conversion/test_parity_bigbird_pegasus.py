@@ -3,7 +3,14 @@ import copy
 import pytest
 import torch
 from checkpoints import grid, in_tolerances
-from seq2seq_checkpoints import HEADS, compare, make_inputs, models, outputs_of
+from seq2seq_checkpoints import (
+    HEADS,
+    assert_equal_gradients,
+    compare,
+    make_inputs,
+    models,
+    outputs_of,
+)
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -120,6 +127,14 @@ def test_loss_equals_that_of_bigbird_pegasus():
         source.get_encoder().set_attention_type("block_sparse")
         with torch.no_grad():
             torch.testing.assert_close(converted(**inputs).loss, source(**inputs).loss)
+
+
+@pytest.mark.parametrize("head", HEADS["bigbird_pegasus"])
+@pytest.mark.parametrize("length", [100, 333])
+def test_gradients_equal_those_of_bigbird_pegasus(head, length):
+    source, converted = models("bigbird_pegasus", head)
+    inputs = make_inputs(source.config, head, length, "right", "default")
+    assert_equal_gradients("bigbird_pegasus", inputs, source, converted)
 
 
 def no_weight_of_the_first_block(model):

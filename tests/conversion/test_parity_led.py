@@ -3,10 +3,15 @@ import copy
 import pytest
 import torch
 from checkpoints import grid, in_tolerances
-from seq2seq_checkpoints import HEADS, compare, make_inputs, models, outputs_of
+from seq2seq_checkpoints import (
+    HEADS,
+    assert_equal_gradients,
+    compare,
+    make_inputs,
+    models,
+    outputs_of,
+)
 from transformers.activations import ACT2FN
-
-from adaptive_longformer.conversion.families import FAMILIES
 
 LENGTHS = (1, 2, 63, 64, 65, 511, 513, 1030)
 WINDOWS = (32, 64, (32, 128))
@@ -136,30 +141,7 @@ def test_generation_equals_that_of_led(options, global_tokens, use_cache):
 def test_gradients_equal_those_of_led(head, global_tokens, window, length):
     source, converted = models("led", head, attention_window=window)
     inputs = make_inputs(source.config, head, length, "right", global_tokens)
-    table = FAMILIES["led"].table
-    expected = gradients(source, inputs, table.to_target)
-    is_base = converted.base_model is converted
-    found = gradients(converted, inputs, lambda name: "model." + name if is_base else name)
-    assert expected.keys() == found.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in expected.items():
-        unit = max(gradient.abs().max().item(), 1e-3 * largest)
-        assert (gradient - found[name]).abs().max() <= 1e-4 * unit, name
-
-
-def gradients(model, inputs, name_of):
-    """The gradients of a random projection of the outputs, by our names; None counts as zero."""
-    model.zero_grad()
-    generator = torch.Generator().manual_seed(0)
-    total = sum(
-        (tensor * torch.randn(tensor.shape, generator=generator)).sum()
-        for tensor in outputs_of(model, inputs)
-    )
-    total.backward()
-    return {
-        name_of(name): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
+    assert_equal_gradients("led", inputs, source, converted)
 
 
 def scale(model):

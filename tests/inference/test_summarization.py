@@ -87,6 +87,13 @@ def test_a_longer_document_is_cut_and_said_so(tokenizer):
     assert summarize(model, tokenizer, beginning, max_new_tokens=3).text == summary.text
 
 
+def test_a_document_of_10_megabytes_is_read_as_far_as_the_model_can(tokenizer):
+    model = model_for_summaries(max_encoder_position_embeddings=64)
+    text = DOCUMENT * (10_000_000 // len(DOCUMENT))
+    summary = summarize(model, tokenizer, text, max_new_tokens=3)
+    assert summary.num_tokens_read == 64 and summary.num_tokens > 2_000_000
+
+
 def test_progress_is_reported_and_the_mode_of_the_model_kept(tokenizer):
     model = model_for_summaries().train()
     steps = []

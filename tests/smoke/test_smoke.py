@@ -13,8 +13,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     BigBirdConfig,
     BigBirdForMaskedLM,
+    LEDConfig,
+    LEDForConditionalGeneration,
     LongformerConfig,
     LongformerForMaskedLM,
 )
@@ -149,3 +152,42 @@ print(type(model).__name__, type(model).__module__)
     name, module = run.stdout.split()[-2:]
     assert name == "AdaptiveSparseForMaskedLM"
     assert module.startswith("adaptive_longformer.")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_converted_led_writes_the_same_text(tmp_path, input_ids, options):
+    config = LEDConfig(
+        vocab_size=SIZES["vocab_size"],
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=37,
+        decoder_ffn_dim=37,
+        max_encoder_position_embeddings=256,
+        max_decoder_position_embeddings=64,
+        attention_window=[16, 32],
+    )
+    led = LEDForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in led.named_parameters():
+            # Strong positions: a random model would write one token for ever.
+            scale = 1.5 if "position" in name else 0.15
+            is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(scale * noise + float(is_norm_weight))
+    led.save_pretrained(tmp_path / "source")
+    adaptive_longformer.convert_checkpoint(tmp_path / "source", tmp_path / "target")
+    converted = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "target").eval()
+    assert type(converted) is adaptive_longformer.AdaptiveSparseForConditionalGeneration
+
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs["attention_mask"][1, 70:] = 0
+    inputs["global_attention_mask"] = torch.zeros_like(input_ids)
+    inputs["global_attention_mask"][:, 0] = 1
+    options = dict(options, max_new_tokens=20, min_new_tokens=10)
+    expected = led.generate(**inputs, **options)
+    assert torch.equal(converted.generate(**inputs, **options), expected)
+    assert len(expected.unique()) > 4
