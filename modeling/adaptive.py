@@ -344,19 +344,21 @@ def set_selection_strength(model: nn.Module, strength: float) -> None:
 
 
 @torch.no_grad()
-def mirror_selection_buffers(model: nn.Module, asked: dict[str, float]) -> None:
-    """Makes a loaded model and its configuration agree: what was asked for wins, then the weights.
+def mirror_selection_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Makes a loaded model and its configuration agree on what both hold.
+
+    A value that the caller changed in the configuration wins, otherwise the weights do.
 
     Args:
         model: any of our models.
-        asked: fields of the configuration that the caller gave, with their values.
+        saved: the configuration beside the weights, where fields may be missing.
     """
     for part in selections(model):
         for field, name in SELECTION_BUFFERS.items():
-            buffer = getattr(part, name)
-            if field in asked:
-                buffer.fill_(asked[field])
-            elif buffer.item() != torch.tensor(getattr(part.config, field), dtype=buffer.dtype):
+            value, buffer = getattr(part.config, field), getattr(part, name)
+            if value != saved.get(field, getattr(type(part.config), field)):
+                buffer.fill_(value)
+            elif buffer.item() != torch.tensor(value, dtype=buffer.dtype).item():
                 setattr(part.config, field, buffer.item())
 
 

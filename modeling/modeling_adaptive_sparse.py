@@ -29,7 +29,6 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     AdaptiveSparseConfig,
 )
 from adaptive_longformer.modeling.adaptive import (
-    SELECTION_BUFFERS,
     AdaptiveSelection,
     SelectionState,
     density_loss,
@@ -233,21 +232,22 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
                 converts it. (Transformers would load the weights whose names happen to fit and
                 warn.)
         """
+        saved = {}
         if pretrained_model_name_or_path is not None:
-            cls._refuse_other_model_types(pretrained_model_name_or_path, kwargs)
-        asked = {name: kwargs[name] for name in SELECTION_BUFFERS if name in kwargs}
+            saved = cls._saved_config(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        mirror_selection_buffers(model, asked)
+        mirror_selection_buffers(loaded[0] if isinstance(loaded, tuple) else loaded, saved)
         return loaded
 
     @classmethod
-    def _refuse_other_model_types(cls, source: str | os.PathLike, kwargs: dict) -> None:
+    def _saved_config(cls, source: str | os.PathLike, kwargs: dict) -> dict:
+        """The configuration beside the weights; raises ValueError if it is of another type."""
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name)}
         try:
             config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
         except OSError:
-            return  # no config there, as in an adapter's folder: Transformers says what is missing
+            # As in an adapter's folder; Transformers says what is missing.
+            return {}
         needed = cls.config_class.model_type
         model_type = config.get("model_type", needed)
         if model_type != needed:
@@ -261,6 +261,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
                 f"{cls.__name__} cannot load {str(source)!r}: its model_type is {model_type!r}, "
                 f"{needed!r} is needed. {remedy}"
             )
+        return config
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, wi
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Scores in memory at a time, by device.
-_CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**26}
+_CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**25}
 _SUB_BLOCKS = 4
 _NO_NODE = 2**30
 _ROUTED, _FULL = int(EntryFlag.ROUTED), int(EntryFlag.FULL)
@@ -549,8 +549,7 @@ class _Row:
 
     def route(self, start: int, end: int, level: int, top_p: torch.Tensor) -> None:
         """Searches for the query blocks [start, end), beginning at a level of the pyramid."""
-        rows = torch.arange(start, end, device=self.router.device)
-        search = _Search(self, rows)
+        search = _Search(self, start, end)
         kept = None
         votes, candidates, is_open = search.vote_all(level)
         while level > 1:
@@ -592,11 +591,12 @@ class _Row:
 class _Search:
     """The search of a chunk of query blocks through the pyramid."""
 
-    def __init__(self, row: _Row, rows: torch.Tensor) -> None:
+    def __init__(self, row: _Row, start: int, end: int) -> None:
+        rows = torch.arange(start, end, device=row.router.device)
         self.row, self.rows = row, rows
         self.is_causal, self.beam_width = row.router.is_causal, row.options.beam_width
-        self.queries = row.queries[:, rows[0] : rows[-1] + 1]  # [heads, rows, votes, head_dim]
-        is_voter = row.is_voter[rows[0] : rows[-1] + 1].to(self.queries.dtype)
+        self.queries = row.queries[:, start:end]  # [heads, rows, votes, head_dim]
+        is_voter = row.is_voter[start:end].to(self.queries.dtype)
         # A sub-query's weight in the mean, [rows, votes].
         self.voter_weight = is_voter / is_voter.sum(dim=-1, keepdim=True).clamp(min=1.0)
         self.limit = row.limit(rows)

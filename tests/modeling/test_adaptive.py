@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModel
 
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
@@ -104,22 +105,27 @@ def test_everything_learned_is_saved_and_loaded(tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_what_the_caller_asks_for_wins_over_the_checkpoint(tmp_path):
+def test_what_the_caller_changes_wins_over_the_checkpoint(tmp_path):
     model = tiny_adaptive_model()
     model.set_selection_strength(0.25)
     model.save_pretrained(tmp_path)
-    config = AdaptiveSparseConfig.from_pretrained(tmp_path)
-    config.selection_strength = 1.0
-    loaded = AdaptiveSparseModel.from_pretrained(tmp_path, config=config)
-    assert loaded.config.selection_strength == 0.25  # mirrors the weights
-    loaded = AdaptiveSparseModel.from_pretrained(
-        tmp_path, selection_strength=0.5, selection_top_p=0.75, num_selected_blocks=6
-    )
-    assert loaded.config.selection_strength == 0.5
-    for part in selections(loaded):
-        assert (part.strength, part.top_p) == (0.5, 0.75)
-        part.budget.data.fill_(1.0)
-        assert part.rank_limit().tolist() == [6] * 4
+    changes = {"selection_strength": 0.5, "selection_top_p": 0.75, "num_selected_blocks": 6}
+    config = AdaptiveSparseConfig.from_pretrained(tmp_path, **changes)
+    for loaded in (
+        AdaptiveSparseModel.from_pretrained(tmp_path, **changes),
+        AdaptiveSparseModel.from_pretrained(tmp_path, config=config),
+        AutoModel.from_pretrained(tmp_path, **changes),
+    ):
+        assert loaded.config.selection_strength == 0.5
+        for part in selections(loaded):
+            assert (part.strength, part.top_p) == (0.5, 0.75)
+            part.budget.data.fill_(1.0)
+            assert part.rank_limit().tolist() == [6] * 4
+    # Nothing changed, but the two disagree, as after loading an older state.
+    for part in selections(model):
+        part.strength.fill_(0.75)
+    model.save_pretrained(tmp_path)
+    assert AdaptiveSparseModel.from_pretrained(tmp_path).config.selection_strength == 0.75
 
 
 @pytest.mark.parametrize("length", [1, 33, 64, 65, 500, 1000])
