@@ -24,6 +24,7 @@ from transformers import (
 
 import adaptive_longformer
 from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseModel
+from adaptive_longformer.attention.extension import SOURCES
 
 SIZES = dict(
     vocab_size=50,
@@ -61,6 +62,10 @@ def test_public_names_exist():
     assert "AdaptiveSparseModel" in adaptive_longformer.__all__
     for name in adaptive_longformer.__all__:
         assert getattr(adaptive_longformer, name) is not None
+
+
+def test_the_kernels_sources_are_installed():
+    assert any((SOURCES / "cpu").glob("*.cpp")) and any((SOURCES / "cuda").glob("*.cu"))
 
 
 @pytest.mark.parametrize("length", [1, 65, 200])
