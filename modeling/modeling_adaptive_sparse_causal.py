@@ -33,6 +33,9 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     OutputArguments,
 )
 
+# Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
+CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "quantized")
+
 # What a token sees must not depend on how many tokens follow it.
 CAUSAL_PATTERNS = ("longformer", "sliding_window", "full", "strided", "fixed")
 
@@ -286,12 +289,16 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> dict:
         """The inputs of one step, as Transformers prepares them, without its position ids.
 
         Those count from 0; ours are rows of a table whose first rows may be reserved.
         """
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         for name in ("position_ids", "cache_position"):
             inputs.pop(name, None)
         return inputs
@@ -300,6 +307,11 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, *args, **kwargs
     ):
         """Gives `generate()` our cache where it would make a DynamicCache."""
+        if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}, allowed are "
+                f"{', '.join(map(repr, CACHE_IMPLEMENTATIONS))}"
+            )
         if (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False

@@ -206,6 +206,34 @@ def test_the_default_cache_of_generation_is_ours():
     assert all(isinstance(layer, SinkWindowLayer) for layer in output.past_key_values.layers)
 
 
+def test_generation_reads_the_prompt_in_pieces_as_embeddings_or_goes_on_after_it():
+    model = causal()
+    input_ids, mask = left_padded([30, 12])
+    expected = generated(model, input_ids, mask, min_new_tokens=30)
+    in_pieces = generated(model, input_ids, mask, min_new_tokens=30, prefill_chunk_size=7)
+    assert torch.equal(in_pieces, expected)
+    options = dict(min_new_tokens=30, max_new_tokens=30, pad_token_id=1, eos_token_id=7)
+    embeddings = model.get_input_embeddings()(input_ids)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+    assert torch.equal(found, expected[:, 30:])
+    options = dict(attention_mask=mask, pad_token_id=1, eos_token_id=7)
+    first = model.generate(
+        input_ids, min_new_tokens=5, max_new_tokens=5, return_dict_in_generate=True, **options
+    )
+    options["attention_mask"] = torch.nn.functional.pad(mask, (0, 5), value=1)
+    rest = model.generate(
+        first.sequences, past_key_values=first.past_key_values, min_new_tokens=25,
+        max_new_tokens=25, **options,
+    )  # fmt: skip
+    assert torch.equal(rest, expected)
+
+
+def test_a_cache_of_a_fixed_size_is_refused():
+    input_ids, mask = left_padded([30])
+    with pytest.raises(ValueError, match="cache_implementation is 'static', allowed are None"):
+        generated(causal(), input_ids, mask, cache_implementation="static")
+
+
 def test_a_window_cache_takes_no_tokens_back():
     model = causal()
     input_ids, mask = left_padded([30])
