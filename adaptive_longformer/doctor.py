@@ -121,14 +121,14 @@ def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, s
         exact[0], exact[1], exact[2], pattern, global_mask=is_global, backend="reference"
     )
     assert isinstance(expected, torch.Tensor)
-    options = {"global_mask": is_global.to(device)}
+    where = is_global.to(device)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for name, reason in explain_backends(query, key, value, pattern, **options).items():
+    for name, reason in explain_backends(query, key, value, pattern, global_mask=where).items():
         if reason is not None:
             yield name, f"no: {reason}", False
             continue
         started = time.perf_counter()
-        output = sparse_attention(query, key, value, pattern, backend=name, **options)
+        output = sparse_attention(query, key, value, pattern, backend=name, global_mask=where)
         assert isinstance(output, torch.Tensor)
         error = ((output.double().cpu() - expected).norm() / expected.norm()).item()
         seconds = time.perf_counter() - started

@@ -42,7 +42,7 @@ def lsh_attention(
     """
     batch, _, length, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     queries, values = query.to(dtype), value.to(dtype)
     valid = torch.ones(batch, length, dtype=torch.bool, device=query.device)
     if attention_mask is not None:

@@ -47,15 +47,12 @@ class OperatorArguments(NamedTuple):
     def layout(self) -> BlockLayout:
         """The lists of the call: those it was given, or those of its pattern."""
         length = self.query.shape[2]
-        sizes = {
-            "query_block_size": self.query_block_size,
-            "key_block_size": self.key_block_size,
-        }
         if self.key_blocks is None:
             return block_layout(
                 pattern_from_spec(self.pattern),
                 length,
-                **sizes,
+                query_block_size=self.query_block_size,
+                key_block_size=self.key_block_size,
                 num_heads=self.query.shape[1],
                 device=self.query.device,
             )
@@ -68,7 +65,8 @@ class OperatorArguments(NamedTuple):
             key_blocks=self.key_blocks,
             counts=self.counts,
             flags=self.flags,
-            **sizes,
+            query_block_size=self.query_block_size,
+            key_block_size=self.key_block_size,
             length=length,
             window=window,  # type: ignore[arg-type]
             pattern=pattern,

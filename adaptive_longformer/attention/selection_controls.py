@@ -50,10 +50,10 @@ def oracle_selection(
     """The blocks with the largest share of the full attention of their query block; the arguments
     are those of `select_blocks`.
     """
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor = query.shape[3] ** -0.5 if scale is None else scale
     candidates = _candidates(query, window, options, attention_mask, global_mask)
     length = query.shape[2]
-    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    scores = query.float() @ key.float().transpose(-1, -2) * factor
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, None, None, :], -torch.inf)
     weights = scores.softmax(dim=-1).nan_to_num(0.0)

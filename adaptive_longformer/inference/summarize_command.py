@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--num-beams: {args.num_beams} is not allowed, give 1 or more")
         options["num_beams"] = args.num_beams
     text = read_document(args.file)
-    model = AdaptiveSparseForConditionalGeneration.from_pretrained(args.model)
+    model: Any = AdaptiveSparseForConditionalGeneration.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     progress = ProgressLine()
     try:
