@@ -70,7 +70,7 @@ def lsh_attention(
             order[:, :, index],
             index,
             chunk_size,
-            scale,
+            factor,
         )
         back = rank[:, :, index]
         outputs.append(output.gather(2, back[..., None].expand_as(output)))
