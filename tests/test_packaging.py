@@ -27,10 +27,12 @@ LAYERS = {
     "hub": 4,
     "testing": 4,
     "": 5,
+    "build_kernels": 6,
+    "doctor": 6,
     "quickstart": 6,
     "__main__": 7,
 }
-COMMAND_LINE = {"__main__.py", "quickstart.py"}
+COMMAND_LINE = {"__main__.py", "build_kernels.py", "doctor.py", "quickstart.py"}
 
 
 def source_files() -> dict[str, Path]:

@@ -1,14 +1,11 @@
 """A checkpoint of any family we know, as one of ours, for scripts that fine-tune."""
 
-import logging
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoConfig
 
 from adaptive_longformer.conversion.convert import convert_checkpoint
-
-logger = logging.getLogger(__name__)
 
 _OUR_MODEL_TYPES = ("adaptive_sparse", "adaptive_sparse_seq2seq")
 
@@ -32,6 +29,5 @@ def take_over_checkpoint(model: str, target: Path, max_length: int) -> str:
             rows = getattr(config, "max_encoder_position_embeddings", None)
             rows = rows or config.max_position_embeddings
             max_positions = None if max_length <= rows else max_length
-            report = convert_checkpoint(model, target, max_positions=max_positions)
-            logger.info("%s (%s) converted to %s", model, report.source_model_type, target)
+            convert_checkpoint(model, target, max_positions=max_positions)
     return str(target)

@@ -25,7 +25,7 @@ from adaptive_longformer.patterns.strided import Strided
             {"attention_pattern": "window"},
             "attention_pattern is 'window', allowed are 'longformer'",
         ),
-        ({"attention_backend": "cuda"}, "attention_backend is 'cuda', allowed are 'auto'"),
+        ({"attention_backend": "tpu"}, "attention_backend is 'tpu', allowed are 'auto'"),
         ({"default_global_tokens": "cls"}, "default_global_tokens is 'cls', allowed are 'auto'"),
         ({"position_style": "rotary"}, "position_style is 'rotary', allowed are 'roberta', 'bert'"),
         ({"head_style": "gpt"}, "head_style is 'gpt', allowed are 'roberta', 'bert'"),

@@ -161,7 +161,7 @@ def test_command_reads_stdin(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "arguments", "words"),
     [
-        (b"", [], "document.txt holds no text"),
+        (b"", [], "document.txt is empty"),
         (b"\xff\xfe\x00", [], "document.txt is not text in UTF-8"),
         (None, [], "document.txt"),
         (b"w1", ["--num-beams", "0"], "--num-beams: 0"),
