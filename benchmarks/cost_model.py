@@ -10,6 +10,9 @@ import argparse
 import math
 from dataclasses import dataclass
 
+from adaptive_longformer.attention.pyramid import FAN_OUT
+from adaptive_longformer.attention.routing import RoutingOptions
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -21,11 +24,7 @@ class Encoder:
     num_global_tokens: int = 1
     block_size: int = 64
     num_selected_blocks: int = 8
-    sub_block_size: int = 16
-    fan_out: int = 4
-    num_sub_queries: int = 16
-    start_nodes: int = 256
-    beam_width: int = 64
+    routing: RoutingOptions = RoutingOptions()  # noqa: RUF009, frozen too
 
     def projections(self, length: int) -> float:
         """Query, key, value, output and the feed-forward layers."""
@@ -49,16 +48,13 @@ class Encoder:
 
     def visited_nodes(self, length: int) -> int:
         """Nodes whose mass a query block estimates: the beam's start and its expansions."""
-        num_blocks = math.ceil(length / self.block_size)
-        levels, nodes = 0, num_blocks
-        while nodes > self.start_nodes:
-            nodes, levels = math.ceil(nodes / self.fan_out), levels + 1
-        return nodes + levels * self.beam_width * self.fan_out
+        return self.routing.visited_nodes(math.ceil(length / self.block_size))
 
     def selection(self, length: int) -> float:
         """One score for every sub-query and child of a visited node, and the pyramid's means."""
         num_blocks = math.ceil(length / self.block_size)
-        scores = num_blocks * self.num_sub_queries * self.visited_nodes(length) * self.fan_out
+        num_sub_queries = self.block_size // self.routing.tokens_per_vote
+        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * FAN_OUT
         pyramid = 2 * length
         return self.num_layers * self.hidden_size * (2 * scores + pyramid)
 

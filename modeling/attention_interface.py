@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from adaptive_longformer.attention.alignment import left_padding, roll_rows
+from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.routing import (
     RoutingOptions,
@@ -24,6 +24,7 @@ from adaptive_longformer.attention.routing import (
 )
 from adaptive_longformer.modeling.attention_layer import random_seed
 from adaptive_longformer.modeling.global_tokens import limit_global_tokens
+from adaptive_longformer.modeling.masks import padding_to_roll
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -184,9 +185,11 @@ def adaptive_sparse_attention_forward(
         window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     shifts = None
-    if options.num_selected_blocks and attention_mask is not None:
+    if options.num_selected_blocks:
         # Blocks start at the first real token, wherever the padding is.
-        shifts = left_padding(attention_mask)
+        shifts = padding_to_roll(attention_mask)
+    if shifts is not None:
+        assert attention_mask is not None
         query, key, value = (
             roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
             for tensor in (query, key, value)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from adaptive_longformer.attention.alignment import left_padding, roll_rows
+from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
@@ -14,7 +14,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.input_checks import can_read_values
+from adaptive_longformer.modeling.masks import padding_to_roll
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
@@ -91,7 +91,9 @@ class AdaptiveSparseAttention(nn.Module):
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
         """
-        shifts = self._left_padding(attention_mask)
+        shifts = None
+        if self.adaptive is not None and self.adaptive.is_active:
+            shifts = padding_to_roll(attention_mask)
         if shifts is not None:
             assert attention_mask is not None
             hidden_states = roll_rows(hidden_states, shifts)
@@ -143,17 +145,6 @@ class AdaptiveSparseAttention(nn.Module):
                 probabilities = roll_rows(probabilities.transpose(1, 3), -shifts).transpose(1, 3)
                 probabilities = roll_rows(probabilities.transpose(1, 2), -shifts).transpose(1, 2)
         return output, probabilities
-
-    def _left_padding(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """How far rows must move for their blocks to start at the first valid token; None: none
-        must.
-        """
-        if self.adaptive is None or attention_mask is None or not self.adaptive.is_active:
-            return None
-        shifts = left_padding(attention_mask)
-        if can_read_values(shifts, validate=False) and not shifts.any():
-            return None
-        return shifts
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from adaptive_longformer.attention.alignment import left_padding
 from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
 from adaptive_longformer.modeling.input_checks import can_read_values
 
@@ -61,3 +62,15 @@ def resolve_masks(
         if global_mask is not None and not global_mask.any():
             global_mask = None
     return attention_mask, global_mask
+
+
+def padding_to_roll(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """How far every row must move for its blocks to start at its first valid token: int64 [batch];
+    None if none is seen to have padding before it.
+    """
+    if attention_mask is None:
+        return None
+    shifts = left_padding(attention_mask)
+    if can_read_values(shifts, validate=False) and not shifts.any():
+        return None
+    return shifts

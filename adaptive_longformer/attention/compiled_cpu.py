@@ -4,9 +4,9 @@ import ctypes
 
 import torch
 
-from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.kernel_call import KernelCall, RowTensor, fields
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import OperatorArguments
 from adaptive_longformer.attention.reference import MIN_WEIGHT
@@ -18,43 +18,30 @@ _ERRORS = {
 }
 
 
-class _RowTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-    ]
-
-
-def _fields(kind, names: str) -> list:
-    return [(name, kind) for name in names.split()]
-
-
 class _Arguments(ctypes.Structure):
     """`Arguments` of csrc/cpu/arguments.h, field by field."""
 
     _fields_ = [
-        *_fields(ctypes.c_int64, "batch heads length head_dim element_type"),
-        *_fields(ctypes.c_int64, "query_block_size key_block_size is_causal has_window left right"),
-        *_fields(ctypes.c_double, "scale dropout_p"),
-        *_fields(ctypes.c_int64, "dropout_threshold num_threads"),
-        *_fields(_RowTensor, "query key value"),
-        *_fields(ctypes.c_void_p, "key_blocks counts flags"),
-        *_fields(ctypes.c_int64, "list_batch_stride list_head_stride num_query_blocks max_entries"),
-        *_fields(ctypes.c_void_p, "entry_bias"),
-        *_fields(ctypes.c_int64, "bias_batch_stride bias_head_stride"),
-        *_fields(ctypes.c_void_p, "is_listed is_padding global_positions"),
-        *_fields(ctypes.c_int64, "num_global"),
-        *_fields(ctypes.c_void_p, "row_words column_words"),
-        *_fields(ctypes.c_void_p, "span_length span_log_weight span_slope"),
-        *_fields(ctypes.c_int64, "span_columns span_center"),
-        *_fields(_RowTensor, "output"),
-        *_fields(ctypes.c_void_p, "lse"),
-        *_fields(_RowTensor, "grad_output"),
-        *_fields(ctypes.c_void_p, "grad_lse"),
-        *_fields(_RowTensor, "grad_query grad_key grad_value"),
-        *_fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
+        *fields(ctypes.c_int64, "batch heads length head_dim element_type"),
+        *fields(ctypes.c_int64, "query_block_size key_block_size is_causal has_window left right"),
+        *fields(ctypes.c_double, "scale dropout_p"),
+        *fields(ctypes.c_int64, "dropout_threshold num_threads"),
+        *fields(RowTensor, "query key value"),
+        *fields(ctypes.c_void_p, "key_blocks counts flags"),
+        *fields(ctypes.c_int64, "list_batch_stride list_head_stride num_query_blocks max_entries"),
+        *fields(ctypes.c_void_p, "entry_bias"),
+        *fields(ctypes.c_int64, "bias_batch_stride bias_head_stride"),
+        *fields(ctypes.c_void_p, "is_listed is_padding global_positions"),
+        *fields(ctypes.c_int64, "num_global"),
+        *fields(ctypes.c_void_p, "row_words column_words"),
+        *fields(ctypes.c_void_p, "span_length span_log_weight span_slope"),
+        *fields(ctypes.c_int64, "span_columns span_center"),
+        *fields(RowTensor, "output"),
+        *fields(ctypes.c_void_p, "lse"),
+        *fields(RowTensor, "grad_output"),
+        *fields(ctypes.c_void_p, "grad_lse"),
+        *fields(RowTensor, "grad_query grad_key grad_value"),
+        *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
     ]
 
 
@@ -96,15 +83,10 @@ def backward(
     return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
 
 
-class _Call:
-    """One call of the library, with the tensors that its struct points into."""
-
+class _Call(KernelCall):
     def __init__(self, inputs: OperatorArguments) -> None:
-        query, self.query = inputs.query, inputs.query
-        self.entry_bias, self.span_length = inputs.entry_bias, inputs.span_length
-        self._kept_alive: list[torch.Tensor] = []
-        self.arguments = arguments = _Arguments()
-        batch, heads, length, _ = query.shape
+        arguments, query = _Arguments(), inputs.query
+        super().__init__(inputs, arguments)
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
         arguments.query_block_size = inputs.query_block_size
@@ -124,11 +106,7 @@ class _Call:
         arguments.num_query_blocks, arguments.max_entries = self.key_blocks.shape[2:]
         strides = _broadcast_strides(self.key_blocks)
         arguments.list_batch_stride, arguments.list_head_stride = strides
-        if layout.window is not None:
-            window = layout.window
-            assert window.right is not None
-            arguments.has_window = 1
-            arguments.left, arguments.right = min(window.left, length), min(window.right, length)
+        self.set_window(layout.window)
         if self.entry_bias is not None:
             self.set_arrays(entry_bias=self.entry_bias.float())
             strides = _broadcast_strides(self.entry_bias)
@@ -148,28 +126,15 @@ class _Call:
         if is_listed is not None:
             self.set_arrays(is_listed=is_listed)
         if inputs.dropout_p > 0:
-            assert inputs.dropout_seed is not None
             arguments.dropout_p = inputs.dropout_p
-            arguments.dropout_threshold = threshold(inputs.dropout_p)
-            self.set_arrays(
-                row_words=row_keys(inputs.dropout_seed, batch, heads, length),
-                column_words=column_keys(inputs.dropout_seed, length),
-            )
+            self.set_dropout_words(inputs)
 
     def set_rows(self, **tensors: torch.Tensor) -> None:
         """Points fields at tensors [batch, heads, length, head_dim] of any strides."""
         for name, tensor in tensors.items():
             if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
                 tensor = tensor.contiguous()
-            self._kept_alive.append(tensor)
-            setattr(self.arguments, name, _RowTensor(tensor.data_ptr(), *tensor.stride()[:3]))
-
-    def set_arrays(self, **tensors: torch.Tensor) -> None:
-        """Points fields at the elements of tensors."""
-        for name, tensor in tensors.items():
-            tensor = tensor.contiguous()
-            self._kept_alive.append(tensor)
-            setattr(self.arguments, name, tensor.data_ptr())
+            setattr(self.arguments, name, self.row_tensor(tensor))
 
     def _set_span(self, span_length: torch.Tensor, ramp: float) -> None:
         """The span's log weight and its slope as tables over the offset key - query, wide enough
@@ -192,16 +157,6 @@ class _Call:
         status = getattr(library, function)(ctypes.byref(self.arguments))
         if status != 0:
             raise (MemoryError if status == 1 else ValueError)(_ERRORS[status])
-
-    def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
-        if grad is None or self.entry_bias is None:
-            return self.query.new_zeros(0)
-        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype)
-
-    def reduce_span(self, grad: torch.Tensor | None) -> torch.Tensor:
-        if grad is None or self.span_length is None:
-            return self.query.new_zeros(0)
-        return grad.sum(dim=(0, 2)).to(self.span_length.dtype)
 
 
 def _broadcast_strides(tensor: torch.Tensor) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.kernel_call import KernelCall, RowTensor, fields
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import OperatorArguments
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
@@ -23,43 +23,30 @@ KEY_BLOCK_SIZE = 64
 _ITEM_ENTRIES = 64
 
 
-class _RowTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_longlong),
-        ("head_stride", ctypes.c_longlong),
-        ("row_stride", ctypes.c_longlong),
-    ]
-
-
-def _fields(kind, names: str) -> list:
-    return [(name, kind) for name in names.split()]
-
-
 class _Arguments(ctypes.Structure):
     """`Arguments` of csrc/cuda/arguments.cuh, field by field."""
 
     _fields_ = [
-        *_fields(ctypes.c_int, "element_type head_dim query_block_size batch heads length"),
-        *_fields(ctypes.c_int, "num_query_blocks max_entries num_sequence_blocks num_blocks"),
-        *_fields(ctypes.c_int, "list_batches list_heads is_causal has_window left right"),
-        *_fields(ctypes.c_int, "has_dropout dropout_threshold"),
-        *_fields(ctypes.c_float, "scale keep_factor span_ramp"),
-        *_fields(ctypes.c_int, "num_items num_slots"),
-        *_fields(_RowTensor, "query key value"),
-        *_fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
-        *_fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
-        *_fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
-        *_fields(ctypes.c_void_p, "span_length"),
-        *_fields(_RowTensor, "output"),
-        *_fields(ctypes.c_void_p, "lse"),
-        *_fields(_RowTensor, "grad_output"),
-        *_fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
-        *_fields(_RowTensor, "grad_query grad_key grad_value"),
-        *_fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
-        *_fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
-        *_fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
-        *_fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
+        *fields(ctypes.c_int, "element_type head_dim query_block_size batch heads length"),
+        *fields(ctypes.c_int, "num_query_blocks max_entries num_sequence_blocks num_blocks"),
+        *fields(ctypes.c_int, "list_batches list_heads is_causal has_window left right"),
+        *fields(ctypes.c_int, "has_dropout dropout_threshold"),
+        *fields(ctypes.c_float, "scale keep_factor span_ramp"),
+        *fields(ctypes.c_int, "num_items num_slots"),
+        *fields(RowTensor, "query key value"),
+        *fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
+        *fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
+        *fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
+        *fields(ctypes.c_void_p, "span_length"),
+        *fields(RowTensor, "output"),
+        *fields(ctypes.c_void_p, "lse"),
+        *fields(RowTensor, "grad_output"),
+        *fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
+        *fields(RowTensor, "grad_query grad_key grad_value"),
+        *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
+        *fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
+        *fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
+        *fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
     ]
 
 
@@ -166,15 +153,10 @@ def backward(
     return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
 
 
-class _Call:
-    """One call of the library, with the tensors that its struct points into."""
-
+class _Call(KernelCall):
     def __init__(self, inputs: OperatorArguments) -> None:
-        query, self.query = inputs.query, inputs.query
-        self.entry_bias, self.span_length = inputs.entry_bias, inputs.span_length
-        self._kept_alive: list[torch.Tensor] = []
-        self.arguments = arguments = _Arguments()
-        batch, heads, length, _ = query.shape
+        arguments, query = _Arguments(), inputs.query
+        super().__init__(inputs, arguments)
         arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
         arguments.element_type = ELEMENT_TYPES[query.dtype]
         arguments.query_block_size = inputs.query_block_size
@@ -188,11 +170,7 @@ class _Call:
             counts=layout.counts.int(),
             flags=layout.flags.expand(layout.key_blocks.shape).int(),
         )
-        if layout.window is not None:
-            window = layout.window
-            assert window.right is not None
-            arguments.has_window = 1
-            arguments.left, arguments.right = min(window.left, length), min(window.right, length)
+        self.set_window(layout.window)
         self._set_lists(layout, inputs.attention_mask, inputs.global_mask)
         if self.entry_bias is not None:
             padded = torch.nn.functional.pad(self.entry_bias.float(), (self.num_packs, 0))
@@ -207,13 +185,8 @@ class _Call:
             self.set_arrays(is_padding=~inputs.attention_mask)
         arguments.keep_factor = 1 / (1 - inputs.dropout_p)
         if inputs.dropout_p > 0:
-            assert inputs.dropout_seed is not None
             arguments.has_dropout = 1
-            arguments.dropout_threshold = threshold(inputs.dropout_p)
-            self.set_arrays(
-                row_words=row_keys(inputs.dropout_seed, batch, heads, length),
-                column_words=column_keys(inputs.dropout_seed, length),
-            )
+            self.set_dropout_words(inputs)
 
     def _set_lists(
         self,
@@ -302,15 +275,7 @@ class _Call:
             is_aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
             if not is_aligned or any(stride % 8 != 0 for stride in tensor.stride()[:3]):
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
-            self._kept_alive.append(tensor)
-            setattr(self.arguments, name, _RowTensor(tensor.data_ptr(), *tensor.stride()[:3]))
-
-    def set_arrays(self, **tensors: torch.Tensor) -> None:
-        """Points fields at the elements of tensors."""
-        for name, tensor in tensors.items():
-            tensor = tensor.contiguous()
-            self._kept_alive.append(tensor)
-            setattr(self.arguments, name, tensor.data_ptr())
+            setattr(self.arguments, name, self.row_tensor(tensor))
 
     def run(self, function: str) -> None:
         library = kernel_library("cuda")
@@ -329,12 +294,4 @@ class _Call:
             raise RuntimeError(f"{function} failed: {library.adaptive_cuda_error(error).decode()}")
 
     def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
-        if grad is None or self.entry_bias is None:
-            return self.query.new_zeros(0)
-        grad = grad[..., self.num_packs :]
-        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype)
-
-    def reduce_span(self, grad: torch.Tensor | None) -> torch.Tensor:
-        if grad is None or self.span_length is None:
-            return self.query.new_zeros(0)
-        return grad.sum(dim=(0, 2)).to(self.span_length.dtype)
+        return super().reduce_entry_bias(None if grad is None else grad[..., self.num_packs :])
