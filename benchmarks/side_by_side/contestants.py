@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     BigBirdConfig,
     BigBirdModel,
+    LEDConfig,
     LongformerConfig,
     LongformerModel,
     ModernBertConfig,
@@ -17,15 +18,29 @@ from transformers import (
     RobertaModel,
 )
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+from transformers.models.led.modeling_led import LEDEncoder
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
-from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseModel, convert_checkpoint
+from adaptive_longformer import (
+    AdaptiveSparseConfig,
+    AdaptiveSparseModel,
+    AdaptiveSparseSeq2SeqConfig,
+    convert_checkpoint,
+)
+from adaptive_longformer.attention.backends import AUTO
+from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqEncoder,
+)
 
 OURS, LONGFORMER, ROBERTA = "adaptive_sparse", "longformer", "roberta-sdpa"
-NAMES = (OURS, LONGFORMER, "bigbird", ROBERTA, "modernbert-sdpa")
+OURS_BIG_BIRD, BIG_BIRD = "adaptive_sparse-big_bird", "bigbird"
+OURS_LED, LED = "adaptive_sparse-led-encoder", "led-encoder"
+NAMES = (OURS, LONGFORMER, BIG_BIRD, ROBERTA, "modernbert-sdpa")
+FAMILIES = ((OURS, LONGFORMER), (OURS_BIG_BIRD, BIG_BIRD), (OURS_LED, LED))
 LAYER_NAMES = (*NAMES[:-1], "modernbert-local-sdpa")
 
 
@@ -45,6 +60,11 @@ class Shape:
         return 4 * self.hidden_size
 
 
+def uses_compiled_kernels() -> bool:
+    """Whether "auto" means the C++ kernels on this machine's CPU."""
+    return AUTO in ("auto", "cpp") and why_unavailable("cpu") is None
+
+
 def is_dense(name: str) -> bool:
     """Whether every token sees every token, in at least one layer."""
     return name in (ROBERTA, "modernbert-sdpa")
@@ -52,7 +72,7 @@ def is_dense(name: str) -> bool:
 
 def why_not(name: str, shape: Shape, dropout: float, device: torch.device) -> str | None:
     """Why a contestant cannot run at this size, or None."""
-    if name == "bigbird" and shape.length <= 704:
+    if name == BIG_BIRD and shape.length <= 704:
         return "switches to dense attention up to 704 tokens"
     # With dropout SDPA has no fused kernel on the CPU and keeps several [heads, length, length].
     if device.type == "cpu" and dropout and ("roberta" in name or "modernbert" in name):
@@ -118,6 +138,22 @@ def _bigbird_config(shape: Shape, dropout: float) -> BigBirdConfig:
     )
 
 
+def _seq2seq_sizes(shape: Shape, dropout: float) -> dict:
+    return {
+        "vocab_size": shape.vocab_size,
+        "d_model": shape.hidden_size,
+        "encoder_layers": shape.num_layers,
+        "encoder_attention_heads": shape.num_heads,
+        "encoder_ffn_dim": shape.intermediate_size,
+        "decoder_layers": 1,
+        "decoder_attention_heads": shape.num_heads,
+        "max_encoder_position_embeddings": shape.length,
+        "attention_window": shape.attention_window,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+    }
+
+
 def _roberta_config(shape: Shape, dropout: float) -> RobertaConfig:
     return RobertaConfig(
         **_common(shape, dropout),
@@ -153,8 +189,22 @@ def build_model(name: str, shape: Shape, dropout: float) -> nn.Module:
         return AdaptiveSparseModel(adaptive_sparse_config(shape, dropout), add_pooling_layer=False)
     if name == LONGFORMER:
         return LongformerModel(longformer_config(shape, dropout), add_pooling_layer=False)
-    if name == "bigbird":
+    if name == BIG_BIRD:
         return BigBirdModel(_bigbird_config(shape, dropout), add_pooling_layer=False)
+    if name == OURS_BIG_BIRD:
+        config = AdaptiveSparseConfig(
+            **_common(shape, dropout),
+            max_position_embeddings=shape.length + 2,
+            attention_pattern="big_bird",
+        )
+        return AdaptiveSparseModel(config, add_pooling_layer=False)
+    if name == LED:
+        return LEDEncoder(LEDConfig(**_seq2seq_sizes(shape, dropout)))
+    if name == OURS_LED:
+        sizes = _seq2seq_sizes(shape, dropout)
+        return AdaptiveSparseSeq2SeqEncoder(
+            AdaptiveSparseSeq2SeqConfig(**sizes, separate_global_projections=True)
+        )
     if name == ROBERTA:
         return RobertaModel(_roberta_config(shape, dropout), add_pooling_layer=False)
     return ModernBertModel(_modernbert_config(shape, dropout))
@@ -166,7 +216,7 @@ def model_inputs(name: str, shape: Shape, batch_size: int, device: torch.device)
     size = (batch_size, shape.length)
     input_ids = torch.randint(5, shape.vocab_size, size, generator=generator).to(device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if name in (OURS, LONGFORMER):
+    if name in (OURS, LONGFORMER, OURS_LED, LED):
         inputs["global_attention_mask"] = torch.zeros_like(input_ids)
         inputs["global_attention_mask"][:, 0] = 1
     return inputs
@@ -221,7 +271,7 @@ def build_layer(
             "is_global_attn": True,
         }
         return layer, lambda hidden: layer[1](layer[0](hidden, **where)[0])
-    if name == "bigbird":
+    if name == BIG_BIRD:
         layer = nn.ModuleList(
             [BigBirdBlockSparseAttention(_bigbird_config(shape, dropout), seed=0), output]
         ).to(device)

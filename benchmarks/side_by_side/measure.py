@@ -55,14 +55,14 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median seconds of every call: one round to warm up, then rounds in which each runs once.
 
-    Taking turns exposes all of them to the same disturbances of the machine.
+    Taking turns exposes all of them to the same disturbances of the machine. Rounds of more than a
+    minute are disturbed little: one is enough.
     """
+    warm_up = sum(seconds(call, device) for call in calls.values())
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(repeats + 1):
+    for _ in range(repeats if warm_up < 60 else 1):
         for name, call in calls.items():
-            sample = seconds(call, device)
-            if round_number:
-                samples[name].append(sample)
+            samples[name].append(seconds(call, device))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
