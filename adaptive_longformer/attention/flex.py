@@ -72,10 +72,13 @@ def run_flex(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if not is_fused and not torch.is_grad_enabled():
         # On a CPU torch refuses what could have a gradient, even where none is wanted.
         query, key, value = query.detach(), key.detach(), value.detach()
-    output, auxiliary = _compiled("inductor" if is_fused else "eager")(
-        query, key, value, score_mod=slots.score_modification(), block_mask=slots.block_mask(),
-        scale=call.scale, return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    attend = _compiled("inductor" if is_fused else "eager")
+    modify, mask = slots.score_modification(), slots.block_mask()
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        output, auxiliary = attend(
+            query, key, value, score_mod=modify, block_mask=mask, scale=call.scale,
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
     lse = auxiliary.lse
     if call.global_mask is None:
         return output, lse
@@ -260,9 +263,7 @@ def _as_lists(is_listed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache
 def _compiled(backend: str) -> Callable:
     # Without fullgraph torch would go over to the unfused computation when the limit is reached.
-    return torch.compile(
-        flex_attention, backend=backend, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
-    )
+    return torch.compile(flex_attention, backend=backend, fullgraph=True)
 
 
 @lru_cache
