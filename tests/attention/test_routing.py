@@ -265,6 +265,32 @@ def test_a_causal_prefix_chooses_as_in_the_whole(start_nodes):
         torch.testing.assert_close(part.mass, whole.mass[:, :, :rows])
 
 
+@pytest.mark.parametrize("start_nodes", [256, 4])
+@pytest.mark.parametrize(("length", "given"), [(600, 600), (600, 40), (593, 17), (592, 32)])
+def test_the_last_queries_alone_choose_as_in_the_whole(start_nodes, length, given):
+    query, key = random_keys(length)
+    mask, is_global = masks_of("both", 2, length)
+    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
+    where = {
+        "attention_mask": mask, "global_mask": is_global, "is_causal": True, "top_p": 0.9,
+    }  # fmt: skip
+    whole = select_blocks(query, key, SlidingWindow(10), options, **where)
+    last = select_blocks(query[:, :, -given:], key, SlidingWindow(10), options, **where)
+    rows = last.counts.shape[2]
+    assert not last.counts[:, :, 0].any()
+    for name in ("key_blocks", "counts", "mass", "covered"):
+        expected, actual = getattr(whole, name)[:, :, -rows:], getattr(last, name)
+        torch.testing.assert_close(actual[:, :, 1:], expected[:, :, 1:], msg=name)
+
+
+def test_queries_that_are_not_the_last_ones_from_a_block_on_are_refused():
+    query, key = random_keys(100)
+    for given, is_causal in ((36, False), (35, True), (101, True)):
+        some = torch.cat([query, query], dim=2)[:, :, :given]
+        with pytest.raises(ValueError, match=f"query has {given} tokens and key 100: .* fewer"):
+            select_blocks(some, key, SlidingWindow(10), SMALL, is_causal=is_causal)
+
+
 def test_no_past_block_is_out_of_reach_under_causality():
     """Each block in turn is made the one that every query looks for."""
     length, options = 16 * 70, RoutingOptions(1, 16, 16, start_nodes=4, beam_width=1)
