@@ -84,10 +84,13 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                     "make one by adaptive_longformer.modeling.causal_cache.causal_cache"
                 )
         if past_length == 0:
-            masks = (attention_mask, sink_rank, first_slots, selection_state)
-            attend, arguments = self._attend, (query, key, value, *masks)
+            context, probabilities = self._attend(
+                query, key, value, attention_mask, sink_rank, first_slots, selection_state,
+                output_attentions,
+            )  # fmt: skip
         elif self.is_selecting:
-            assert self.adaptive is not None and isinstance(cache_layer, SelectionLayer)
+            assert self.adaptive is not None and queries is not None
+            assert isinstance(cache_layer, SelectionLayer)
             decoding = SelectedDecoding(
                 self.adaptive,
                 cache_layer,
@@ -97,14 +100,13 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                 self.scale,
                 self.dropout_p if self.training else 0.0,
             )
-            attend, arguments = decoding.attend, (query, queries)
+            context, probabilities = decoding.attend(query, queries, output_attentions)
         else:
             assert kept is not None and past_key_values is not None
             visible = self._visible(
                 past_key_values, past_length, query.shape[2], kept[0], attention_mask, sink_rank
             )
-            attend, arguments = self._attend_to_kept, (query, *kept, visible)
-        context, probabilities = attend(*arguments, output_attentions)
+            context, probabilities = self._attend_to_kept(query, *kept, visible, output_attentions)
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
     def _attend(

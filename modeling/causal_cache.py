@@ -4,6 +4,7 @@ Windows keep only what can still be seen; layers that choose blocks keep all key
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -85,6 +86,7 @@ class SinkWindowLayer(_RowsMixin, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         if self.num_sinks:
             assert cache_kwargs is not None
             self._add_sinks(key_states, value_states, cache_kwargs["sink_rank"])
@@ -320,7 +322,7 @@ def causal_cache(config: AdaptiveSparseConfig, is_selecting: bool | None = None)
     if is_selecting is None:
         is_selecting = config.attention_pattern == "adaptive" and config.selection_strength > 0
     num_sinks = config.num_sink_tokens if config.uses_global_tokens else 0
-    layers: list[CacheLayerMixin] = []
+    layers: list[Any] = []
     for layer_idx in range(config.num_hidden_layers):
         pattern = config.pattern(layer_idx)
         if is_selecting:

@@ -7,8 +7,8 @@ that each loads the checkpoints of the other.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -129,7 +129,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
     @property
     def is_selecting(self) -> bool:
         """Whether tokens read blocks that they choose: "adaptive" at a strength above 0."""
-        return any(layer.attention.is_selecting for layer in self.layers)
+        return any(layer.attention.is_selecting for layer in self.layers)  # type: ignore[union-attr]
 
     @capture_outputs
     def forward(
@@ -327,7 +327,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
 
         Those count from 0; ours are rows of a table whose first rows may be reserved.
         """
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[attr-defined]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
         for name in ("position_ids", "cache_position"):
@@ -357,7 +357,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
         ):
             model_kwargs["past_key_values"] = causal_cache(self.config, is_selecting)
             return None
-        return super()._prepare_cache_for_generation(
+        return super()._prepare_cache_for_generation(  # type: ignore[attr-defined]
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
 

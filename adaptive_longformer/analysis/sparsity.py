@@ -129,7 +129,8 @@ def _measure(
             continue
         offset = position - tokens[:, None]  # [tokens, length]
         past = offset <= (0 if part.is_causal else length)
-        near = part.window.allowed(tokens[:, None], position, 0, length)
+        assert part.window.right is not None
+        near = (offset >= -part.window.left) & (offset <= part.window.right)
         near = near.expand(batch, heads, -1, -1)
         in_window = near
         if window is not None:
