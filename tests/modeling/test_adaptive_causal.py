@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
 from adaptive_longformer.modeling.causal_cache import SelectionLayer, SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
 from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import AdaptiveSparseForCausalLM
@@ -183,7 +183,12 @@ def test_a_checkpoint_of_another_pattern_becomes_adaptive_by_configuration(model
 
 def generated(model, input_ids, mask, **options):
     return model.generate(
-        input_ids, attention_mask=mask, max_new_tokens=24, pad_token_id=1, eos_token_id=7, **options
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=24,
+        pad_token_id=1,
+        eos_token_id=7,
+        **options,
     )
 
 
@@ -425,6 +430,27 @@ def test_the_sparsity_report_counts_keys_with_weight_in_the_dense_attention():
     for layer in sparsity_report(model, inputs).layers:
         assert layer.missed_mass == pytest.approx(0, abs=1e-5)
         assert layer.recall == 1.0
+
+
+def test_an_adapter_brings_its_selection_to_the_generation_of_a_fresh_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    causal(selection_strength=0.0).save_pretrained(tmp_path / "base")
+    base = AdaptiveSparseForCausalLM.from_pretrained(tmp_path / "base").double()
+    input_ids, mask = left_padded([60, 45])
+    plain = generated(base, input_ids, mask, min_new_tokens=24)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["adaptive"])
+    model = peft.get_peft_model(base, options)
+    set_selection_strength(model, 1.0)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = AdaptiveSparseForCausalLM.from_pretrained(tmp_path / "base").double()
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").double().eval()
+    found = generated(loaded, input_ids, mask, min_new_tokens=24)
+    assert torch.equal(
+        found, generated(loaded, input_ids, mask, min_new_tokens=24, use_cache=False)
+    )
+    assert not torch.equal(found, plain)
+    with loaded.disable_adapter():
+        assert torch.equal(generated(loaded, input_ids, mask, min_new_tokens=24), plain)
 
 
 def test_a_cache_that_does_not_keep_what_choosing_takes_is_refused():
