@@ -17,7 +17,7 @@ from adaptive_longformer.attention.routing import (
 )
 from adaptive_longformer.attention.selection_controls import oracle_selection, random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -27,7 +27,8 @@ BUDGET_RAMP = 2.0
 WINDOW_RAMP = 32.0
 # Buffers that the configuration mirrors, by the name of its field.
 SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p"}
-# Of a head whose budget is not calibrated.
+HEAD_LIMITS = ("head_budgets", "head_windows")
+# Of a head whose budget or window is not calibrated.
 NO_LIMIT = 2**31 - 1
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01
@@ -104,12 +105,15 @@ class AdaptiveSelection(nn.Module):
         strength, top_p: scalars, see `AdaptiveSparseConfig`.
         head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
             before that.
+        head_windows: int64 [heads], tokens to either side that a head may see at most, see
+            `calibrate`; very many before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
     """
 
     strength: torch.Tensor
     top_p: torch.Tensor
     head_budgets: torch.Tensor
+    head_windows: torch.Tensor
     price: torch.Tensor
 
     def __init__(
@@ -135,6 +139,7 @@ class AdaptiveSelection(nn.Module):
         self.register_buffer("strength", torch.zeros(()))
         self.register_buffer("top_p", torch.ones(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
+        self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("price", torch.zeros(()))
         self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
         self.reset_parameters()
@@ -148,11 +153,14 @@ class AdaptiveSelection(nn.Module):
         init.constant_(self.strength, float(self.config.selection_strength))
         init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
-        if self.config.head_budgets is None:
-            init.constant_(self.head_budgets, NO_LIMIT)
-        else:
-            budgets = torch.tensor(self.config.head_budgets[self.layer_idx])
-            init.copy_(self.head_budgets, budgets)
+        for name in HEAD_LIMITS:
+            init.copy_(getattr(self, name), self.configured_limit(name))
+
+    def configured_limit(self, name: str) -> torch.Tensor:
+        """What the configuration says in one of `HEAD_LIMITS` about this layer: int64 [heads]."""
+        limits = getattr(self.config, name)
+        no_limits = [NO_LIMIT] * self.config.num_attention_heads
+        return torch.tensor(no_limits if limits is None else limits[self.layer_idx])
 
     def train(self, mode: bool = True) -> "AdaptiveSelection":
         """As in torch; and forgets what was read, as some optimisers write behind torch's back."""
@@ -200,11 +208,21 @@ class AdaptiveSelection(nn.Module):
         if not self.is_active:
             return query, Reads(self.pattern)
         span = self.attention_span()
+        reach = None if span is None else self.window_limit()
         length = query.shape[2]
         options = self._routing_options()
         # Where the window reaches everywhere there is nothing to choose.
         if options is None or length <= self.window.left + 1:
-            return query, Reads(self.pattern, span=span)
+            if reach is None:
+                return query, Reads(self.pattern)
+            narrow = window_layout(
+                self.window,
+                length,
+                reach,
+                query_block_size=self.options.query_block_size,
+                key_block_size=self.options.block_size,
+            )
+            return query, Reads(narrow, span=span)
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
@@ -214,7 +232,9 @@ class AdaptiveSelection(nn.Module):
                 state.selected = selected
         is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
         read = selected._replace(global_open=selected.global_open & is_open)
-        layout, slots = selection_layout(read, self.window, length, options, self.rank_limit())
+        layout, slots = selection_layout(
+            read, self.window, length, options, self.rank_limit(), reach
+        )
         return query, Reads(layout, self._entry_bias(selected, slots), span)
 
     def choose_next(
@@ -287,12 +307,11 @@ class AdaptiveSelection(nn.Module):
             limit = torch.minimum(limit, self.head_budgets)
             return limit * (self.gate > 0) * (self.strength > 0)
 
-    def head_windows(self) -> torch.Tensor:
+    def window_limit(self) -> torch.Tensor:
         """How many tokens each head sees to either side with a weight above 0: int64 [heads]."""
         with torch.no_grad():
-            radius = self.window.left
-            reach = _precise(self.span).clamp(min=0.0) * radius + WINDOW_RAMP
-            return (reach.ceil() - 1).clamp(max=radius).long()
+            reach = _precise(self._span_length()) + WINDOW_RAMP
+            return (reach.ceil() - 1).clamp(max=self.window.left).long()
 
     def density(self) -> torch.Tensor:
         """The share of the keys of the full budget that a query may read, mean over heads.
@@ -334,11 +353,27 @@ class AdaptiveSelection(nn.Module):
 
     def attention_span(self) -> AttentionSpan | None:
         """The learned windows; None where they are as wide as the pattern's and stay so."""
+        radius = self.window.left
         is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        if not is_trained and not self._read("span", lambda span: bool((span < 1).any()), True):
+        is_narrow = (
+            self._read("span", lambda span: bool((span < 1).any()), True),
+            self._read("head_windows", lambda limit: bool((limit < radius).any()), True),
+        )
+        if not is_trained and not any(is_narrow):
             return None
-        length = self.span.clamp(min=0.0) * self.window.left
-        return AttentionSpan(length.where(self.strength > 0, self.window.left), WINDOW_RAMP)
+        return AttentionSpan(self._span_length(), WINDOW_RAMP)
+
+    def _span_length(self) -> torch.Tensor:
+        """How many tokens to either side each head sees with its full weight: [heads].
+
+        Below 0 where a calibrated window is shorter than the ramp: it ends where it says.
+        """
+        radius = self.window.left
+        length = self.span.clamp(min=0.0) * radius
+        # No weight is left one token beyond the calibrated window.
+        longest = (self.head_windows + 1 - WINDOW_RAMP).to(length.dtype)
+        is_open = (self.head_windows >= radius) | (length <= longest)
+        return length.where(is_open, longest).where(self.strength > 0, radius)
 
     def _read(self, name: str, read: Callable[[torch.Tensor], Any], safe: Any) -> Any:
         """A value on the host that depends on one tensor, read again only when that changes.
@@ -407,6 +442,9 @@ def mirror_selection_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
                 buffer.fill_(value)
             elif buffer.item() != torch.tensor(value, dtype=buffer.dtype).item():
                 setattr(part.config, field, buffer.item())
+        for name in HEAD_LIMITS:
+            if getattr(part.config, name) != saved.get(name):
+                getattr(part, name).copy_(part.configured_limit(name))
 
 
 def density_loss(model: nn.Module, target: float) -> torch.Tensor:

@@ -67,15 +67,18 @@ class SparsityReport:
 
     def table(self) -> str:
         """One line per layer."""
+        budgets = [" ".join(map(str, layer.head_budgets)) for layer in self.layers]
+        width = max(map(len, ["budgets", *budgets]))
         lines = [
-            "layer  keys/query  window  global  selected  blocks  missed mass  recall  budgets"
+            "layer  keys/query  window  global  selected  blocks  missed mass  recall  "
+            f"{'budgets':<{width}}  windows"
         ]
-        for number, layer in enumerate(self.layers):
+        for number, (layer, budget) in enumerate(zip(self.layers, budgets)):
             lines.append(
                 f"{number:>5}  {layer.keys_per_query:>10.1f}  {layer.window_keys:>6.1f}  "
                 f"{layer.global_keys:>6.1f}  {layer.selected_keys:>8.1f}  "
                 f"{layer.selected_blocks:>6.2f}  {layer.missed_mass:>11.4f}  "
-                f"{layer.recall:>6.3f}  {' '.join(map(str, layer.head_budgets))}"
+                f"{layer.recall:>6.3f}  {budget:<{width}}  {' '.join(map(str, layer.head_windows))}"
             )
         return "\n".join(lines)
 
@@ -116,7 +119,7 @@ def _measure(
     every = torch.ones(batch, length, dtype=torch.bool, device=query.device)
     valid = every if attention_mask is None else attention_mask
     is_global = ~every if global_mask is None else global_mask & valid
-    window = part.head_windows() if reads.span is not None else None
+    window = part.window_limit() if reads.span is not None else None
     names = ("window", "global", "selected", "missed", "hits", "wanted", "rows")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     position = torch.arange(length, device=query.device)
@@ -174,7 +177,7 @@ def _measure(
         missed_mass=sums["missed"] / count,
         recall=sums["hits"] / sums["wanted"] if sums["wanted"] else 1.0,
         head_budgets=part.rank_limit().tolist(),
-        head_windows=part.head_windows().tolist(),
+        head_windows=part.window_limit().tolist(),
         head_gates=part.gate.tolist(),
     )
 

@@ -195,6 +195,7 @@ def selection_layout(
     length: int,
     options: RoutingOptions,
     rank_limit: torch.Tensor | None = None,
+    reach: torch.Tensor | None = None,
 ) -> tuple[BlockLayout, torch.Tensor]:
     """The layout of the window and the chosen blocks.
 
@@ -204,6 +205,8 @@ def selection_layout(
         length: tokens per row.
         options: the options it was called with.
         rank_limit: int [heads], entries beyond this rank leave the list; None: none do.
+        reach: int64 [heads], window entries whose keys are all further from the queries leave the
+            list; None: none do.
 
     Returns:
         The layout, its lists the window's entries, then the chosen blocks best first, then the
@@ -213,9 +216,9 @@ def selection_layout(
     """
     device = selected.key_blocks.device
     query_size, key_size = options.query_block_size, options.block_size
-    near_blocks, near_flags = (
-        entries[0] for entries in window_entries(window, length, query_size, key_size, device)
-    )  # [query_blocks, width]
+    near_blocks, near_flags = window_entries(
+        window, length, query_size, key_size, device, reach
+    )  # [heads or 1, query_blocks, width]
     batch, heads, rows, num_ranked = selected.key_blocks.shape
     rank = torch.arange(num_ranked, device=device)
     counts = selected.counts
@@ -233,12 +236,12 @@ def selection_layout(
         far_slots = far_slots.gather(-1, order)
         far_counts = used.sum(dim=-1, dtype=torch.int32)
 
-    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [query_blocks, 1]
+    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [..., query_blocks, 1]
     position = torch.arange(near_blocks.shape[-1] + far.shape[-1], device=device)
-    is_near = position < near_counts  # [query_blocks, entries]
-    counts = near_counts[:, 0] + far_counts
+    is_near = position < near_counts  # [heads or 1, query_blocks, entries]
+    counts = near_counts[..., 0] + far_counts
     used = position < counts[..., None]
-    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(rows, -1)
+    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(*near_blocks.shape[:2], -1)
     far_index = (position - near_counts).clamp(0, far.shape[-1] - 1)
     far_index = far_index.expand(batch, heads, -1, -1)
     key_blocks = torch.where(is_near, near_blocks.gather(-1, near_index), 0)

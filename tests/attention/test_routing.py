@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.pyramid import key_pyramid
 from adaptive_longformer.attention.routing import (
@@ -416,3 +417,24 @@ def test_keys_that_are_not_finite_raise_on_request_and_choose_nothing_otherwise(
 def test_sizes_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RoutingOptions(**arguments)
+
+
+def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
+    length, window, reach = 400, SlidingWindow(50), torch.tensor([7, 50])
+    query, key = random_keys(length, batch=1)
+    value = torch.randn(1, 2, length, 8, dtype=torch.float64)
+    selected = select_blocks(query, key, window, SMALL)
+    whole, whole_slots = selection_layout(selected, window, length, SMALL)
+    layout, slots = selection_layout(selected, window, length, SMALL, reach=reach)
+    layout.validate()
+    assert torch.equal(layout.key_blocks[:, 1], whole.key_blocks[:, 1])
+    near = [((lists.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)[0, 0] for lists in (layout, whole)]
+    assert near[0].tolist() == [2] + [3] * 23 + [2] and (near[1] > 4).all()
+    for row in range(25):
+        chosen_slots = [s[0, 0, row][s[0, 0, row] >= 0].tolist() for s in (slots, whole_slots)]
+        assert chosen_slots[0] == chosen_slots[1]
+    span = AttentionSpan(reach + 1.0 - 5.0, 5.0)  # the ramp ends where the reach does
+    expected = sparse_attention(query, key, value, whole, span=span, backend="reference")
+    for backend in ("reference", "blocked"):
+        actual = sparse_attention(query, key, value, layout, span=span, backend=backend)
+        torch.testing.assert_close(actual, expected)
