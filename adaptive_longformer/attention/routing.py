@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from adaptive_longformer.attention.compiled_vote import can_vote, vote
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, window_entries
@@ -749,6 +750,11 @@ class _Search:
             scores: [heads, rows, sub_queries, 4 * candidates].
             bias: [heads or 1, rows, 4 * candidates].
         """
+        if can_vote(scores):
+            share, covered, peak, others = vote(
+                scores, bias, self.log_covered, self.log_dropped, self.voter_weight, FAN_OUT
+            )
+            return _Votes(share, covered, scores, peak, others)
         scores += bias[:, :, None]
         peak = torch.maximum(scores.amax(dim=-1), self.log_covered)
         peak = torch.maximum(peak, self.log_dropped).clamp(min=torch.finfo(scores.dtype).min)

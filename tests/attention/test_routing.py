@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
+from adaptive_longformer.attention import routing
 from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.pyramid import key_pyramid
 from adaptive_longformer.attention.routing import (
@@ -438,3 +440,40 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
     for backend in ("reference", "blocked"):
         actual = sparse_attention(query, key, value, layout, span=span, backend=backend)
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(
+    why_unavailable("cpu") is not None, reason=f"no CPU library: {why_unavailable('cpu')}"
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("start_nodes", [256, 4])
+@pytest.mark.parametrize("length", [100, 1000])
+def test_the_compiled_vote_equals_that_of_torch(length, start_nodes, is_causal, monkeypatch):
+    query, key = (tensor.float() for tensor in random_keys(length))
+    query[0, 0, 40:44] = torch.nan
+    mask, is_global = masks_of("both", 2, length)
+    options = RoutingOptions(
+        num_blocks=3, block_size=16, query_block_size=16, start_nodes=start_nodes, beam_width=3
+    )
+
+    def select():
+        return select_blocks(
+            query,
+            key,
+            SlidingWindow(16),
+            options,
+            attention_mask=mask,
+            global_mask=is_global,
+            is_causal=is_causal,
+        )
+
+    calls, vote = [], routing.vote
+    monkeypatch.setattr(routing, "vote", lambda *args: calls.append(0) or vote(*args))
+    compiled = select()
+    assert calls
+    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    expected = select()
+    torch.testing.assert_close(compiled.key_blocks, expected.key_blocks)
+    torch.testing.assert_close(compiled.counts, expected.counts)
+    torch.testing.assert_close(compiled.mass, expected.mass)
+    torch.testing.assert_close(compiled.covered, expected.covered, equal_nan=True)
