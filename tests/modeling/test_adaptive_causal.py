@@ -393,15 +393,17 @@ def test_density_is_added_to_the_loss_in_training():
 
 
 def test_a_calibrated_model_gives_the_same_with_fewer_keys_also_from_its_cache():
-    model = causal().double()
+    model = causal(attention_window=[16, 160]).double()
     with torch.no_grad():
         first, second = selections(model)
         first.budget.copy_(torch.tensor([0.1, 0.05, -1.0, 0.05]))
         second.budget.fill_(-0.7)
+        second.span.fill_(0.125)
     input_ids, mask = left_padded([200, 120])
     expected = logits_of(model, input_ids, mask)
     result = calibrate(model, [{"input_ids": input_ids, "attention_mask": mask}])
     assert result.head_budgets == [[2, 2, 0, 2], [0, 0, 0, 0]]
+    assert result.head_windows == [[8] * 4, [41] * 4]
     assert result.keys_per_query < result.full_keys_per_query
     torch.testing.assert_close(logits_of(model, input_ids, mask), expected)
     found = logits_in_steps(model, input_ids, mask, range(90, 200))
