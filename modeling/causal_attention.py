@@ -154,8 +154,11 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
         if first_slots is not None:
-            context = roll_rows(context, -first_slots, dim=2)
+            # Padding before a sequence has seen it from behind.
+            is_padding = ~attention_mask[:, None, :, None]
+            context = roll_rows(context.masked_fill(is_padding, 0.0), -first_slots, dim=2)
             if probabilities is not None:
+                probabilities = probabilities.masked_fill(is_padding, 0.0)
                 probabilities = roll_rows(probabilities, -first_slots, dim=2)
                 probabilities = roll_rows(probabilities, -first_slots, dim=3)
         return context, probabilities
