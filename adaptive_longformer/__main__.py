@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
+from adaptive_longformer.conversion.families import family_names
+
 # Name -> the module that has add_parser and run, and one line of help. A module is only imported
 # when its command is asked for.
 _COMMANDS = {
@@ -21,7 +23,7 @@ _COMMANDS = {
     ),
     "convert": (
         "adaptive_longformer.conversion.command",
-        "take over a Longformer, LED, RoBERTa or BERT checkpoint, or give it back",
+        f"take over a {family_names()} checkpoint, or give it back",
     ),
     "summarize": (
         "adaptive_longformer.inference.summarize_command",

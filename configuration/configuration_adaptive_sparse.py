@@ -120,11 +120,13 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             `selection_start_nodes * block_size` tokens are searched exactly.
         selection_beam_width: nodes the search keeps per level.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
-            of a document, at most 4.
+            of a document, at most 4; 0 in the causal model.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query; None: budgets and windows are not pressed.
         head_budgets: for every layer the number of blocks that each head may choose, as written by
             `calibrate`; None: `num_selected_blocks`.
+        head_windows: for every layer the number of tokens to either side that each head may see, as
+            written by `calibrate`; None: half of `attention_window`.
         default_global_tokens: which tokens are global when no `global_attention_mask` is given.
             "none", "first" (first valid token), "question" (before the first separator),
             "after_separator", or "auto": "none" for the pattern "big_bird", which has its global
@@ -190,6 +192,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
+    head_windows: list[list[int]] | None = None
     default_global_tokens: str = "auto"
     separate_global_projections: bool = False
     attention_backend: str = "auto"
@@ -353,21 +356,27 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             )
         if self.attention_pattern in SELECTING_PATTERNS:
             self._validate_adaptive_sizes()
-        if self.head_budgets is not None:
-            is_shaped = len(self.head_budgets) == self.num_hidden_layers and all(
-                len(heads) == self.num_attention_heads for heads in self.head_budgets
+        layers = range(self.num_hidden_layers)
+        budgets = [self.num_selected_blocks for _ in layers]
+        self._check_per_head("head_budgets", budgets, "num_selected_blocks")
+        radii = [_of_layer(self.attention_window, layer_idx) // 2 for layer_idx in layers]
+        self._check_per_head("head_windows", radii, "half of attention_window")
+
+    def _check_per_head(self, name: str, most: list[int], meaning: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        is_allowed = len(value) == self.num_hidden_layers and all(
+            len(heads) == self.num_attention_heads and all(0 <= n <= limit for n in heads)
+            for heads, limit in zip(value, most, strict=True)
+        )
+        if not is_allowed:
+            limits = most[0] if len(set(most)) == 1 else most
+            raise ValueError(
+                f"{name} is {value}, num_hidden_layers = {self.num_hidden_layers} lists of "
+                f"num_attention_heads = {self.num_attention_heads} numbers from 0 to {meaning} = "
+                f"{limits} are needed"
             )
-            if not is_shaped or not all(
-                0 <= budget <= self.num_selected_blocks
-                for heads in self.head_budgets
-                for budget in heads
-            ):
-                raise ValueError(
-                    f"head_budgets is {self.head_budgets}, num_hidden_layers = "
-                    f"{self.num_hidden_layers} lists of num_attention_heads = "
-                    f"{self.num_attention_heads} numbers from 0 to num_selected_blocks = "
-                    f"{self.num_selected_blocks} are needed"
-                )
 
     def _validate_adaptive_sizes(self) -> None:
         for name in ("block_size", "query_block_size"):

@@ -51,6 +51,7 @@ ENCODER_ATTENTION_FIELDS = (
     "num_learned_global_blocks",
     "target_density",
     "head_budgets",
+    "head_windows",
     "default_global_tokens",
     "separate_global_projections",
     "attention_backend",
@@ -92,8 +93,9 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
             attention_seed, num_hashes, query_block_size, num_selected_blocks, selection_strength,
             selection_top_p, selection_start_nodes, selection_beam_width, num_learned_global_blocks,
-            target_density, head_budgets, separate_global_projections, attention_backend,
-            max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
+            target_density, head_budgets, head_windows, separate_global_projections,
+            attention_backend, max_global_tokens, zero_padded_rows: of the encoder, see
+            `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -158,6 +160,7 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
+    head_windows: list[list[int]] | None = None
     default_global_tokens: str = "auto"
     separate_global_projections: bool = False
     attention_backend: str = "auto"

@@ -17,7 +17,7 @@ from adaptive_longformer.attention.routing import (
 )
 from adaptive_longformer.attention.selection_controls import oracle_selection, random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -27,7 +27,8 @@ BUDGET_RAMP = 2.0
 WINDOW_RAMP = 32.0
 # Buffers that the configuration mirrors, by the name of its field.
 SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p"}
-# Of a head whose budget is not calibrated.
+HEAD_LIMITS = ("head_budgets", "head_windows")
+# Of a head whose budget or window is not calibrated.
 NO_LIMIT = 2**31 - 1
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01
@@ -90,29 +91,43 @@ class AdaptiveSelection(nn.Module):
     converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
     that PEFT's `modules_to_save=["adaptive"]` stores what a task has learned.
 
+    Args:
+        config: the configuration of the model; of an encoder-decoder, the encoder is meant.
+        layer_idx: number of the layer.
+        is_causal: whether queries see earlier keys only. A block of queries is then chosen for by
+            the queries of the block before.
+
     Attributes:
+        window: what is read anyway, under causality without what comes later.
         gate, budget, span: [heads]. The budget is a share of `num_selected_blocks`, the span of the
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
         strength, top_p: scalars, see `AdaptiveSparseConfig`.
         head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
             before that.
+        head_windows: int64 [heads], tokens to either side that a head may see at most, see
+            `calibrate`; very many before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
     """
 
     strength: torch.Tensor
     top_p: torch.Tensor
     head_budgets: torch.Tensor
+    head_windows: torch.Tensor
     price: torch.Tensor
 
-    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+    def __init__(
+        self, config: AdaptiveSparseConfig, layer_idx: int, is_causal: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_causal = is_causal
         self.options: RoutingOptions = config.routing_options
-        window = config.pattern(layer_idx)
-        assert isinstance(window, SlidingWindow)
-        self.window = window
+        pattern = config.pattern(layer_idx)
+        assert isinstance(pattern, SlidingWindow)
+        self.pattern = pattern
+        self.window = SlidingWindow(pattern.left, 0) if is_causal else pattern
         heads = config.num_attention_heads
         self.gate = nn.Parameter(torch.ones(heads))
         self.budget = nn.Parameter(torch.ones(heads))
@@ -124,6 +139,7 @@ class AdaptiveSelection(nn.Module):
         self.register_buffer("strength", torch.zeros(()))
         self.register_buffer("top_p", torch.ones(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
+        self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("price", torch.zeros(()))
         self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
         self.reset_parameters()
@@ -137,11 +153,14 @@ class AdaptiveSelection(nn.Module):
         init.constant_(self.strength, float(self.config.selection_strength))
         init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
-        if self.config.head_budgets is None:
-            init.constant_(self.head_budgets, NO_LIMIT)
-        else:
-            budgets = torch.tensor(self.config.head_budgets[self.layer_idx])
-            init.copy_(self.head_budgets, budgets)
+        for name in HEAD_LIMITS:
+            init.copy_(getattr(self, name), self.configured_limit(name))
+
+    def configured_limit(self, name: str) -> torch.Tensor:
+        """What the configuration says in one of `HEAD_LIMITS` about this layer: int64 [heads]."""
+        limits = getattr(self.config, name)
+        no_limits = [NO_LIMIT] * self.config.num_attention_heads
+        return torch.tensor(no_limits if limits is None else limits[self.layer_idx])
 
     def train(self, mode: bool = True) -> "AdaptiveSelection":
         """As in torch; and forgets what was read, as some optimisers write behind torch's back."""
@@ -169,7 +188,6 @@ class AdaptiveSelection(nn.Module):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
         state: SelectionState | None = None,
     ) -> tuple[torch.Tensor, Reads]:
         """Says what the layer reads.
@@ -179,7 +197,6 @@ class AdaptiveSelection(nn.Module):
                 first valid token should be.
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
             global_mask: bool [batch, length], True where a token is global; None: none is.
-            is_causal: whether later keys are hidden.
             state: of this forward pass; None: nothing is remembered.
 
         Returns:
@@ -189,28 +206,72 @@ class AdaptiveSelection(nn.Module):
         if torch.is_grad_enabled():
             query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
         if not self.is_active:
-            return query, Reads(self.window)
-        span = self._attention_span()
+            return query, Reads(self.pattern)
+        span = self.attention_span()
+        reach = None if span is None else self.window_limit()
         length = query.shape[2]
-        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
-        num_blocks = min(num_blocks, self.options.num_blocks)
+        options = self._routing_options()
         # Where the window reaches everywhere there is nothing to choose.
-        if length <= self.window.left + 1 or (
-            num_blocks == 0 and self.options.num_global_blocks == 0
-        ):
-            return query, Reads(self.window, span=span)
-        options = replace(self.options, num_blocks=max(num_blocks, 1))
+        if options is None or length <= self.window.left + 1:
+            if reach is None:
+                return query, Reads(self.pattern)
+            narrow = window_layout(
+                self.window,
+                length,
+                reach,
+                query_block_size=self.options.query_block_size,
+                key_block_size=self.options.block_size,
+            )
+            return query, Reads(narrow, span=span)
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
-                query.detach(), key.detach(), attention_mask, global_mask, is_causal, options, state
+                query.detach(), key.detach(), attention_mask, global_mask, options, state
             )
             if state is not None:
                 state.selected = selected
         is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
         read = selected._replace(global_open=selected.global_open & is_open)
-        layout, slots = selection_layout(read, self.window, length, options, self.rank_limit())
+        layout, slots = selection_layout(
+            read, self.window, length, options, self.rank_limit(), reach
+        )
         return query, Reads(layout, self._entry_bias(selected, slots), span)
+
+    def choose_next(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one block of queries reads in cached decoding, best first.
+
+        Builds the pyramid of all keys anew: O(length) operations, once per block of queries.
+
+        Args:
+            query: [batch, heads, query_block_size + 1, head_dim], those of the block before, and
+                the first of the block.
+            key: [batch, heads, length, head_dim], up to the first token of the block.
+            attention_mask, global_mask: bool [batch, length] as in `forward`.
+
+        Returns:
+            Key blocks, int32 [batch, heads, at most num_selected_blocks], and how many of them
+            count, int32 [batch, heads].
+        """
+        options = self._routing_options()
+        if options is None:
+            nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
+            return nothing[..., None], nothing
+        selected = self._select(query, key, attention_mask, global_mask, options, None)
+        return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
+
+    def _routing_options(self) -> RoutingOptions | None:
+        """The options, with no more blocks than the widest head may read; None: none are read."""
+        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
+        num_blocks = min(num_blocks, self.options.num_blocks)
+        if num_blocks == 0 and self.options.num_global_blocks == 0:
+            return None
+        return replace(self.options, num_blocks=max(num_blocks, 1))
 
     def _select(
         self,
@@ -218,7 +279,6 @@ class AdaptiveSelection(nn.Module):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
-        is_causal: bool,
         options: RoutingOptions,
         state: SelectionState | None,
     ) -> SelectedBlocks:
@@ -234,7 +294,7 @@ class AdaptiveSelection(nn.Module):
             self.window,
             options,
             **masks,
-            is_causal=is_causal,
+            is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,
             validate=state is not None and state.validate,
@@ -247,19 +307,19 @@ class AdaptiveSelection(nn.Module):
             limit = torch.minimum(limit, self.head_budgets)
             return limit * (self.gate > 0) * (self.strength > 0)
 
-    def head_windows(self) -> torch.Tensor:
+    def window_limit(self) -> torch.Tensor:
         """How many tokens each head sees to either side with a weight above 0: int64 [heads]."""
         with torch.no_grad():
-            radius = self.window.left
-            reach = _precise(self.span).clamp(min=0.0) * radius + WINDOW_RAMP
-            return (reach.ceil() - 1).clamp(max=radius).long()
+            reach = _precise(self._span_length()) + WINDOW_RAMP
+            return (reach.ceil() - 1).clamp(max=self.window.left).long()
 
     def density(self) -> torch.Tensor:
         """The share of the keys of the full budget that a query may read, mean over heads.
 
         A gate counts like a smaller budget, so that closing a head is a way to save as well.
         """
-        window = 2.0 * self.window.left
+        assert self.window.right is not None
+        window = float(self.window.left + self.window.right)
         blocks = float(self.options.num_blocks * self.options.block_size)
         gate, budget, span = (
             parameter.clamp(min=0.0) for parameter in (self.gate, self.budget, self.span)
@@ -272,26 +332,48 @@ class AdaptiveSelection(nn.Module):
         kappa = _precise(self.budget)[:, None] * self.options.num_blocks
         return ((kappa + BUDGET_RAMP - rank) / BUDGET_RAMP).clamp(0.0, 1.0)
 
+    def rank_bias(self, num_blocks: int) -> torch.Tensor:
+        """The logarithm of the weight of the best, second best, ... block: [heads, num_blocks]."""
+        weights = self._rank_weight(num_blocks).clamp(min=MIN_WEIGHT)
+        return weights.log() + self._head_bias()[:, None]
+
+    def _head_bias(self) -> torch.Tensor:
+        of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
+        return of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
+
     def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
         """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
-        weights = self._rank_weight(selected.key_blocks.shape[-1]).clamp(min=MIN_WEIGHT)
-        of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
-        of_head = of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
-        table = (weights.log() + of_head[:, None]).expand(slots.shape[0], -1, -1)
+        table = self.rank_bias(selected.key_blocks.shape[-1]).expand(slots.shape[0], -1, -1)
         if self.global_direction is not None:
             direction = _precise(self.global_direction)[:, None]
             scores = (selected.global_means * direction).sum(dim=-1)
-            table = torch.cat([table, scores + of_head[:, None]], dim=-1)
+            table = torch.cat([table, scores + self._head_bias()[:, None]], dim=-1)
         table = table[:, :, None].expand(-1, -1, slots.shape[2], -1)
         return table.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
 
-    def _attention_span(self) -> AttentionSpan | None:
+    def attention_span(self) -> AttentionSpan | None:
         """The learned windows; None where they are as wide as the pattern's and stay so."""
+        radius = self.window.left
         is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        if not is_trained and not self._read("span", lambda span: bool((span < 1).any()), True):
+        is_narrow = (
+            self._read("span", lambda span: bool((span < 1).any()), True),
+            self._read("head_windows", lambda limit: bool((limit < radius).any()), True),
+        )
+        if not is_trained and not any(is_narrow):
             return None
-        length = self.span.clamp(min=0.0) * self.window.left
-        return AttentionSpan(length.where(self.strength > 0, self.window.left), WINDOW_RAMP)
+        return AttentionSpan(self._span_length(), WINDOW_RAMP)
+
+    def _span_length(self) -> torch.Tensor:
+        """How many tokens to either side each head sees with its full weight: [heads].
+
+        Below 0 where a calibrated window is shorter than the ramp: it ends where it says.
+        """
+        radius = self.window.left
+        length = self.span.clamp(min=0.0) * radius
+        # No weight is left one token beyond the calibrated window.
+        longest = (self.head_windows + 1 - WINDOW_RAMP).to(length.dtype)
+        is_open = (self.head_windows >= radius) | (length <= longest)
+        return length.where(is_open, longest).where(self.strength > 0, radius)
 
     def _read(self, name: str, read: Callable[[torch.Tensor], Any], safe: Any) -> Any:
         """A value on the host that depends on one tensor, read again only when that changes.
@@ -360,6 +442,9 @@ def mirror_selection_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
                 buffer.fill_(value)
             elif buffer.item() != torch.tensor(value, dtype=buffer.dtype).item():
                 setattr(part.config, field, buffer.item())
+        for name in HEAD_LIMITS:
+            if getattr(part.config, name) != saved.get(name):
+                getattr(part, name).copy_(part.configured_limit(name))
 
 
 def density_loss(model: nn.Module, target: float) -> torch.Tensor:

@@ -52,7 +52,11 @@ from adaptive_longformer.modeling.losses import (
     token_loss,
 )
 from adaptive_longformer.modeling.masks import resolve_masks
-from adaptive_longformer.modeling.question_tokens import mask_question, question_tokens
+from adaptive_longformer.modeling.question_tokens import (
+    first_slots,
+    mask_question,
+    question_tokens,
+)
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -719,8 +723,9 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
     0.
 
     With `config.head_style = "big_bird"` the question is everything up to the first separator of
-    `input_ids`: it is of token type 0 and the rest of type 1 unless `token_type_ids` are given, and
-    1e6 is taken off the logits of its tokens but the first.
+    `input_ids`, or the first `question_lengths` tokens: it is of token type 0 and the rest of type
+    1 unless `token_type_ids` are given, and 1e6 is taken off the logits of its tokens but the
+    first.
     """
 
     accepts_loss_kwargs = False
@@ -748,6 +753,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
         validate: bool = False,
+        question_lengths: torch.Tensor | None = None,
         **kwargs: Unpack[OutputArguments],
     ) -> QuestionAnsweringModelOutput:
         """Finds answers; the other arguments are those of `AdaptiveSparseModel.forward`.
@@ -755,11 +761,18 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         Args:
             start_positions, end_positions: [batch] slots of the answer; those beyond the input are
                 ignored.
+            question_lengths: [batch, 1], only with `config.head_style = "big_bird"`: the question
+                is in so many first slots (separator and any padding in front included), wherever
+                the first separator is. Which tokens are global by default it does not say.
 
         Returns:
             start_logits and end_logits [batch, length], and the loss if both positions are given.
+
+        Raises:
+            ValueError: question_lengths are given to another head, or have a wrong shape, type or
+                value; or see `AdaptiveSparseModel.forward`.
         """
-        is_question = self._question_tokens(input_ids)
+        is_question = self._question_tokens(input_ids, inputs_embeds, question_lengths, validate)
         if is_question is not None and token_type_ids is None and self.config.type_vocab_size > 1:
             token_type_ids = (~is_question).long()
         outputs = self.model(
@@ -788,10 +801,28 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _question_tokens(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+    def _question_tokens(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        question_lengths: torch.Tensor | None,
+        validate: bool,
+    ) -> torch.Tensor | None:
         """Where BigBird's head finds the question; wrong shapes are refused by the encoder."""
+        if self.config.head_style != "big_bird":
+            if question_lengths is not None:
+                raise ValueError(
+                    "question_lengths is given, but only the head of config.head_style 'big_bird' "
+                    f"rules out the question's tokens, this one is {self.config.head_style!r}"
+                )
+            return None
+        if question_lengths is not None:
+            shape = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+            given = inputs_embeds if input_ids is None else input_ids
+            assert given is not None
+            return first_slots(question_lengths, shape, given.device, validate)
         separator = self.config.sep_token_id
-        if self.config.head_style != "big_bird" or input_ids is None or separator is None:
+        if input_ids is None or separator is None:
             return None
         return question_tokens(input_ids, separator) if input_ids.ndim == 2 else None
 

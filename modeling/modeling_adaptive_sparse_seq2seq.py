@@ -311,6 +311,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             global_mask is None
             and config.default_global_tokens == "none"
             and config.separate_global_projections
+            and not torch.compiler.is_compiling()  # which would break its graph for a warning
         ):
             logger.warning_once(FORGOTTEN_GLOBAL_MASK)
 
@@ -472,6 +473,12 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}, "
                 "a transformers.EncoderDecoderCache is needed"
             )
+        if past_key_values.is_compileable:
+            kind = type(past_key_values.self_attention_cache).__name__
+            raise ValueError(
+                f"past_key_values holds a {kind}, whose size is fixed (in generate(), "
+                "cache_implementation='static'): a transformers.DynamicCache is needed"
+            )
         return past_key_values
 
 
@@ -608,7 +615,11 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
 
 
 class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedModel, GenerationMixin):
-    """Encoder and decoder with a language head, for summaries and other texts about a document."""
+    """Encoder and decoder with a language head, for summaries and other texts about a document.
+
+    torch.compile makes one graph of a whole training step, of `get_encoder()`, and of a decoding
+    step of `get_decoder()`, whose cache may grow; caches of a fixed size are refused.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embeddings.word_embeddings.weight"}
     _keys_to_ignore_on_load_missing = [

@@ -2,6 +2,33 @@
 
 import torch
 
+from adaptive_longformer.modeling.input_checks import check_indices
+
+
+def first_slots(
+    question_lengths: torch.Tensor, shape: tuple[int, int], device: torch.device, validate: bool
+) -> torch.Tensor:
+    """The first so many slots of every sequence, padding in front counted: bool [batch, length].
+
+    Args:
+        question_lengths: [batch, 1] or [batch] whole numbers.
+        shape: [batch, length].
+        device: where the mask is wanted.
+        validate: also read the values when that needs a device synchronisation.
+
+    Raises:
+        ValueError: wrong type, shape or values.
+    """
+    batch_size, length = shape
+    if tuple(question_lengths.shape) not in ((batch_size, 1), (batch_size,)):
+        raise ValueError(
+            f"question_lengths has shape {tuple(question_lengths.shape)}, "
+            f"(batch_size, 1) = {(batch_size, 1)} is needed"
+        )
+    check_indices("question_lengths", question_lengths, length + 1, "sequence_length + 1", validate)
+    slots = torch.arange(length, device=device)
+    return slots < question_lengths.to(device).view(-1, 1)
+
 
 def question_tokens(input_ids: torch.Tensor, sep_token_id: int) -> torch.Tensor:
     """The tokens up to and with the first separator: bool [batch, length].

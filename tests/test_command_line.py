@@ -9,6 +9,7 @@ from transformers import LongformerConfig, LongformerForMaskedLM
 from adaptive_longformer import __main__ as command_line
 from adaptive_longformer.__main__ import main
 from adaptive_longformer.conversion import command
+from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.testing import randomize_all_parameters
 
 
@@ -92,6 +93,16 @@ def test_help_lists_all_commands_without_importing_them(capsys):
     output = capsys.readouterr().out
     for name in command_line._COMMANDS:
         assert name in output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]])
+def test_help_names_every_family(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line breaks
+    with pytest.raises(SystemExit):
+        main(arguments)
+    output = capsys.readouterr().out
+    for family in FAMILIES.values():
+        assert re.search(rf"[ ,]{family.name}[ ,]", output), family.name
 
 
 def test_the_module_is_a_program(tmp_path, source):

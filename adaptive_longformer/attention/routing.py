@@ -145,7 +145,9 @@ def select_blocks(
     `top_p`.
 
     Args:
-        query: [batch, heads, length, head_dim].
+        query: [batch, heads, length, head_dim]. With is_causal they may be the last ones of the row
+            only, from the start of a query block on, as in cached decoding: the first of their
+            blocks then chooses nothing, as the queries that vote for it are missing.
         key: [batch, key_heads, length, head_dim], key_heads a divisor of heads.
         window: what is read anyway; without holes.
         options: sizes and limits.
@@ -161,13 +163,19 @@ def select_blocks(
         validate: raise on keys or queries that are not finite, which waits for the device.
 
     Raises:
-        ValueError: `validate`, and a real token's query or key is NaN or infinite. Without
-            `validate` such query blocks choose nothing.
+        ValueError: `validate`, and a real token's query or key is NaN or infinite (without
+            `validate` such query blocks choose nothing); or query and key do not fit together.
     """
     if options.num_global_blocks and is_causal:
         raise ValueError(
             f"num_global_blocks is {options.num_global_blocks}, 0 is needed with is_causal: "
             "which blocks a whole row reads would tell earlier tokens about later ones"
+        )
+    missing = key.shape[2] - query.shape[2]
+    if missing < 0 or missing % options.query_block_size or (missing and not is_causal):
+        raise ValueError(
+            f"query has {query.shape[2]} tokens and key {key.shape[2]}: the same number is needed, "
+            f"or with is_causal a multiple of query_block_size = {options.query_block_size} fewer"
         )
     if validate:
         _check_finite(query, key, attention_mask)
@@ -193,6 +201,7 @@ def selection_layout(
     length: int,
     options: RoutingOptions,
     rank_limit: torch.Tensor | None = None,
+    reach: torch.Tensor | None = None,
 ) -> tuple[BlockLayout, torch.Tensor]:
     """The layout of the window and the chosen blocks.
 
@@ -202,6 +211,8 @@ def selection_layout(
         length: tokens per row.
         options: the options it was called with.
         rank_limit: int [heads], entries beyond this rank leave the list; None: none do.
+        reach: int64 [heads], window entries whose keys are all further from the queries leave the
+            list; None: none do.
 
     Returns:
         The layout, its lists the window's entries, then the chosen blocks best first, then the
@@ -211,9 +222,9 @@ def selection_layout(
     """
     device = selected.key_blocks.device
     query_size, key_size = options.query_block_size, options.block_size
-    near_blocks, near_flags = (
-        entries[0] for entries in window_entries(window, length, query_size, key_size, device)
-    )  # [query_blocks, width]
+    near_blocks, near_flags = window_entries(
+        window, length, query_size, key_size, device, reach
+    )  # [heads or 1, query_blocks, width]
     batch, heads, rows, num_ranked = selected.key_blocks.shape
     rank = torch.arange(num_ranked, device=device)
     counts = selected.counts
@@ -231,12 +242,12 @@ def selection_layout(
         far_slots = far_slots.gather(-1, order)
         far_counts = used.sum(dim=-1, dtype=torch.int32)
 
-    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [query_blocks, 1]
+    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [..., query_blocks, 1]
     position = torch.arange(near_blocks.shape[-1] + far.shape[-1], device=device)
-    is_near = position < near_counts  # [query_blocks, entries]
-    counts = near_counts[:, 0] + far_counts
+    is_near = position < near_counts  # [heads or 1, query_blocks, entries]
+    counts = near_counts[..., 0] + far_counts
     used = position < counts[..., None]
-    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(rows, -1)
+    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(*near_blocks.shape[:2], -1)
     far_index = (position - near_counts).clamp(0, far.shape[-1] - 1)
     far_index = far_index.expand(batch, heads, -1, -1)
     key_blocks = torch.where(is_near, near_blocks.gather(-1, near_index), 0)
@@ -268,12 +279,14 @@ def _check_finite(
 ) -> None:
     for name, tensor in (("query", query), ("key", key)):
         is_bad = ~tensor.isfinite().all(dim=-1)  # [batch, heads, length]
+        missing = key.shape[2] - tensor.shape[2]
         if attention_mask is not None:
-            is_bad = is_bad & attention_mask[:, None]
+            is_bad = is_bad & attention_mask[:, None, missing:]
         if is_bad.any():
             batch, head, token = is_bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{name} is NaN or infinite at batch row {batch}, head {head}, token {token} and "
+                f"{name} is NaN or infinite at batch row {batch}, head {head}, token "
+                f"{token + missing} and "
                 f"{int(is_bad.sum()) - 1} more: finite values are needed to select blocks"
             )
 
@@ -390,7 +403,10 @@ class _Router:
         scale: float,
         options: RoutingOptions,
     ) -> None:
-        self.batch, self.heads, self.length, self.head_dim = query.shape
+        self.batch, self.heads, _, self.head_dim = query.shape
+        self.length = key.shape[2]
+        # Query blocks before those of `query`.
+        self.first_row = (self.length - query.shape[2]) // options.query_block_size
         self.device, self.options, self.is_causal = query.device, options, is_causal
         self.left, self.right = left, right
         self.result = _empty_result(
@@ -435,6 +451,8 @@ class _Router:
         self, query: torch.Tensor, members: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
+        if members is not None:
+            members = members[:, self.length - query.shape[2] :]
         votes = key_pyramid(query, members, options.tokens_per_vote, 1)
         per_row = options.query_block_size // options.tokens_per_vote
         needed = self.num_rows * per_row
@@ -518,7 +536,8 @@ class _Row:
             limits = self.limit(torch.arange(num_rows)).tolist()
         else:
             limits = [self.num_blocks] * num_rows
-        start = 0
+        # Under causality nobody votes for the first of the query blocks.
+        start = self.router.first_row + int(self.router.is_causal)
         while start < num_rows:
             level = options.start_level(limits[start])
             columns = FAN_OUT * max(
@@ -564,10 +583,11 @@ class _Row:
             votes, candidates, is_open = search.vote_children(kept, level)
         key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p)
         found = key_blocks.shape[-1]
-        self.result.key_blocks[:, start:end, :found] = key_blocks
-        self.result.counts[:, start:end] = counts
-        self.result.mass[:, start:end, :found] = mass
-        self.result.covered[:, start:end] = votes.covered
+        rows = slice(start - self.router.first_row, end - self.router.first_row)
+        self.result.key_blocks[:, rows, :found] = key_blocks
+        self.result.counts[:, rows] = counts
+        self.result.mass[:, rows, :found] = mass
+        self.result.covered[:, rows] = votes.covered
 
     def _choose(
         self,
@@ -601,8 +621,9 @@ class _Search:
         rows = torch.arange(start, end, device=row.router.device)
         self.row, self.rows = row, rows
         self.is_causal, self.beam_width = row.router.is_causal, row.options.beam_width
-        self.queries = row.queries[:, start:end]  # [heads, rows, votes, head_dim]
-        is_voter = row.is_voter[start:end].to(self.queries.dtype)
+        given = slice(start - row.router.first_row, end - row.router.first_row)
+        self.queries = row.queries[:, given]  # [heads, rows, votes, head_dim]
+        is_voter = row.is_voter[given].to(self.queries.dtype)
         # A sub-query's weight in the mean, [rows, votes].
         self.voter_weight = is_voter / is_voter.sum(dim=-1, keepdim=True).clamp(min=1.0)
         self.limit = row.limit(rows)

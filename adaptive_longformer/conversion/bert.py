@@ -4,6 +4,7 @@ from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import Table, bert_encoder, bert_lm_head
 
 BERT = Family(
+    name="BERT",
     model_type="bert",
     class_prefix="Bert",
     table=Table(

@@ -55,6 +55,7 @@ class BigBirdFamily(Family):
 
 
 BIG_BIRD = BigBirdFamily(
+    name="BigBird",
     model_type="big_bird",
     class_prefix="BigBird",
     table=Table(

@@ -28,6 +28,7 @@ class BigBirdPegasusFamily(BartFamily):
 
 
 BIGBIRD_PEGASUS = BigBirdPegasusFamily(
+    name="BigBird-Pegasus",
     model_type="bigbird_pegasus",
     class_prefix="BigBirdPegasus",
     target=SEQ2SEQ,

@@ -6,6 +6,7 @@ import sys
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
+from adaptive_longformer.conversion.families import family_names
 from adaptive_longformer.progress_line import ProgressLine
 
 
@@ -14,10 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="take over a checkpoint of another family, or give it back",
-        description=(
-            "Convert a Longformer, LED, BigBird, RoBERTa or BERT checkpoint with equal logits, or "
-            "give it back."
-        ),
+        description=(f"Convert a {family_names()} checkpoint with equal logits, or give it back."),
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
     parser.add_argument("target", metavar="TARGET", help="folder to write")
@@ -32,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=int,
         metavar="W",
         help=(
-            "tokens each token sees around itself, both sides together (default: Longformer's own; "
+            "tokens each token sees around itself, both sides together (default: the source's own; "
             "RoBERTa and BERT: twice their longest input)"
         ),
     )

@@ -16,6 +16,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_names() -> str:
+    """Return the names of all families for a sentence: "Longformer, LED, ... or BERT"."""
+    *names, last = (family.name for family in FAMILIES.values())
+    return f"{', '.join(names)} or {last}"
+
+
 def source_class(family: Family, head: str) -> type:
     """Return the Transformers class of a source with a head."""
     return getattr(transformers, family.class_prefix + head)

@@ -75,6 +75,7 @@ class Family:
     """One family of source models: its names, its configuration, its tensors.
 
     Attributes:
+        name: as its authors write it, for texts.
         model_type: the source's `model_type`.
         class_prefix: what the source's class names start with ("Longformer").
         table: the names of the tensors.
@@ -90,6 +91,7 @@ class Family:
         renamed_fields: our field -> the source's, copied in both directions too.
     """
 
+    name: str
     model_type: str
     class_prefix: str
     table: Table

@@ -12,6 +12,7 @@ _TARGET_ATTENTION = "model.encoder.layers.{layer}.attention."
 _HEADS = ("Model", "ForConditionalGeneration", "ForQuestionAnswering")
 
 LED = BartFamily(
+    name="LED",
     model_type="led",
     class_prefix="LED",
     target=SEQ2SEQ,

@@ -7,6 +7,7 @@ _SOURCE_LAYER = "longformer.encoder.layer.{layer}.attention.self."
 _TARGET_LAYER = "model.layers.{layer}.attention."
 
 LONGFORMER = Family(
+    name="Longformer",
     model_type="longformer",
     class_prefix="Longformer",
     table=Table(

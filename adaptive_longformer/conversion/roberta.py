@@ -4,6 +4,7 @@ from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import Table, bert_encoder, roberta_heads
 
 ROBERTA = Family(
+    name="RoBERTa",
     model_type="roberta",
     class_prefix="Roberta",
     table=Table("roberta.", [*bert_encoder("roberta."), *roberta_heads()]),

@@ -328,23 +328,63 @@ def window_entries(
     query_block_size: int,
     key_block_size: int,
     device: torch.device | str = "cpu",
+    reach: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key blocks and flags [1, num_query_blocks, width] of a window; flag 0 where there is no
     entry, which is only at the end of a list.
+
+    With `reach`, int64 [heads], [heads, num_query_blocks, width]: the blocks that hold a key of the
+    window at most so many tokens from a query. What an entry lets through stays the same.
     """
     start = torch.arange(-(-length // query_block_size), device=device)[:, None] * query_block_size
     end = (start + query_block_size).clamp(max=length) - 1
-    first = (start - window.left).clamp(min=0) // key_block_size
-    last = (end + window.right).clamp(max=length - 1) // key_block_size
     assert window.right is not None
-    reach = (window.left + window.right + query_block_size - 2) // key_block_size + 2
-    width = min(reach, -(-length // key_block_size))
+    left, right = window.left, window.right
+    if reach is not None:
+        left, right = (reach.clamp(max=side)[:, None, None] for side in (left, right))
+    first = (start - left).clamp(min=0) // key_block_size
+    last = (end + right).clamp(max=length - 1) // key_block_size
+    most = (window.left + window.right + query_block_size - 2) // key_block_size + 2
+    width = min(most, -(-length // key_block_size))
     blocks = first + torch.arange(width, device=device)
     key_start = blocks * key_block_size
     key_end = (key_start + key_block_size).clamp(max=length) - 1
     full = (key_start >= end - window.left) & (key_end <= start + window.right)
     flags = torch.where(full, int(EntryFlag.WINDOW | EntryFlag.FULL), int(EntryFlag.WINDOW))
-    return blocks.int()[None], torch.where(blocks <= last, flags, 0).int()[None]
+    blocks, flags = blocks.int(), torch.where(blocks <= last, flags, 0).int()
+    return (blocks[None], flags[None]) if reach is None else (blocks, flags)
+
+
+def window_layout(
+    window: SlidingWindow,
+    length: int,
+    reach: torch.Tensor,
+    *,
+    query_block_size: int = 64,
+    key_block_size: int = 64,
+) -> BlockLayout:
+    """The lists of key blocks of a window of which every head sees only a part.
+
+    Args:
+        window: without holes.
+        length: tokens in the sequence.
+        reach: int64 [heads], so many tokens to either side a head sees; on the layout's device.
+            The window stays the token mask: how far a head sees inside a block says an
+            `AttentionSpan`.
+        query_block_size, key_block_size: in tokens.
+    """
+    sizes = (query_block_size, key_block_size)
+    blocks, flags = window_entries(window, length, *sizes, reach.device, reach)
+    used = flags != 0
+    return BlockLayout(
+        key_blocks=blocks.where(used, 0)[None],
+        counts=used.sum(dim=-1, dtype=torch.int32)[None],
+        flags=flags[None],
+        query_block_size=query_block_size,
+        key_block_size=key_block_size,
+        length=length,
+        window=window,
+    )
 
 
 def _pattern_entries(

@@ -31,11 +31,13 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibration:
-    """Fixes the number of blocks that every head may select to what its budget has left it.
+    """Fixes what every head reads at most: blocks, to what its budget has left it, and tokens to
+    either side, to where its window ends.
 
-    Entries beyond it have no weight, so no output changes; a layer then searches for no more blocks
+    Entries beyond have no weight, so no output changes; a layer then searches for no more blocks
     than its widest head reads, and not at all if no head reads any. The numbers are written into
-    the model, to be saved with it or with its adapter, and into `config.head_budgets`.
+    the model, to be saved with it or with its adapter, and into `config.head_budgets` and
+    `config.head_windows`.
 
     Args:
         model: a model with attention_pattern "adaptive", trained, as it is or wrapped by PEFT.
@@ -62,11 +64,14 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibra
             part.span.copy_(span)
     for part in parts:
         part.head_budgets.copy_(part.rank_limit())
+        part.head_windows.copy_(part.window_limit())
     head_budgets = [part.head_budgets.tolist() for part in parts]
+    head_windows = [part.head_windows.tolist() for part in parts]
     parts[0].config.head_budgets = head_budgets
+    parts[0].config.head_windows = head_windows
     return Calibration(
         head_budgets=head_budgets,
-        head_windows=[part.head_windows().tolist() for part in parts],
+        head_windows=head_windows,
         keys_per_query=sum(after) / len(after),
         full_keys_per_query=sum(full) / len(full),
     )

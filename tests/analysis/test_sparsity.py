@@ -54,3 +54,16 @@ def test_models_without_selection_are_refused():
         sparsity_report(model, tiny_inputs(model))
     with pytest.raises(ValueError, match="sampled_blocks is 0"):
         sparsity_report(tiny_adaptive_model(), tiny_inputs(model), sampled_blocks=0)
+
+
+def test_the_table_shows_budgets_and_windows_of_all_heads():
+    model = tiny_adaptive_model(attention_window=128)
+    first, second = selections(model)
+    with torch.no_grad():
+        first.span.copy_(torch.tensor([1.0, 0.5, 0.25, 0.0]))
+        second.budget.fill_(-1.0)
+        second.span.fill_(1.0)
+    head, *lines = sparsity_report(model, tiny_inputs(model, 300)).table().splitlines()
+    column = head.index("budgets"), head.index("windows")
+    assert [line[slice(*column)].split() for line in lines] == [["4"] * 4, ["0"] * 4]
+    assert [line[column[1] :].split() for line in lines] == [["64", "63", "47", "31"], ["64"] * 4]

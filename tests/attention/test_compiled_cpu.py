@@ -31,6 +31,7 @@ from adaptive_longformer.patterns import (
     SlidingWindow,
     block_layout,
 )
+from adaptive_longformer.patterns.block_layout import window_layout
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SEED = torch.tensor(-987654321012345)
@@ -381,3 +382,11 @@ def test_checkpointing_recomputes_the_same_gradients():
     assert all(
         torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(output.square().sum(), inputs))
     )
+
+
+def test_every_head_may_list_another_part_of_the_window():
+    # Spans of 0, 60 and 120 tokens and 7.5 to fade out.
+    reach = torch.tensor([7, 67, 127])
+    layout = window_layout(SlidingWindow(150), 300, reach, query_block_size=32, key_block_size=16)
+    assert layout.counts[0, 0].sum() < layout.counts[0, 1].sum() < layout.counts[0, 2].sum()
+    compare(layout, 2, 3, 300, 32, span=120.0)

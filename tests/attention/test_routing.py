@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adaptive_longformer.attention import routing
+from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.pyramid import key_pyramid
@@ -267,6 +268,32 @@ def test_a_causal_prefix_chooses_as_in_the_whole(start_nodes):
         torch.testing.assert_close(part.mass, whole.mass[:, :, :rows])
 
 
+@pytest.mark.parametrize("start_nodes", [256, 4])
+@pytest.mark.parametrize(("length", "given"), [(600, 600), (600, 40), (593, 17), (592, 32)])
+def test_the_last_queries_alone_choose_as_in_the_whole(start_nodes, length, given):
+    query, key = random_keys(length)
+    mask, is_global = masks_of("both", 2, length)
+    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
+    where = {
+        "attention_mask": mask, "global_mask": is_global, "is_causal": True, "top_p": 0.9,
+    }  # fmt: skip
+    whole = select_blocks(query, key, SlidingWindow(10), options, **where)
+    last = select_blocks(query[:, :, -given:], key, SlidingWindow(10), options, **where)
+    rows = last.counts.shape[2]
+    assert not last.counts[:, :, 0].any()
+    for name in ("key_blocks", "counts", "mass", "covered"):
+        expected, actual = getattr(whole, name)[:, :, -rows:], getattr(last, name)
+        torch.testing.assert_close(actual[:, :, 1:], expected[:, :, 1:], msg=name)
+
+
+def test_queries_that_are_not_the_last_ones_from_a_block_on_are_refused():
+    query, key = random_keys(100)
+    for given, is_causal in ((36, False), (35, True), (101, True)):
+        some = torch.cat([query, query], dim=2)[:, :, :given]
+        with pytest.raises(ValueError, match=f"query has {given} tokens and key 100: .* fewer"):
+            select_blocks(some, key, SlidingWindow(10), SMALL, is_causal=is_causal)
+
+
 def test_no_past_block_is_out_of_reach_under_causality():
     """Each block in turn is made the one that every query looks for."""
     length, options = 16 * 70, RoutingOptions(1, 16, 16, start_nodes=4, beam_width=1)
@@ -392,6 +419,27 @@ def test_keys_that_are_not_finite_raise_on_request_and_choose_nothing_otherwise(
 def test_sizes_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RoutingOptions(**arguments)
+
+
+def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
+    length, window, reach = 400, SlidingWindow(50), torch.tensor([7, 50])
+    query, key = random_keys(length, batch=1)
+    value = torch.randn(1, 2, length, 8, dtype=torch.float64)
+    selected = select_blocks(query, key, window, SMALL)
+    whole, whole_slots = selection_layout(selected, window, length, SMALL)
+    layout, slots = selection_layout(selected, window, length, SMALL, reach=reach)
+    layout.validate()
+    assert torch.equal(layout.key_blocks[:, 1], whole.key_blocks[:, 1])
+    near = [((lists.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)[0, 0] for lists in (layout, whole)]
+    assert near[0].tolist() == [2] + [3] * 23 + [2] and (near[1] > 4).all()
+    for row in range(25):
+        chosen_slots = [s[0, 0, row][s[0, 0, row] >= 0].tolist() for s in (slots, whole_slots)]
+        assert chosen_slots[0] == chosen_slots[1]
+    span = AttentionSpan(reach + 1.0 - 5.0, 5.0)  # the ramp ends where the reach does
+    expected = sparse_attention(query, key, value, whole, span=span, backend="reference")
+    for backend in ("reference", "blocked"):
+        actual = sparse_attention(query, key, value, layout, span=span, backend=backend)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.skipif(

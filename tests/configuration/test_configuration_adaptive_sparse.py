@@ -148,6 +148,13 @@ def adaptive(**fields):
         ({"attention_dilation": [1, 2]}, r"attention_dilation is \[1, 2\].*needs 1"),
         ({"head_budgets": [[8, 8, 8, 8]]}, r"head_budgets is .*num_hidden_layers = 2 lists"),
         ({"head_budgets": [[9, 8, 8, 8], [0, 0, 0, 0]]}, r"numbers from 0 to .* = 8"),
+        ({"head_windows": [[8, 8, 8, 8]]}, r"head_windows is .*num_hidden_layers = 2 lists"),
+        ({"head_windows": [[8, 8, 8], [8, 8, 8]]}, r"num_attention_heads = 4 numbers from 0"),
+        ({"head_windows": [[257, 8, 8, 8], [0, 0, 0, 0]]}, r"half of attention_window = 256"),
+        (
+            {"attention_window": [64, 32], "head_windows": [[32] * 4, [-1, 16, 16, 17]]},
+            r"half of attention_window = \[32, 16\]",
+        ),
         ({"selection_from_the_future": 1}, "unknown fields selection_from_the_future.*newer"),
     ],
 )
@@ -161,6 +168,7 @@ def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
         num_selected_blocks=5, block_size=32, query_block_size=16, selection_start_nodes=100,
         selection_beam_width=10, num_learned_global_blocks=2, selection_strength=0.5,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
+        head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
     )  # fmt: skip
     options = config.routing_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)

@@ -56,6 +56,7 @@ def test_lengths_are_those_of_the_position_tables():
         ({"default_global_tokens": "second"}, "default_global_tokens is 'second'"),
         ({"attention_backend": "magic"}, "attention_backend is 'magic'"),
         ({"max_global_tokens": -1}, "max_global_tokens is -1"),
+        ({"head_windows": [[64] * 12] * 5}, "head_windows is .*num_hidden_layers = 6 lists"),
     ],
 )
 def test_values_out_of_range_are_named(fields, message):

@@ -120,6 +120,20 @@ def test_question_without_separator_is_the_first_token():
     assert compare(source, converted, inputs) <= 1
 
 
+@pytest.mark.parametrize("given", ["ids", "types", "embeddings"])
+@pytest.mark.parametrize("length, padding", [(60, "right"), (200, "none"), (200, "right")])
+def test_logits_equal_with_the_callers_question_lengths(given, length, padding):
+    source, converted = models("big_bird", "ForQuestionAnswering")
+    global_tokens = "some" if given == "types" else "default"  # with token types or without
+    inputs = make_inputs(source.config, "ForQuestionAnswering", length, padding, global_tokens)
+    if given == "embeddings":
+        inputs["inputs_embeds"] = source.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    for question_lengths in ([[30], [2]], [[0], [1]], [[length], [5]]):
+        asked = {**inputs, "question_lengths": torch.tensor(question_lengths)}
+        assert compare(source, converted, asked) <= 1
+    assert compare(source, converted, asked, inputs) > 100, "they make a difference"
+
+
 def test_the_questions_logits_are_ruled_out_but_the_first():
     source, converted = models("big_bird", "ForQuestionAnswering")
     inputs = make_inputs(source.config, "ForQuestionAnswering", 60)

@@ -3,7 +3,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
-from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive import (
     BUDGET_RAMP,
@@ -19,6 +19,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
     loss_of,
@@ -85,7 +86,7 @@ def test_a_checkpoint_of_another_pattern_loads_by_configuration_alone(
     for part in selections(model):
         assert (part.gate == 1).all() and (part.budget == 1).all() and (part.span == 1).all()
         assert (part.strength, part.price) == (0.5, 0) and part.top_p == pytest.approx(0.95)
-        assert part.head_budgets.min() > 1000
+        assert part.head_budgets.min() > 1000 and part.head_windows.min() > 1000
 
 
 def test_everything_learned_is_saved_and_loaded(tmp_path):
@@ -94,6 +95,7 @@ def test_everything_learned_is_saved_and_loaded(tmp_path):
     for part in selections(model):
         part.price.fill_(0.125)
         part.head_budgets.fill_(3)
+        part.head_windows.fill_(9)
         part.top_p.fill_(0.5)
     model.save_pretrained(tmp_path)
     loaded = AdaptiveSparseForMaskedLM.from_pretrained(tmp_path).eval()
@@ -416,3 +418,20 @@ def test_every_head_adds_the_density_to_its_loss_in_training(model_class):
     excess = density - 0.5
     torch.testing.assert_close(model.train()(**inputs).loss, plain + (3.0 + excess) * excess)
     assert selections(model)[0].price > 3.0 or density < 0.5
+
+
+@pytest.mark.parametrize("budget", [0, 4])
+def test_a_calibrated_window_ends_where_it_says_and_leaves_the_list(budget):
+    part = tiny_selection(head_budgets=[[budget] * 2] * 2, head_windows=[[0, 4]] * 2)
+    query, key = torch.randn(2, 1, 2, 60, 4, dtype=torch.float64)
+    with torch.no_grad():
+        _, (layout, entry_bias, span) = part(query, key)
+    assert part.window_limit().tolist() == [0, 4]
+    near = ((layout.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)
+    assert near[0].tolist() == [[1] * 8, [2] + [3] * 6 + [2]]
+    probabilities = attention_probabilities(query, key, layout, entry_bias=entry_bias, span=span)
+    position = torch.arange(60)
+    distance = (position - position[:, None]).abs()
+    is_read = (probabilities[0] > 0) & (distance <= 4)
+    assert torch.equal(is_read[0], distance == 0)
+    assert torch.equal(is_read[1], distance <= 4)

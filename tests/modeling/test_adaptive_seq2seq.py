@@ -8,6 +8,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
 )
 from adaptive_longformer.testing import tiny_seq2seq_inputs, tiny_seq2seq_model
+from adaptive_longformer.training.calibration import calibrate
 
 SELECTION = {
     "attention_pattern": "adaptive",
@@ -72,3 +73,21 @@ def test_the_baselines_run_in_the_encoder(pattern):
     )
     with torch.no_grad():
         assert model(**tiny_seq2seq_inputs(model, 100)).logits.isfinite().all()
+
+
+def test_calibrated_budgets_and_windows_are_saved_with_the_encoder(source, tmp_path):
+    model, folder = source
+    adaptive = adaptive_from(folder, selection_strength=1.0, attention_window=128)
+    inputs = tiny_seq2seq_inputs(model, 200)
+    with torch.no_grad():
+        for part in selections(adaptive):
+            part.span.fill_(0.1)  # of 64 tokens, and 32 to fade out
+            part.budget.fill_(0.0)
+        expected = adaptive(**inputs).logits
+        result = calibrate(adaptive, [inputs])
+        assert (result.head_budgets, result.head_windows) == ([[1] * 4] * 2, [[38] * 4] * 2)
+        assert torch.equal(adaptive(**inputs).logits, expected)
+        adaptive.save_pretrained(tmp_path / "saved")
+        loaded = AdaptiveSparseForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+        assert loaded.config.head_windows == result.head_windows
+        assert torch.equal(loaded(**inputs).logits, expected)

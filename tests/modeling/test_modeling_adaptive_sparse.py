@@ -558,3 +558,19 @@ def test_randomize_all_parameters_leaves_none_at_its_start():
     randomize_all_parameters(model)
     for name, parameter in model.named_parameters():
         assert (parameter != before[name]).all(), name
+
+
+@pytest.mark.parametrize(
+    ("head_style", "question_lengths", "message"),
+    [
+        ("roberta", [[3], [4]], "question_lengths is given.*'big_bird'.*'roberta'"),
+        ("big_bird", [3, 4, 5], r"question_lengths has shape \(3,\).*\(2, 1\) is needed"),
+        ("big_bird", [[3.0], [4.0]], "question_lengths has dtype torch.float32"),
+        ("big_bird", [[3], [71]], r"the value 71.*sequence_length \+ 1 = 71"),
+        ("big_bird", [[-1], [7]], "question_lengths has the value -1"),
+    ],
+)
+def test_wrong_question_lengths_are_refused(head_style, question_lengths, message):
+    model = tiny_model(AdaptiveSparseForQuestionAnswering, head_style=head_style)
+    with pytest.raises(ValueError, match=message):
+        model(**tiny_inputs(model, 70), question_lengths=torch.tensor(question_lengths))

@@ -666,6 +666,13 @@ def test_generation_beyond_the_position_table_is_refused_at_its_start():
         model.generate(**inputs, max_new_tokens=3, global_attention_mask=torch.ones(1, 9))
 
 
+def test_a_cache_of_fixed_size_is_refused():
+    model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
+    inputs = tiny_seq2seq_inputs(model)
+    with pytest.raises(ValueError, match=r"holds a StaticCache.*a transformers\.DynamicCache"):
+        generate(model, inputs, cache_implementation="static")
+
+
 def test_unknown_arguments_are_refused_instead_of_ignored():
     model = tiny_seq2seq_model()
     with pytest.raises(TypeError, match="token_type_ids"):
@@ -757,3 +764,59 @@ def test_lora_adapts_queries_and_values_of_both_sides_and_trains():
         assert any(f"{attention}.{projection}." in name for name in trained)
     del inputs["labels"]
     assert adapted.eval().generate(**inputs, max_new_tokens=3).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("length", "norm_style", "separate"),
+    [
+        (70, "post", True),
+        pytest.param(70, "pre", False, marks=pytest.mark.slow),
+        pytest.param(800, "post", True, marks=pytest.mark.slow),
+    ],
+)
+def test_training_compiles_without_graph_breaks(length, norm_style, separate):
+    torch.compiler.reset()
+    model = tiny_seq2seq_model(
+        AdaptiveSparseForConditionalGeneration,
+        norm_style=norm_style,
+        separate_global_projections=separate,
+        default_global_tokens="none" if separate else "first",
+        encoder_layers=1,
+        decoder_layers=1,
+    ).train()
+    inputs = tiny_seq2seq_inputs(model, length, with_labels=True)
+    expected, gradients = loss_of(model, inputs), gradients_of(model, inputs)
+    model.zero_grad()
+    loss = loss_of(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4)
+
+
+def test_encoder_and_decoding_steps_compile_without_graph_breaks():
+    torch.compiler.reset()
+    model = tiny_seq2seq_model(
+        AdaptiveSparseForConditionalGeneration, encoder_layers=1, decoder_layers=1
+    )
+    inputs = tiny_seq2seq_inputs(model, target_length=5)
+    ids, mask = inputs.pop("decoder_input_ids"), inputs["attention_mask"]
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    encode = torch.compile(model.get_encoder(), fullgraph=True, backend="aot_eager")
+    decode = torch.compile(model.get_decoder(), fullgraph=True, backend=count)
+    with torch.no_grad():
+        expected = model(**inputs, decoder_input_ids=ids)
+        document = encode(**inputs).last_hidden_state
+        torch.testing.assert_close(document, expected.encoder_last_hidden_state)
+        cache, steps = None, []
+        for step in range(ids.shape[1]):
+            outputs = decode(ids[:, step : step + 1], None, document, mask, cache, use_cache=True)
+            cache = outputs.past_key_values
+            steps.append(model.lm_head(outputs.last_hidden_state) + model.final_logits_bias)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected.logits, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 3, "an empty cache, one token in it, and any number of them"

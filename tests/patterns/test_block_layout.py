@@ -15,6 +15,7 @@ from adaptive_longformer.patterns import (
     Strided,
     block_layout,
 )
+from adaptive_longformer.patterns.block_layout import window_layout
 
 patterns = st.sampled_from(
     [
@@ -139,3 +140,25 @@ def test_a_layout_made_wrong_by_hand_is_refused(change, message):
     layout.validate()
     with pytest.raises(ValueError, match=message):
         replace(layout, **change(layout)).validate()
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 64), (64, 16)])
+def test_a_head_that_sees_less_of_the_window_has_a_shorter_list(sizes):
+    query_size, key_size = sizes
+    window, length, reach = SlidingWindow(40, 30), 301, torch.tensor([0, 9, 35, 40])
+    layout = window_layout(
+        window, length, reach, query_block_size=query_size, key_block_size=key_size
+    )
+    layout.validate()
+    position = torch.arange(length)
+    offset = position - position[:, None]
+    seen = (offset.abs() <= reach[:, None, None]) & (offset <= 30)
+    counted = visible_through(layout, 4)
+    assert counted.max() == 1 and (counted[seen] == 1).all()
+    for head in range(4):
+        for row in range(layout.num_query_blocks):
+            keys = seen[head, row * query_size : (row + 1) * query_size].any(dim=0).nonzero()
+            listed = layout.key_blocks[0, head, row, : layout.counts[0, head, row]]
+            assert listed.tolist() == (keys.flatten() // key_size).unique().tolist()
+    whole = block_layout(window, length, query_block_size=query_size, key_block_size=key_size)
+    assert torch.equal(layout.counts[0, 3], whole.counts[0, 0])
