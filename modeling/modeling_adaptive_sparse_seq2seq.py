@@ -555,11 +555,11 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
                 is nothing to decode.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
-        also = {
-            name: value
-            for name in ("output_attentions", "output_hidden_states")
-            if (value := kwargs.get(name)) is not None
+        asked = {
+            "output_attentions": kwargs.get("output_attentions"),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
         }
+        also = {name: value for name, value in asked.items() if value is not None}
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
                 raise ValueError(
