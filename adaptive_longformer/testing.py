@@ -1,9 +1,11 @@
 """Makers of tiny models and inputs, shared by tests."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
@@ -173,6 +175,38 @@ def tiny_inputs(
             inputs["start_positions"] = random_below(0, length, per_sequence)
             inputs["end_positions"] = random_below(0, length, per_sequence)
     return inputs
+
+
+def left_padded(lengths: Sequence[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random sequences of these lengths, padded on the left: ids and mask [sequences, longest]."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    input_ids = torch.randint(5, 97, (len(lengths), longest), generator=generator)
+    mask = torch.ones_like(input_ids)
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+    return input_ids.masked_fill(mask == 0, 1), mask
+
+
+@torch.no_grad()
+def logits_in_steps(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    steps: Iterable[int],
+    cache: Cache | None = None,
+) -> torch.Tensor:
+    """Logits of sequences that a causal model with a cache is given in pieces that end at `steps`,
+    and the rest.
+    """
+    pieces, start = [], 0
+    for end in (*steps, input_ids.shape[1]):
+        output = model(
+            input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True
+        )
+        pieces.append(output.logits)
+        cache, start = output.past_key_values, end
+    return torch.cat(pieces, dim=1)
 
 
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

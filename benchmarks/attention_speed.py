@@ -164,13 +164,17 @@ def main() -> int:
     if args.check:
         return check(args)
     names = tuple(args.names)
-    cells = time_cells(args, names, args.lengths, MODES)
-    print(text_table(cells, names))
-    print(notes(cells))
     about = environment(torch.device(args.device))
     folder = Path(args.results)
     settings = {"hidden_size": args.hidden_size, "heads": args.heads, "attention_window": 512}
-    write_json(folder / "attention_speed.json", environment=about, settings=settings, cells=cells)
+    cells = []
+    for length in args.lengths:
+        cells += time_cells(args, names, [length], MODES)
+        write_json(
+            folder / "attention_speed.json", environment=about, settings=settings, cells=cells
+        )
+    print(text_table(cells, names))
+    print(notes(cells))
     title = f"One attention layer, {args.hidden_size} wide, on {about['device']}"
     plot(folder / "attention_speed.png", cells, names, title)
     return 0

@@ -255,9 +255,6 @@ def main() -> int:
     if args.check:
         return check(args)
     names = tuple(args.names)
-    cells = time_cells(args, names, args.lengths, args.modes, memory=not args.no_memory)
-    print(text_table(cells, names))
-    print(notes(cells))
     about = environment(torch.device(args.device))
     folder = Path(args.results)
     settings = {
@@ -267,7 +264,14 @@ def main() -> int:
         "attention_window": 512,
         "batch_size": 1,
     }
-    write_json(folder / "model_throughput.json", environment=about, settings=settings, cells=cells)
+    cells = []
+    for length in args.lengths:
+        cells += time_cells(args, names, [length], args.modes, memory=not args.no_memory)
+        write_json(
+            folder / "model_throughput.json", environment=about, settings=settings, cells=cells
+        )
+    print(text_table(cells, names))
+    print(notes(cells))
     title = f"{args.layers} layers, {args.hidden_size} wide, on {about['device']}"
     plot(folder / "model_throughput.png", cells, names, title)
     return 0

@@ -120,7 +120,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             `selection_start_nodes * block_size` tokens are searched exactly.
         selection_beam_width: nodes the search keeps per level.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
-            of a document, at most 4.
+            of a document, at most 4; 0 in the causal model.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query; None: budgets and windows are not pressed.
         head_budgets: for every layer the number of blocks that each head may choose, as written by

@@ -94,7 +94,14 @@ class AdaptiveSelection(nn.Module):
     converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
     that PEFT's `modules_to_save=["adaptive"]` stores what a task has learned.
 
+    Args:
+        config: the configuration of the model; of an encoder-decoder, the encoder is meant.
+        layer_idx: number of the layer.
+        is_causal: whether queries see earlier keys only. A block of queries is then chosen for by
+            the queries of the block before.
+
     Attributes:
+        window: what is read anyway, under causality without what comes later.
         gate, budget, span: [heads]. The budget is a share of `num_selected_blocks`, the span of the
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
@@ -113,15 +120,20 @@ class AdaptiveSelection(nn.Module):
     price: torch.Tensor
 
     def __init__(
-        self, config: AdaptiveSparseConfig | AdaptiveSparseSeq2SeqConfig, layer_idx: int
+        self,
+        config: AdaptiveSparseConfig | AdaptiveSparseSeq2SeqConfig,
+        layer_idx: int,
+        is_causal: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_causal = is_causal
         self.options: RoutingOptions = config.routing_options
-        window = config.pattern(layer_idx)
-        assert isinstance(window, SlidingWindow)
-        self.window = window
+        pattern = config.pattern(layer_idx)
+        assert isinstance(pattern, SlidingWindow)
+        self.pattern = pattern
+        self.window = SlidingWindow(pattern.left, 0) if is_causal else pattern
         heads = config.num_attention_heads
         self.gate = nn.Parameter(torch.ones(heads))
         self.budget = nn.Parameter(torch.ones(heads))
@@ -182,7 +194,6 @@ class AdaptiveSelection(nn.Module):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         global_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
         state: SelectionState | None = None,
     ) -> tuple[torch.Tensor, Reads]:
         """Says what the layer reads.
@@ -192,7 +203,6 @@ class AdaptiveSelection(nn.Module):
                 first valid token should be.
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
             global_mask: bool [batch, length], True where a token is global; None: none is.
-            is_causal: whether later keys are hidden.
             state: of this forward pass; None: nothing is remembered.
 
         Returns:
@@ -202,18 +212,15 @@ class AdaptiveSelection(nn.Module):
         if torch.is_grad_enabled():
             query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
         if not self.is_active:
-            return query, Reads(self.window)
-        span = self._attention_span()
+            return query, Reads(self.pattern)
+        span = self.attention_span()
         reach = None if span is None else self.window_limit()
         length = query.shape[2]
-        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
-        num_blocks = min(num_blocks, self.options.num_blocks)
+        options = self._routing_options()
         # Where the window reaches everywhere there is nothing to choose.
-        if length <= self.window.left + 1 or (
-            num_blocks == 0 and self.options.num_global_blocks == 0
-        ):
+        if options is None or length <= self.window.left + 1:
             if reach is None:
-                return query, Reads(self.window)
+                return query, Reads(self.pattern)
             narrow = window_layout(
                 self.window,
                 length,
@@ -222,11 +229,10 @@ class AdaptiveSelection(nn.Module):
                 key_block_size=self.options.block_size,
             )
             return query, Reads(narrow, span=span)
-        options = replace(self.options, num_blocks=max(num_blocks, 1))
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
-                query.detach(), key.detach(), attention_mask, global_mask, is_causal, options, state
+                query.detach(), key.detach(), attention_mask, global_mask, options, state
             )
             if state is not None:
                 state.selected = selected
@@ -237,13 +243,48 @@ class AdaptiveSelection(nn.Module):
         )
         return query, Reads(layout, self._entry_bias(selected, slots), span)
 
+    def choose_next(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one block of queries reads in cached decoding, best first.
+
+        Builds the pyramid of all keys anew: O(length) operations, once per block of queries.
+
+        Args:
+            query: [batch, heads, query_block_size + 1, head_dim], those of the block before, and
+                the first of the block.
+            key: [batch, heads, length, head_dim], up to the first token of the block.
+            attention_mask, global_mask: bool [batch, length] as in `forward`.
+
+        Returns:
+            Key blocks, int32 [batch, heads, at most num_selected_blocks], and how many of them
+            count, int32 [batch, heads].
+        """
+        options = self._routing_options()
+        if options is None:
+            nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
+            return nothing[..., None], nothing
+        selected = self._select(query, key, attention_mask, global_mask, options, None)
+        return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
+
+    def _routing_options(self) -> RoutingOptions | None:
+        """The options, with no more blocks than the widest head may read; None: none are read."""
+        num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
+        num_blocks = min(num_blocks, self.options.num_blocks)
+        if num_blocks == 0 and self.options.num_global_blocks == 0:
+            return None
+        return replace(self.options, num_blocks=max(num_blocks, 1))
+
     def _select(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
-        is_causal: bool,
         options: RoutingOptions,
         state: SelectionState | None,
     ) -> SelectedBlocks:
@@ -273,7 +314,7 @@ class AdaptiveSelection(nn.Module):
             options,
             attention_mask=attention_mask,
             global_mask=global_mask,
-            is_causal=is_causal,
+            is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,
             validate=state is not None and state.validate,
@@ -297,7 +338,8 @@ class AdaptiveSelection(nn.Module):
 
         A gate counts like a smaller budget, so that closing a head is a way to save as well.
         """
-        window = 2.0 * self.window.left
+        assert self.window.right is not None
+        window = float(self.window.left + self.window.right)
         blocks = float(self.options.num_blocks * self.options.block_size)
         gate, budget, span = (
             parameter.clamp(min=0.0) for parameter in (self.gate, self.budget, self.span)
@@ -310,20 +352,26 @@ class AdaptiveSelection(nn.Module):
         kappa = _precise(self.budget)[:, None] * self.options.num_blocks
         return ((kappa + BUDGET_RAMP - rank) / BUDGET_RAMP).clamp(0.0, 1.0)
 
+    def rank_bias(self, num_blocks: int) -> torch.Tensor:
+        """The logarithm of the weight of the best, second best, ... block: [heads, num_blocks]."""
+        weights = self._rank_weight(num_blocks).clamp(min=MIN_WEIGHT)
+        return weights.log() + self._head_bias()[:, None]
+
+    def _head_bias(self) -> torch.Tensor:
+        of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
+        return of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
+
     def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
         """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
-        weights = self._rank_weight(selected.key_blocks.shape[-1]).clamp(min=MIN_WEIGHT)
-        of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
-        of_head = of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
-        table = (weights.log() + of_head[:, None]).expand(slots.shape[0], -1, -1)
+        table = self.rank_bias(selected.key_blocks.shape[-1]).expand(slots.shape[0], -1, -1)
         if self.global_direction is not None:
             direction = _precise(self.global_direction)[:, None]
             scores = (selected.global_means * direction).sum(dim=-1)
-            table = torch.cat([table, scores + of_head[:, None]], dim=-1)
+            table = torch.cat([table, scores + self._head_bias()[:, None]], dim=-1)
         table = table[:, :, None].expand(-1, -1, slots.shape[2], -1)
         return table.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
 
-    def _attention_span(self) -> AttentionSpan | None:
+    def attention_span(self) -> AttentionSpan | None:
         """The learned windows; None where they are as wide as the pattern's and stay so."""
         radius = self.window.left
         is_trained = torch.is_grad_enabled() and self.span.requires_grad

@@ -64,7 +64,7 @@ class AdaptiveSparseAttention(nn.Module):
         self.output = nn.Linear(*sizes, bias=output_bias)
         self.adaptive = None
         if config.attention_pattern in SELECTING_PATTERNS:
-            self.adaptive = AdaptiveSelection(config, layer_idx)
+            self.adaptive = AdaptiveSelection(config, layer_idx, self.is_causal)
 
     def forward(
         self,
@@ -106,9 +106,7 @@ class AdaptiveSparseAttention(nn.Module):
         )
         reads = Reads(self._pattern(hidden_states, random_step))
         if self.adaptive is not None:
-            query, reads = self.adaptive(
-                query, key, attention_mask, global_mask, self.is_causal, selection_state
-            )
+            query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
         dropout_p = self.dropout_p if self.training else 0.0
         if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
             # The operator then gives these projections gradients of zero, which DDP waits for.
@@ -142,8 +140,7 @@ class AdaptiveSparseAttention(nn.Module):
         if shifts is not None:
             output = roll_rows(output, -shifts)
             if probabilities is not None:
-                probabilities = roll_rows(probabilities.transpose(1, 3), -shifts).transpose(1, 3)
-                probabilities = roll_rows(probabilities.transpose(1, 2), -shifts).transpose(1, 2)
+                probabilities = roll_rows(roll_rows(probabilities, -shifts, dim=2), -shifts, dim=3)
         return output, probabilities
 
     def _pattern(

@@ -4,10 +4,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
+from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive import Reads, SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
-from adaptive_longformer.modeling.causal_cache import SinkWindowLayer
+from adaptive_longformer.modeling.causal_cache import SelectionLayer, SinkWindowLayer
+from adaptive_longformer.modeling.selected_decoding import SelectedDecoding
 
 
 class CausalSparseAttention(AdaptiveSparseAttention):
@@ -15,7 +18,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
 
     The sinks (Xiao et al. 2023) are the first tokens of a sequence; all later ones see them. Whole
     sequences go through the sparse operator; new tokens after cached ones attend densely to what
-    the cache has kept.
+    the cache has kept, or where the layer chooses blocks, to those, the window and the sinks.
     """
 
     is_causal = True
@@ -24,6 +27,11 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         super().__init__(config, layer_idx)
         self.num_sinks = config.num_sink_tokens if config.uses_global_tokens else 0
 
+    @property
+    def is_selecting(self) -> bool:
+        """Whether blocks of queries choose blocks of keys to read."""
+        return self.adaptive is not None and self.adaptive.is_active
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -31,6 +39,8 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         past_length: int = 0,
+        first_slots: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends and projects.
@@ -43,47 +53,97 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                 number of sinks for all others; None: there are no sinks.
             output_attentions: whether to return the probabilities as well.
             past_length: tokens that came before these.
+            first_slots: int64 [batch], where a layer that chooses blocks begins to count them:
+                every row's first valid token; None: 0.
+            selection_state: what such a layer remembers of this forward pass.
             past_key_values: where keys and values are kept.
 
         Returns:
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             or None. Their columns are all tokens, or after cached ones what the cache has kept.
+
+        Raises:
+            ValueError: a layer that chooses blocks is given a cache that does not keep what that
+                takes.
         """
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
         )
-        kept = None
+        kept = queries = cache_layer = None
         if past_key_values is not None:
             new_ranks = None if sink_rank is None else sink_rank[:, past_length:]
             kept = past_key_values.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
+            cache_layer = past_key_values.layers[self.layer_idx]
+            if isinstance(cache_layer, SelectionLayer):
+                queries = cache_layer.add_queries(query)
+            elif self.is_selecting:
+                raise ValueError(
+                    f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
+                    "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
+                    "make one by adaptive_longformer.modeling.causal_cache.causal_cache"
+                )
         if past_length == 0:
-            attend, arguments = self._attend, (query, key, value, attention_mask, sink_rank)
+            context, probabilities = self._attend(
+                query, key, value, attention_mask, sink_rank, first_slots, selection_state,
+                output_attentions,
+            )  # fmt: skip
+        elif self.is_selecting:
+            assert self.adaptive is not None and queries is not None
+            assert isinstance(cache_layer, SelectionLayer)
+            decoding = SelectedDecoding(
+                self.adaptive,
+                cache_layer,
+                attention_mask,
+                sink_rank,
+                first_slots,
+                self.scale,
+                self.dropout_p if self.training else 0.0,
+            )
+            context, probabilities = decoding.attend(query, queries, output_attentions)
         else:
             assert kept is not None and past_key_values is not None
             visible = self._visible(
                 past_key_values, past_length, query.shape[2], kept[0], attention_mask, sink_rank
             )
-            attend, arguments = self._attend_to_kept, (query, *kept, visible)
-        context, probabilities = attend(*arguments, output_attentions)
+            context, probabilities = self._attend_to_kept(query, *kept, visible, output_attentions)
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
     def _attend(
-        self, query, key, value, attention_mask, sink_rank, output_attentions
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        sink_rank,
+        first_slots,
+        selection_state,
+        output_attentions,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens of the sequences at once."""
+        if first_slots is not None:
+            query, key, value = (roll_rows(t, first_slots, dim=2) for t in (query, key, value))
+            attention_mask = roll_rows(attention_mask, first_slots)
+            if sink_rank is not None:
+                sink_rank = roll_rows(sink_rank, first_slots)
+        global_mask = None if sink_rank is None else sink_rank < self.num_sinks
+        reads = Reads(self.pattern)
+        if self.adaptive is not None:
+            query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
         where = {
             "attention_mask": attention_mask,
-            "global_mask": None if sink_rank is None else sink_rank < self.num_sinks,
+            "global_mask": global_mask,
             "is_causal": True,
             "scale": self.scale,
+            "entry_bias": reads.entry_bias,
+            "span": reads.span,
         }
         dropout_p = self.dropout_p if self.training else 0.0
         context = sparse_attention(
             query,
             key,
             value,
-            self.pattern,
+            reads.pattern_or_layout,
             dropout_p=dropout_p,
             dropout_seed=random_seed(query.device) if dropout_p else None,
             backend=self.config.attention_backend,
@@ -92,7 +152,12 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         assert isinstance(context, torch.Tensor)  # return_lse=False
         probabilities = None
         if output_attentions:
-            probabilities = attention_probabilities(query, key, self.pattern, **where)
+            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
+        if first_slots is not None:
+            context = roll_rows(context, -first_slots, dim=2)
+            if probabilities is not None:
+                probabilities = roll_rows(probabilities, -first_slots, dim=2)
+                probabilities = roll_rows(probabilities, -first_slots, dim=3)
         return context, probabilities
 
     def _attend_to_kept(

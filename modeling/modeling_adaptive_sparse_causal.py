@@ -7,14 +7,15 @@ that each loads the checkpoints of the other.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive import SelectionState
 from adaptive_longformer.modeling.causal_attention import CausalSparseAttention
 from adaptive_longformer.modeling.causal_cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
@@ -25,6 +26,7 @@ from adaptive_longformer.modeling.input_checks import (
     check_tokens,
 )
 from adaptive_longformer.modeling.losses import next_token_loss
+from adaptive_longformer.modeling.masks import padding_to_roll
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseEmbeddings,
     AdaptiveSparseLayer,
@@ -35,9 +37,10 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
 
 # Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "quantized")
+SELECTING_CACHE_IMPLEMENTATIONS = (None, "dynamic")
 
 # What a token sees must not depend on how many tokens follow it.
-CAUSAL_PATTERNS = ("longformer", "sliding_window", "full", "strided", "fixed")
+CAUSAL_PATTERNS = ("longformer", "sliding_window", "full", "strided", "fixed", "adaptive")
 
 
 class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
@@ -54,11 +57,13 @@ class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         past_length: int = 0,
+        first_slots: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
-            hidden_states, attention_mask, sink_rank, output_attentions, past_length,
-            past_key_values,
+            hidden_states, attention_mask, sink_rank, output_attentions, past_length, first_slots,
+            selection_state, past_key_values,
         )  # fmt: skip
         return self.after_attention(attended, hidden_states)
 
@@ -67,14 +72,21 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
     """The decoder: a token sees earlier ones in the pattern of the configuration, and the sinks.
 
     Of `config.attention_window` the half before a token counts. With the patterns "longformer",
-    "strided" and "fixed" the first `config.num_sink_tokens` tokens that are not padding are seen by
-    all later ones.
+    "adaptive", "strided" and "fixed" the first `config.num_sink_tokens` tokens that are not padding
+    are seen by all later ones.
+
+    With "adaptive" and a selection strength above 0 every block of queries also reads earlier
+    blocks, chosen by the queries of the block before: its own would tell its first tokens about its
+    last ones. The cache then keeps all keys and values, but a new token reads only the window, the
+    sinks and the list of its block. That list is made when the block begins, from a pyramid built
+    anew: O(length) operations, once in `config.query_block_size` tokens.
 
     Args:
         config: the configuration; it is not changed.
 
     Raises:
-        ValueError: the pattern is none for a causal model, or has separate global projections.
+        ValueError: the pattern is none for a causal model, or has separate global projections or
+            learned global blocks.
     """
 
     _can_record_outputs = {
@@ -94,6 +106,11 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
                 "separate_global_projections is True, a causal model has none: load it with "
                 "separate_global_projections=False"
             )
+        if config.attention_pattern == "adaptive" and config.num_learned_global_blocks:
+            raise ValueError(
+                f"num_learned_global_blocks is {config.num_learned_global_blocks}, 0 is needed in "
+                "a causal model: blocks that all tokens read would tell the first about the last"
+            )
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)
         self.layers = nn.ModuleList(
@@ -108,6 +125,11 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
+
+    @property
+    def is_selecting(self) -> bool:
+        """Whether tokens read blocks that they choose: "adaptive" at a strength above 0."""
+        return any(layer.attention.is_selecting for layer in self.layers)  # type: ignore[union-attr]
 
     @capture_outputs
     def forward(
@@ -132,7 +154,8 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             position_ids: [batch, length] rows of the position table. None: tokens are counted
                 without padding, whatever `config.position_style` says about slots.
             inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
-            past_key_values: the keys and values of earlier tokens; the new ones are added.
+            past_key_values: the keys and values of earlier tokens; the new ones are added. None: a
+                cache is made as needed, see `causal_cache`.
             use_cache: whether to make a cache if none is given; None: `config.use_cache`, never in
                 training.
             validate: also check values whose reading makes the host wait for the device (they are
@@ -144,8 +167,8 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             hidden_states and attentions.
 
         Raises:
-            ValueError: an argument has a wrong shape, type or value, or the sequence is longer than
-                the position table.
+            ValueError: an argument has a wrong shape, type or value, the sequence is longer than
+                the position table, or past_key_values is no cache for the chosen blocks.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
@@ -165,8 +188,12 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         sink_rank = self._sink_rank(mask, batch_size, total, tokens.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        is_selecting = self.is_selecting
         if use_cache and past_key_values is None:
-            past_key_values = causal_cache(self.config)
+            past_key_values = causal_cache(self.config, is_selecting)
+        first_slots = padding_to_roll(mask) if is_selecting else None
+        if first_slots is not None and past_length:
+            first_slots = first_slots.cpu()  # once for all layers
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
             hidden_states = layer(
@@ -175,6 +202,8 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
                 sink_rank,
                 output_attentions,
                 past_length,
+                first_slots,
+                self._selection_state(validate),
                 past_key_values=past_key_values,
             )
         return BaseModelOutputWithPast(
@@ -212,8 +241,9 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
 class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head; `generate()` continues texts.
 
-    Layers with a sliding window cache only what can still be seen. For generation that takes tokens
-    back, such as with an assistant model, everything is cached.
+    Layers with a sliding window cache only what can still be seen; for generation that takes tokens
+    back, such as with an assistant model, everything is cached. Layers that choose blocks cache
+    everything, and read only what they choose.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
@@ -281,6 +311,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = self.add_density_loss(loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -296,7 +327,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
 
         Those count from 0; ours are rows of a table whose first rows may be reserved.
         """
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[attr-defined]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
         for name in ("position_ids", "cache_position"):
@@ -307,21 +338,26 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, *args, **kwargs
     ):
         """Gives `generate()` our cache where it would make a DynamicCache."""
-        if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
+        is_selecting = self.model.is_selecting
+        allowed = SELECTING_CACHE_IMPLEMENTATIONS if is_selecting else CACHE_IMPLEMENTATIONS
+        if generation_config.cache_implementation not in allowed:
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}, allowed are "
-                f"{', '.join(map(repr, CACHE_IMPLEMENTATIONS))}"
+                f"{', '.join(map(repr, allowed))}"
             )
+        takes_back = (
+            generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        )
         if (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
-            and generation_mode != GenerationMode.ASSISTED_GENERATION
-            and not generation_config.is_assistant
+            and (
+                is_selecting or (generation_config.cache_implementation is None and not takes_back)
+            )
         ):
-            model_kwargs["past_key_values"] = causal_cache(self.config)
+            model_kwargs["past_key_values"] = causal_cache(self.config, is_selecting)
             return None
-        return super()._prepare_cache_for_generation(
+        return super()._prepare_cache_for_generation(  # type: ignore[attr-defined]
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
 

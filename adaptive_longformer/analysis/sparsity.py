@@ -22,7 +22,7 @@ class LayerSparsity:
         selected_blocks: entries in the list of a query block besides its window.
         missed_mass: attention that full attention would give to keys that are not read.
         recall: share of the blocks with the most exact attention, as many as were selected, that
-            the selection has.
+            the selection has; in a causal model, of the blocks that end before the queries' begins.
         head_budgets: blocks each head may select.
         head_windows: tokens to each side that each head sees.
         head_gates: weight of what each head selects.
@@ -130,18 +130,22 @@ def _measure(
         asks = (valid & ~is_global)[:, tokens]  # [batch, tokens]
         if not asks.any():
             continue
-        distance = (position - tokens[:, None]).abs()  # [tokens, length]
-        near = (distance <= part.window.left).expand(batch, heads, -1, -1)
+        offset = position - tokens[:, None]  # [tokens, length]
+        past = offset <= (0 if part.is_causal else length)
+        assert part.window.right is not None
+        near = (offset >= -part.window.left) & (offset <= part.window.right)
+        near = near.expand(batch, heads, -1, -1)
         in_window = near
         if window is not None:
-            in_window = near & (distance <= window[:, None, None])
+            in_window = near & (offset.abs() <= window[:, None, None])
         chosen = _chosen_blocks(reads, row, batch, heads, -(-length // key_size), query.device)
         selected = chosen[..., block_of_key][:, :, None] & ~near
         ordinary = (valid & ~is_global)[:, None, None]
         in_window, selected = in_window & ordinary, selected & ordinary
-        seen_global = is_global[:, None, None].expand_as(in_window)
+        seen_global = (is_global[:, None, None] & past).expand_as(in_window)
         scores = (query[:, :, tokens].float() @ key.float().mT) * head_dim**-0.5
-        attention = scores.masked_fill(~valid[:, None, None], -torch.inf).softmax(dim=-1)
+        scores = scores.masked_fill(~(valid[:, None, None] & past), -torch.inf)
+        attention = scores.softmax(dim=-1)
         weight = asks[:, None, :].expand(-1, heads, -1)
         read = in_window | selected | seen_global
         for name, visible in (
@@ -152,7 +156,10 @@ def _measure(
         sums["missed"] += float(missed[weight].sum())
         sums["rows"] += float(weight.sum())
         # Exact attention of the whole query block to every block, besides window and globals.
-        far = (attention * (~near & ordinary)) * weight[..., None]
+        may_choose = ~near & ordinary
+        if part.is_causal:
+            may_choose = may_choose & ((block_of_key + 1) * key_size <= row * size)
+        far = attention * may_choose * weight[..., None]
         of_block = far.new_zeros(batch, heads, chosen.shape[-1])
         of_block.index_add_(-1, block_of_key, far.sum(dim=2))
         ranked = of_block.argsort(dim=-1, descending=True)

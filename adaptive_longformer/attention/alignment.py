@@ -16,14 +16,17 @@ def left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask.int().argmax(dim=1)  # the first of equal maxima
 
 
-def roll_rows(tensor: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Rolls every row of a batch along dimension 1: slot s gets what was in slot s + shift.
+def roll_rows(tensor: torch.Tensor, shifts: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Rolls every row of a batch along a dimension: slot s gets what was in slot s + shift.
 
     Args:
-        tensor: [batch, length, ...].
+        tensor: [batch, ..., length, ...].
         shifts: int64 [batch], negative ones undo positive ones.
+        dim: where the length is, at least 1.
     """
-    length = tensor.shape[1]
+    length = tensor.shape[dim]
     slots = torch.arange(length, device=tensor.device)
     source = (slots + shifts[:, None]) % max(length, 1)  # [batch, length]
-    return tensor.take_along_dim(source.view(*source.shape, *[1] * (tensor.ndim - 2)), dim=1)
+    shape = [1] * tensor.ndim
+    shape[0], shape[dim] = source.shape
+    return tensor.take_along_dim(source.view(shape), dim=dim)

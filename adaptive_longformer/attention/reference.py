@@ -6,7 +6,7 @@ Everything else in this package equals this file, in value and in gradient.
 
 import torch
 
-from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
+from adaptive_longformer.attention.call import AttentionCall, AttentionSpan, GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
 
@@ -43,6 +43,20 @@ def dense_probabilities(call: AttentionCall) -> torch.Tensor:
     """
     scores, _ = _scores(call)
     return scores.softmax(dim=-1).masked_fill(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def span_log_weight(span: AttentionSpan, distance: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a learned window's weight, -inf where it is 0.
+
+    Args:
+        span: the window.
+        distance: [queries, keys], how many tokens the two are apart.
+
+    Returns:
+        [heads, queries, keys].
+    """
+    weight = (span.length[:, None, None] + span.ramp - distance) / span.ramp
+    return weight.clamp(MIN_WEIGHT, 1.0).log().masked_fill(weight <= 0, -torch.inf)
 
 
 def dense_mask(call: AttentionCall) -> torch.Tensor:
@@ -138,9 +152,7 @@ def _bias(call: AttentionCall) -> torch.Tensor | None:
     bias = torch.zeros((), dtype=call.query.dtype, device=call.query.device)
     if call.span is not None:
         query_index, key_index, _ = _indices(call)
-        distance = (key_index - query_index).abs()
-        weight = (call.span.length[:, None, None] + call.span.ramp - distance) / call.span.ramp
-        log_weight = weight.clamp(MIN_WEIGHT, 1.0).log().masked_fill(weight <= 0, -torch.inf)
+        log_weight = span_log_weight(call.span, (key_index - query_index).abs())
         bias = torch.where(window, log_weight, bias)
     if call.entry_bias is not None:
         assert call.layout is not None

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from adaptive_longformer.attention.compiled_vote import can_vote, vote
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, window_entries
@@ -139,7 +140,9 @@ def select_blocks(
     `top_p`.
 
     Args:
-        query: [batch, heads, length, head_dim].
+        query: [batch, heads, length, head_dim]. With is_causal they may be the last ones of the row
+            only, from the start of a query block on, as in cached decoding: the first of their
+            blocks then chooses nothing, as the queries that vote for it are missing.
         key: [batch, key_heads, length, head_dim], key_heads a divisor of heads.
         window: what is read anyway; without holes.
         options: sizes and limits.
@@ -155,13 +158,19 @@ def select_blocks(
         validate: raise on keys or queries that are not finite, which waits for the device.
 
     Raises:
-        ValueError: `validate`, and a real token's query or key is NaN or infinite. Without
-            `validate` such query blocks choose nothing.
+        ValueError: `validate`, and a real token's query or key is NaN or infinite (without
+            `validate` such query blocks choose nothing); or query and key do not fit together.
     """
     if options.num_global_blocks and is_causal:
         raise ValueError(
             f"num_global_blocks is {options.num_global_blocks}, 0 is needed with is_causal: "
             "which blocks a whole row reads would tell earlier tokens about later ones"
+        )
+    missing = key.shape[2] - query.shape[2]
+    if missing < 0 or missing % options.query_block_size or (missing and not is_causal):
+        raise ValueError(
+            f"query has {query.shape[2]} tokens and key {key.shape[2]}: the same number is needed, "
+            f"or with is_causal a multiple of query_block_size = {options.query_block_size} fewer"
         )
     if validate:
         _check_finite(query, key, attention_mask)
@@ -265,12 +274,14 @@ def _check_finite(
 ) -> None:
     for name, tensor in (("query", query), ("key", key)):
         is_bad = ~tensor.isfinite().all(dim=-1)  # [batch, heads, length]
+        missing = key.shape[2] - tensor.shape[2]
         if attention_mask is not None:
-            is_bad = is_bad & attention_mask[:, None]
+            is_bad = is_bad & attention_mask[:, None, missing:]
         if is_bad.any():
             batch, head, token = is_bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{name} is NaN or infinite at batch row {batch}, head {head}, token {token} and "
+                f"{name} is NaN or infinite at batch row {batch}, head {head}, token "
+                f"{token + missing} and "
                 f"{int(is_bad.sum()) - 1} more: finite values are needed to select blocks"
             )
 
@@ -387,7 +398,10 @@ class _Router:
         scale: float,
         options: RoutingOptions,
     ) -> None:
-        self.batch, self.heads, self.length, self.head_dim = query.shape
+        self.batch, self.heads, _, self.head_dim = query.shape
+        self.length = key.shape[2]
+        # Query blocks before those of `query`.
+        self.first_row = (self.length - query.shape[2]) // options.query_block_size
         self.device, self.options, self.is_causal = query.device, options, is_causal
         self.left, self.right = left, right
         self.result = _empty_result(
@@ -432,6 +446,8 @@ class _Router:
         self, query: torch.Tensor, members: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         options = self.options
+        if members is not None:
+            members = members[:, self.length - query.shape[2] :]
         votes = key_pyramid(query, members, options.tokens_per_vote, 1)
         per_row = options.query_block_size // options.tokens_per_vote
         needed = self.num_rows * per_row
@@ -515,7 +531,8 @@ class _Row:
             limits = self.limit(torch.arange(num_rows)).tolist()
         else:
             limits = [self.num_blocks] * num_rows
-        start = 0
+        # Under causality nobody votes for the first of the query blocks.
+        start = self.router.first_row + int(self.router.is_causal)
         while start < num_rows:
             level = options.start_level(limits[start])
             columns = FAN_OUT * max(
@@ -561,10 +578,11 @@ class _Row:
             votes, candidates, is_open = search.vote_children(kept, level)
         key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p)
         found = key_blocks.shape[-1]
-        self.result.key_blocks[:, start:end, :found] = key_blocks
-        self.result.counts[:, start:end] = counts
-        self.result.mass[:, start:end, :found] = mass
-        self.result.covered[:, start:end] = votes.covered
+        rows = slice(start - self.router.first_row, end - self.router.first_row)
+        self.result.key_blocks[:, rows, :found] = key_blocks
+        self.result.counts[:, rows] = counts
+        self.result.mass[:, rows, :found] = mass
+        self.result.covered[:, rows] = votes.covered
 
     def _choose(
         self,
@@ -598,8 +616,9 @@ class _Search:
         rows = torch.arange(start, end, device=row.router.device)
         self.row, self.rows = row, rows
         self.is_causal, self.beam_width = row.router.is_causal, row.options.beam_width
-        self.queries = row.queries[:, start:end]  # [heads, rows, votes, head_dim]
-        is_voter = row.is_voter[start:end].to(self.queries.dtype)
+        given = slice(start - row.router.first_row, end - row.router.first_row)
+        self.queries = row.queries[:, given]  # [heads, rows, votes, head_dim]
+        is_voter = row.is_voter[given].to(self.queries.dtype)
         # A sub-query's weight in the mean, [rows, votes].
         self.voter_weight = is_voter / is_voter.sum(dim=-1, keepdim=True).clamp(min=1.0)
         self.limit = row.limit(rows)
@@ -731,6 +750,11 @@ class _Search:
             scores: [heads, rows, sub_queries, 4 * candidates].
             bias: [heads or 1, rows, 4 * candidates].
         """
+        if can_vote(scores):
+            share, covered, peak, others = vote(
+                scores, bias, self.log_covered, self.log_dropped, self.voter_weight, FAN_OUT
+            )
+            return _Votes(share, covered, scores, peak, others)
         scores += bias[:, :, None]
         peak = torch.maximum(scores.amax(dim=-1), self.log_covered)
         peak = torch.maximum(peak, self.log_dropped).clamp(min=torch.finfo(scores.dtype).min)

@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
+from adaptive_longformer.attention import routing
 from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.pyramid import key_pyramid
 from adaptive_longformer.attention.routing import (
@@ -266,6 +268,32 @@ def test_a_causal_prefix_chooses_as_in_the_whole(start_nodes):
         torch.testing.assert_close(part.mass, whole.mass[:, :, :rows])
 
 
+@pytest.mark.parametrize("start_nodes", [256, 4])
+@pytest.mark.parametrize(("length", "given"), [(600, 600), (600, 40), (593, 17), (592, 32)])
+def test_the_last_queries_alone_choose_as_in_the_whole(start_nodes, length, given):
+    query, key = random_keys(length)
+    mask, is_global = masks_of("both", 2, length)
+    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
+    where = {
+        "attention_mask": mask, "global_mask": is_global, "is_causal": True, "top_p": 0.9,
+    }  # fmt: skip
+    whole = select_blocks(query, key, SlidingWindow(10), options, **where)
+    last = select_blocks(query[:, :, -given:], key, SlidingWindow(10), options, **where)
+    rows = last.counts.shape[2]
+    assert not last.counts[:, :, 0].any()
+    for name in ("key_blocks", "counts", "mass", "covered"):
+        expected, actual = getattr(whole, name)[:, :, -rows:], getattr(last, name)
+        torch.testing.assert_close(actual[:, :, 1:], expected[:, :, 1:], msg=name)
+
+
+def test_queries_that_are_not_the_last_ones_from_a_block_on_are_refused():
+    query, key = random_keys(100)
+    for given, is_causal in ((36, False), (35, True), (101, True)):
+        some = torch.cat([query, query], dim=2)[:, :, :given]
+        with pytest.raises(ValueError, match=f"query has {given} tokens and key 100: .* fewer"):
+            select_blocks(some, key, SlidingWindow(10), SMALL, is_causal=is_causal)
+
+
 def test_no_past_block_is_out_of_reach_under_causality():
     """Each block in turn is made the one that every query looks for."""
     length, options = 16 * 70, RoutingOptions(1, 16, 16, start_nodes=4, beam_width=1)
@@ -412,3 +440,40 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
     for backend in ("reference", "blocked"):
         actual = sparse_attention(query, key, value, layout, span=span, backend=backend)
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(
+    why_unavailable("cpu") is not None, reason=f"no CPU library: {why_unavailable('cpu')}"
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("start_nodes", [256, 4])
+@pytest.mark.parametrize("length", [100, 1000])
+def test_the_compiled_vote_equals_that_of_torch(length, start_nodes, is_causal, monkeypatch):
+    query, key = (tensor.float() for tensor in random_keys(length))
+    query[0, 0, 40:44] = torch.nan
+    mask, is_global = masks_of("both", 2, length)
+    options = RoutingOptions(
+        num_blocks=3, block_size=16, query_block_size=16, start_nodes=start_nodes, beam_width=3
+    )
+
+    def select():
+        return select_blocks(
+            query,
+            key,
+            SlidingWindow(16),
+            options,
+            attention_mask=mask,
+            global_mask=is_global,
+            is_causal=is_causal,
+        )
+
+    calls, vote = [], routing.vote
+    monkeypatch.setattr(routing, "vote", lambda *args: calls.append(0) or vote(*args))
+    compiled = select()
+    assert calls
+    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    expected = select()
+    torch.testing.assert_close(compiled.key_blocks, expected.key_blocks)
+    torch.testing.assert_close(compiled.counts, expected.counts)
+    torch.testing.assert_close(compiled.mass, expected.mass)
+    torch.testing.assert_close(compiled.covered, expected.covered, equal_nan=True)

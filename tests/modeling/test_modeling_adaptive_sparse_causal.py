@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 from adaptive_longformer.modeling.causal_cache import SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
 from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import AdaptiveSparseForCausalLM
-from adaptive_longformer.testing import tiny_config, tiny_model
+from adaptive_longformer.testing import left_padded, logits_in_steps, tiny_config, tiny_model
 
 PATTERNS = {
     "longformer": {},
@@ -26,30 +26,6 @@ def causal(pattern="longformer", **overrides):
     """A model whose window reaches 8 tokens back, with 3 sinks."""
     fields = {"attention_window": 16, "num_sink_tokens": 3, **PATTERNS[pattern]}
     return tiny_model(AdaptiveSparseForCausalLM, **{**fields, **overrides})
-
-
-def left_padded(lengths, seed=0):
-    """Random sequences of these lengths, padded on the left: ids and mask."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    input_ids = torch.randint(5, 97, (len(lengths), longest), generator=generator)
-    mask = torch.ones_like(input_ids)
-    for row, length in enumerate(lengths):
-        mask[row, : longest - length] = 0
-    return input_ids.masked_fill(mask == 0, 1), mask
-
-
-@torch.no_grad()
-def logits_in_steps(model, input_ids, mask, steps, cache):
-    """Logits of the sequences given in pieces that end at `steps`."""
-    pieces, start = [], 0
-    for end in (*steps, input_ids.shape[1]):
-        output = model(
-            input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True
-        )
-        pieces.append(output.logits)
-        cache, start = output.past_key_values, end
-    return torch.cat(pieces, dim=1)
 
 
 @by_pattern

@@ -1,0 +1,229 @@
+"""A Markdown table with paired differences, and the figures."""
+
+import itertools
+import random
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from quality.tasks import CHANCE
+
+RESAMPLES = 10_000
+REFERENCE = "adaptive"
+
+
+def write_summary(folder: Path, name: str, cells: list[dict]) -> str:
+    """Writes `name`.md and the figures that the cells are enough for; returns the text."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    lines = [_head(cells)]
+    for part in ("patterns", "ablations", "keys"):
+        for task in tasks:
+            lines += _table([c for c in cells if (c["part"], c["task"]) == (part, task)])
+    lines += _budget_table([cell for cell in cells if cell["part"] == "learned budgets"])
+    text = "\n".join(lines) + "\n"
+    (folder / f"{name}.md").write_text(text)
+    _figure(folder / f"{name}.png", cells, tasks)
+    return text
+
+
+def _head(cells: list[dict]) -> str:
+    settings, about = cells[0]["settings"], cells[0]["environment"]
+    chances = ", ".join(f"{task} {chance:.2f}" for task, chance in CHANCE.items())
+    return (
+        f"{settings['length']} tokens per document; {settings['pretraining_steps']} steps of "
+        f"pretraining on what is near, {settings['steps']} steps of fine-tuning for every row; "
+        f"accuracy, mean over seeds; chance: {chances}. Difference: to `{REFERENCE}` with the same "
+        "seed, fine-tuned, on what is far, with the 95 % bootstrap interval over the seeds. "
+        f"{about['device']}, torch {about['torch']}."
+    )
+
+
+def _table(cells: list[dict]) -> list[str]:
+    if not cells:
+        return []
+    by_name: dict[str, list[dict]] = {}
+    for cell in cells:
+        by_name.setdefault(cell["variant"], []).append(cell)
+    reference = {cell["seed"]: _far(cell) for cell in by_name.get(REFERENCE, ())}
+    seeds = len({cell["seed"] for cell in cells})
+    lines = [
+        "",
+        f"### {cells[0]['part'].capitalize()}: {cells[0]['task']}, {seeds} seed(s)",
+        "",
+        "| | keys per query | at once: near | far | fine-tuned: near | far | difference |"
+        " router recall |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, group in by_name.items():
+        keys = group[0]["keys_per_query"]
+        pairs = [
+            _far(cell) - reference[cell["seed"]] for cell in group if cell["seed"] in reference
+        ]
+        recalls = [cell["router_recall"] for cell in group if "router_recall" in cell]
+        row = [
+            f"`{name}`" if cells[0]["part"] == "patterns" else name,
+            "-" if keys is None else f"{statistics.mean(c['keys_per_query'] for c in group):.0f}",
+            *(
+                f"{statistics.mean(cell[when][where] for cell in group):.3f}"
+                for when, where in itertools.product(("zero_shot", "finetuned"), ("near", "far"))
+            ),
+            _interval(pairs) if name != REFERENCE and pairs else "",
+            f"{statistics.mean(recalls):.2f}" if recalls else "",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def _far(cell: dict) -> float:
+    return cell["finetuned"]["far"]
+
+
+def _interval(differences: list[float]) -> str:
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.3f}"
+    draw = random.Random(0)
+    means = sorted(
+        statistics.mean(draw.choices(differences, k=len(differences))) for _ in range(RESAMPLES)
+    )
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _budget_table(cells: list[dict]) -> list[str]:
+    if not cells:
+        return []
+    lines = [
+        "",
+        "### Learned budgets at target density 0.5",
+        "",
+        "Budgets are shares of the blocks a head may select, one number per layer and head.",
+        "",
+        "| task | seed | budgets | keys per query, of | far | calibrated | shuffled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        budgets = " ".join(f"{value:.2f}" for value in _budgets(cell))
+        lines.append(
+            f"| {cell['task']} | {cell['seed']} | {budgets} | {cell['keys_per_query']:.0f}, "
+            f"{cell['full_keys_per_query']:.0f} | {_far(cell):.3f} | "
+            f"{cell['calibrated']['far']:.3f} | {cell['shuffled']['far']:.3f} |"
+        )
+    between, within = _distances(cells)
+    if between and within:
+        lines += [
+            "",
+            "Mean distance of what was learned (gates, budgets, windows) between tasks of one seed "
+            f"{statistics.mean(between):.3f}, between seeds of one task "
+            f"{statistics.mean(within):.3f}.",
+        ]
+    return lines
+
+
+def _budgets(cell: dict) -> list[float]:
+    """What a head selects, as a share: its budget weighed by its gate."""
+    return [
+        gate * min(1.0, budget)
+        for gates, budgets in zip(cell["gate"], cell["budget"], strict=True)
+        for gate, budget in zip(gates, budgets, strict=True)
+    ]
+
+
+def _distances(cells: list[dict]) -> tuple[list[float], list[float]]:
+    """Euclidean distances of learned vectors between tasks (one seed) and seeds (one task)."""
+    between, within = [], []
+    for one, other in itertools.combinations(cells, 2):
+        vectors = [list(itertools.chain(_budgets(cell), *cell["span"])) for cell in (one, other)]
+        distance = sum((a - b) ** 2 for a, b in zip(*vectors, strict=True)) ** 0.5
+        if one["task"] != other["task"] and one["seed"] == other["seed"]:
+            between.append(distance)
+        if one["task"] == other["task"] and one["seed"] != other["seed"]:
+            within.append(distance)
+    return between, within
+
+
+def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
+    """One row per task: quality by keys per query, by length, by strength; learned budgets.
+
+    False if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(
+        len(tasks), 4, figsize=(18, 3.8 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    for axes, task in zip(rows, tasks):
+        of_task = [cell for cell in cells if cell["task"] == task]
+        _by_keys(axes[0], [cell for cell in of_task if cell["part"] == "keys"])
+        studied = [cell for cell in of_task if "by_length" in cell]
+        _by_length(axes[1], studied)
+        _by_strength(axes[2], [cell for cell in studied if "by_strength" in cell])
+        _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])
+        axes[0].set_ylabel(f"{task}: accuracy on what is far")
+        for axis in axes[:3]:
+            axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
+            axis.set_ylim(0, 1.02)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def _means(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Mean of y for every x, in the order of x."""
+    found: dict[float, list[float]] = {}
+    for x, y in points:
+        found.setdefault(x, []).append(y)
+    order = sorted(found)
+    return order, [statistics.mean(found[x]) for x in order]
+
+
+def _by_keys(axis, cells: list[dict]) -> None:
+    for name in dict.fromkeys(cell["variant"].split(",")[0] for cell in cells):
+        group = [cell for cell in cells if cell["variant"].split(",")[0] == name]
+        points = [(round(cell["keys_per_query"]), _far(cell)) for cell in group]
+        axis.plot(*_means(points), "o-", label=name)
+    axis.set(xlabel="keys per query", title="by keys per query")
+    if cells:
+        axis.legend(fontsize=8)
+
+
+def _by_length(axis, cells: list[dict]) -> None:
+    for name in dict.fromkeys(cell["variant"] for cell in cells):
+        group = [cell for cell in cells if cell["variant"] == name]
+        values = [(int(n), value) for cell in group for n, value in cell["by_length"].items()]
+        axis.plot(*_means((n, value["far"]) for n, value in values), "o-", label=name)
+        if name == REFERENCE:
+            recall = _means((n, value["router_recall"]) for n, value in values)
+            axis.plot(*recall, "x--", color="black", label="router recall of adaptive")
+    axis.set(xlabel="tokens", title="by length, same keys per query")
+    axis.set_xscale("log", base=2)
+    if cells:
+        axis.legend(fontsize=8)
+
+
+def _by_strength(axis, cells: list[dict]) -> None:
+    for where in ("near", "far"):
+        points = [
+            (float(strength), value[where])
+            for cell in cells
+            for strength, value in cell["by_strength"].items()
+        ]
+        if points:
+            axis.plot(*_means(points), "o-", label=where)
+    axis.set(xlabel="selection strength", title="fine-tuned, by strength")
+    if cells:
+        axis.legend(fontsize=8)
+
+
+def _learned(axis, cells: list[dict]) -> None:
+    for cell in cells:
+        budgets = _budgets(cell)
+        axis.plot(range(len(budgets)), budgets, "o-", label=f"seed {cell['seed']}")
+    axis.set(xlabel="head, layer by layer", title="learned budgets", ylim=(0, 1.1))
+    if cells:
+        axis.legend(fontsize=8)

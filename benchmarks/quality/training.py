@@ -1,0 +1,147 @@
+"""Trains and measures one model."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseForTokenClassification
+from adaptive_longformer.analysis.sparsity import SparsityReport, sparsity_report
+from adaptive_longformer.configuration.configuration_adaptive_sparse import (
+    BASELINE_PATTERNS,
+    SELECTING_PATTERNS,
+)
+from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
+from adaptive_longformer.training import adaptive_parameter_groups
+from quality.tasks import TASKS, make_batch
+from quality.variants import BASE, Variant
+
+RAMP_RATIO = 0.25
+# Evaluation data come from generators that no training uses.
+EVALUATION_SEED = 10**6
+
+
+def new_model(seed: int, **overrides) -> AdaptiveSparseForTokenClassification:
+    torch.manual_seed(seed)
+    return AdaptiveSparseForTokenClassification(AdaptiveSparseConfig(**{**BASE, **overrides}))
+
+
+def load_variant(folder: Path, variant: Variant, **overrides):
+    """The pretrained model with a variant's attention; what it selects is read at full strength."""
+    model = AdaptiveSparseForTokenClassification.from_pretrained(
+        folder, **variant.config, **overrides
+    )
+    for part in selections(model):
+        part.options = replace(part.options, **variant.routing)
+        if variant.zero_gate:
+            torch.nn.init.zeros_(part.gate)
+    if selects(model):
+        set_selection_strength(model, 1.0)
+    return model
+
+
+def selects(model) -> bool:
+    return model.config.attention_pattern in SELECTING_PATTERNS
+
+
+def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, seed: int) -> None:
+    """Learns both tasks where everything is near, first on short documents; saves the model."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        shorter = 4 if step < steps // 2 else 2 if step < 3 * steps // 4 else 1
+        _set_learning_rate(optimizer, step, steps)
+        for task in TASKS:
+            batch = make_batch(
+                task,
+                batch_size * shorter,
+                max(256, length // shorter),
+                far_share=0.0,
+                generator=generator,
+            ).to(model.device)
+            model(**batch.inputs, labels=batch.labels).loss.backward()
+        _step(model, optimizer)
+    model.save_pretrained(folder)
+
+
+def finetune(
+    model, task: str, *, steps: int, batch_size: int, length: int, seed: int, ramp: bool = True
+) -> None:
+    """Trains on documents where half of what is asked about is far."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = model.parameters()
+    if selects(model):
+        groups = adaptive_parameter_groups(model, 1e-3)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+    model.train()
+    ramp_steps = max(1, math.ceil(RAMP_RATIO * steps)) if ramp else 1
+    for step in range(steps):
+        if selects(model):
+            set_selection_strength(model, min(1.0, (step + 1) / ramp_steps))
+        _set_learning_rate(optimizer, step, steps)
+        batch = make_batch(task, batch_size, length, far_share=0.5, generator=generator)
+        batch = batch.to(model.device)
+        model(**batch.inputs, labels=batch.labels).loss.backward()
+        _step(model, optimizer)
+
+
+def _set_learning_rate(optimizer, step: int, steps: int) -> None:
+    """Rises over 5 % of the steps, then falls linearly to 0."""
+    factor = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("highest_lr", group["lr"]) * factor
+
+
+def _step(model, optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def accuracy(model, task: str, *, num_documents: int, length: int, seed: int) -> dict[str, float]:
+    """Accuracy on near and on far questions of documents that no training has seen."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+    model.eval()
+    right, asked = {"near": 0, "far": 0}, {"near": 0, "far": 0}
+    for _ in range(num_documents):
+        batch = make_batch(task, 1, length, far_share=0.5, generator=generator)
+        batch = batch.to(model.device)
+        answers = model(**batch.inputs).logits.argmax(dim=-1)
+        for name, where in (("near", ~batch.is_far), ("far", batch.is_far)):
+            where = where & (batch.labels >= 0)
+            right[name] += int((answers == batch.labels)[where].sum())
+            asked[name] += int(where.sum())
+    return {name: right[name] / asked[name] for name in right}
+
+
+def study_inputs(model, task: str, *, length: int, seed: int) -> dict[str, torch.Tensor]:
+    """Four documents to look into, all of whose questions are far."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed + 1)
+    return make_batch(task, 4, length, far_share=1.0, generator=generator).to(model.device).inputs
+
+
+def report_of(model, task: str, *, length: int, seed: int) -> SparsityReport:
+    """What a trained model that selects reads."""
+    model.eval()
+    return sparsity_report(model, study_inputs(model, task, length=length, seed=seed))
+
+
+@torch.no_grad()
+def keys_per_query(model, task: str, *, length: int, seed: int) -> float | None:
+    """Keys that an ordinary token reads, mean over layers; None for attention without such a
+    number.
+    """
+    if selects(model):
+        return report_of(model, task, length=length, seed=seed).keys_per_query
+    if model.config.attention_pattern in BASELINE_PATTERNS:
+        return None
+    # Fresh weights: no probability is so small that it becomes 0.
+    fresh = AdaptiveSparseForTokenClassification(model.config).eval().to(model.device)
+    inputs = study_inputs(model, task, length=length, seed=seed)
+    attentions = fresh(**{k: v[:1] for k, v in inputs.items()}, output_attentions=True).attentions
+    return sum(float((layer[0, :, 1:] > 0).sum(-1).float().mean()) for layer in attentions) / len(
+        attentions
+    )
