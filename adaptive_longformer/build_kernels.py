@@ -7,7 +7,15 @@ import time
 
 import torch
 
-from adaptive_longformer.attention.extension import build_folder, is_built, why_unavailable
+from adaptive_longformer.attention.compiled_cuda import INSTANCES
+from adaptive_longformer.attention.cuda_program import CudaProgram, architecture_of
+from adaptive_longformer.attention.extension import (
+    build_folder,
+    is_built,
+    kernel_library,
+    why_unavailable,
+)
+from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
 
 KINDS = ("cpu", "cuda")
 
@@ -52,8 +60,18 @@ def run(args: argparse.Namespace) -> int:
         if reason is not None:
             print(f"{kind}: not built: {reason}")
             failed = True
-        elif was_built:
-            print(f"{kind}: already in {build_folder(kind)}")
+            continue
+        kernels, folder = kernel_library(kind), build_folder(kind)
+        if isinstance(kernels, CudaProgram):
+            folder = kernels.folder
+            try:
+                kernels.build(INSTANCES, map(architecture_of, range(torch.cuda.device_count())))
+            except ExtensionUnavailableError as error:
+                print(f"{kind}: not built: {error}")
+                failed = True
+                continue
+        if was_built:
+            print(f"{kind}: already in {folder}")
         else:
-            print(f"{kind}: built in {time.monotonic() - started:.0f} s in {build_folder(kind)}")
+            print(f"{kind}: built in {time.monotonic() - started:.0f} s in {folder}")
     return int(failed)

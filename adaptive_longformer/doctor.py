@@ -14,18 +14,17 @@ import torch
 import transformers
 
 from adaptive_longformer.attention.backends import choose_backend
-from adaptive_longformer.attention.extension import (
-    ENVIRONMENT,
-    ExtensionUnavailableError,
-    build_folder,
-    is_built,
-    refuse_unsafe_folder,
-)
+from adaptive_longformer.attention.extension import ENVIRONMENT, build_folder, is_built
 from adaptive_longformer.attention.functional import (
     explain_backends,
     make_call,
     sparse_attention,
 )
+from adaptive_longformer.attention.kernel_cache import (
+    ExtensionUnavailableError,
+    refuse_unsafe_folder,
+)
+from adaptive_longformer.attention.nvrtc import find_nvrtc
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -79,6 +78,7 @@ def _environment() -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use"
     yield "C++ compiler", _version(os.environ.get("CXX", "c++").split()[0])
     yield "nvcc", _version("nvcc")
+    yield "NVRTC", _nvrtc()
     yield "ninja", _version("ninja")
     for kind in KINDS:
         yield f"{kind} kernels", _cache_state(kind)
@@ -95,6 +95,15 @@ def _version(program: str) -> str:
     lines = [line for line in result.stdout.splitlines() if any(c.isdigit() for c in line)]
     chosen = next((line for line in lines if "release" in line), lines[0] if lines else "?")
     return f"{path}: {chosen.strip()}"
+
+
+def _nvrtc() -> str:
+    try:
+        nvrtc = find_nvrtc(torch.version.cuda)
+    except ExtensionUnavailableError as error:
+        return str(error)
+    version = ".".join(map(str, nvrtc.version))
+    return f"{nvrtc.path}: {version}, compiles the cuda kernels where nvcc cannot"
 
 
 def _cache_state(kind: str) -> str:

@@ -14,11 +14,13 @@ def no_kernels(monkeypatch):
 def test_doctor_says_for_every_backend_whether_it_runs_or_why_not(no_kernels, capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == "NVRTC" for line in lines if line)
     on_cpu = lines[lines.index("float32 on cpu") + 1 :]
     verdicts = {line.split()[0]: line.split()[1] for line in on_cpu[: len(BACKENDS)]}
     assert verdicts == {
         "sdpa": "yes:",
         "cuda": "no:",
+        "flex": "yes:",
         "cpp": "no:",
         "blocked": "yes:",
         "reference": "yes:",

@@ -10,11 +10,15 @@ from adaptive_longformer.attention.blocked import blocked_supports, run_blocked
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.compiled import cpp_supports, cuda_supports, run_compiled
 from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
+from adaptive_longformer.attention.flex import flex_supports, run_flex
 from adaptive_longformer.attention.reference import reference_attention
 
 # Longest input for which dense attention with a mask is preferred, by device: measured for a window
 # of 512 tokens.
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
+
+# What "auto" tries before "blocked", by device. FlexAttention is slow on a CPU.
+FUSED = {"cuda": ("cuda", "flex"), "cpu": ("cpp",)}
 
 # What "auto" stands for in this process; read once, so that torch.compile sees a constant.
 AUTO = os.environ.get("ADAPTIVE_LONGFORMER_BACKEND", "auto")
@@ -39,6 +43,7 @@ BACKENDS = {
     for backend in (
         Backend("sdpa", sdpa_supports, run_sdpa),
         Backend("cuda", cuda_supports, run_compiled),
+        Backend("flex", flex_supports, run_flex),
         Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
         Backend("reference", lambda call: None, reference_attention),
@@ -63,9 +68,9 @@ def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
             and sdpa_supports(call) is None
         ):
             return BACKENDS["sdpa"]
-        for compiled in ("cuda", "cpp"):
-            if BACKENDS[compiled].unsupported(call) is None:
-                return BACKENDS[compiled]
+        for fused in FUSED.get(call.query.device.type, ()):
+            if BACKENDS[fused].unsupported(call) is None:
+                return BACKENDS[fused]
         return BACKENDS["blocked"]
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, one of {['auto', *BACKENDS]} is allowed")

@@ -24,6 +24,7 @@ from adaptive_longformer.attention.operator import (
     define_operator,
     run_operator,
 )
+from adaptive_longformer.attention.padding import readable
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
@@ -80,10 +81,7 @@ class _Problem:
         # Low precision stays on the matrix units of a GPU; a CPU has none, and is more exact in
         # float32.
         self.matmul_dtype = query.dtype if query.device.type == "cuda" else self.dtype
-        if attention_mask is not None:
-            # A NaN in a padded slot would survive a weight of 0.
-            padding = ~attention_mask[:, None, :, None]
-            key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+        query, key, value = readable(query, key, value, attention_mask)
         self.query, self.key, self.value = query, key, value
         self.span_length, self.span_ramp = arguments.span_length, arguments.span_ramp
 
@@ -472,7 +470,7 @@ def _forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
         if prepared is None:
             output[tile.at], lse[tile.at] = 0.0, -torch.inf
             continue
-        query_tile = (query[tile.at].to(problem.dtype) * scale).to(problem.matmul_dtype)
+        query_tile = (problem.query[tile.at].to(problem.dtype) * scale).to(problem.matmul_dtype)
         weights = problem.scores(prepared, query_tile)
         # A row that sees nothing has a maximum of -inf; the clamp makes its weights 0 instead of
         # NaN.
@@ -515,7 +513,7 @@ def _backward(
         if prepared is None:
             grad_query[tile.at] = 0.0
             continue
-        query_tile = (query[tile.at].to(dtype) * scale).to(matmul_dtype)
+        query_tile = (problem.query[tile.at].to(dtype) * scale).to(matmul_dtype)
         grad_tile = grad_output[tile.at]
         delta = (grad_tile.to(dtype) * output[tile.at].to(dtype)).sum(dim=-1, keepdim=True)
         delta -= grad_lse[tile.at][..., None]
@@ -621,7 +619,8 @@ class _Accumulators:
             self.grad_key.scatter_add_(2, index, self.global_key * valid)
             self.grad_value.scatter_add_(2, index, self.global_value * valid)
         if problem.extra is not None:
-            shape = (problem.batch, problem.heads, -1, problem.head_dim)
+            rows = problem.extra.num_key_blocks * problem.extra.key_block_size
+            shape = (problem.batch, problem.heads, rows, problem.head_dim)
             self.grad_key += self.block_key.view(shape)[:, :, : problem.length]
             self.grad_value += self.block_value.view(shape)[:, :, : problem.length]
         grad_bias = key.new_zeros(0)

@@ -8,17 +8,20 @@ import torch
 
 from adaptive_longformer.attention import compiled_cpu, compiled_cuda
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.extension import kernel_library, why_unavailable
+from adaptive_longformer.attention.cuda_launches import shared_memory_bytes
+from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.operator import (
     DEFAULT_BLOCK_SIZE,
     OperatorArguments,
     define_operator,
     run_operator,
 )
-from adaptive_longformer.attention.reference import reference_attention
-from adaptive_longformer.patterns.block_layout import block_layout, split_window
+from adaptive_longformer.attention.self_test import largest_error
+from adaptive_longformer.patterns.block_layout import split_window
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
-from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+# The second and the third size of a grid.
+_MOST_REPEATS = 65535
 
 
 def cpp_supports(call: AttentionCall) -> str | None:
@@ -27,7 +30,7 @@ def cpp_supports(call: AttentionCall) -> str | None:
         return f"tensors are on {call.query.device}, the kernel is for CPUs"
     if call.query.dtype not in compiled_cpu.ELEMENT_TYPES:
         return f"{call.query.dtype} is not one of float32, bfloat16 and float16"
-    return _why_not_blocks(call) or _why_no_cpu_library()
+    return why_not_whole_blocks(call) or _why_no_cpu_library()
 
 
 def cuda_supports(call: AttentionCall) -> str | None:
@@ -39,15 +42,20 @@ def cuda_supports(call: AttentionCall) -> str | None:
         return f"{query.dtype} is not one of bfloat16 and float16"
     if query.shape[3] not in compiled_cuda.HEAD_DIMS:
         return f"head_dim {query.shape[3]} is not one of {compiled_cuda.HEAD_DIMS}"
-    query_block, key_block = _block_sizes(call)
+    query_block, key_block = block_sizes(call)
     if (
         query_block not in compiled_cuda.QUERY_BLOCK_SIZES
         or key_block != compiled_cuda.KEY_BLOCK_SIZE
     ):
         return f"blocks of {query_block} x {key_block} tokens, 64 x 64 or 128 x 64 is needed"
+    if max(query.shape[:2]) > _MOST_REPEATS:
+        return (
+            f"batch x heads is {query.shape[0]} x {query.shape[1]}, at most {_MOST_REPEATS} each "
+            "is allowed"
+        )
     if layout is not None and layout.key_blocks.numel() >= 2**31:
         return "the layout has 2**31 entries or more"
-    return _why_not_blocks(call) or _why_no_cuda_library(
+    return why_not_whole_blocks(call) or _why_no_cuda_library(
         query.device.index or 0, query.dtype, query.shape[3], query_block
     )
 
@@ -57,18 +65,19 @@ def run_compiled(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return run_operator(compiled_attention, call)
 
 
-def _block_sizes(call: AttentionCall) -> tuple[int, int]:
+def block_sizes(call: AttentionCall) -> tuple[int, int]:
+    """Tokens of the query blocks and the key blocks of a call's lists."""
     if call.layout is None:
         return DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE
     return call.layout.query_block_size, call.layout.key_block_size
 
 
-def _why_not_blocks(call: AttentionCall) -> str | None:
+def why_not_whole_blocks(call: AttentionCall) -> str | None:
     """None if the pattern beside the window lets all or no pairs of a tile through, or why not."""
     pattern = call.layout.pattern if call.layout is not None else None
     if call.pattern is not None:
         pattern = split_window(call.pattern)[1]
-    query_block, key_block = _block_sizes(call)
+    query_block, key_block = block_sizes(call)
     for part in pattern.parts if pattern is not None else ():
         is_aligned = (
             isinstance(part, RandomBlocks)
@@ -104,40 +113,21 @@ def _check_cuda_kernel(
     reason = why_unavailable("cuda")
     if reason is not None:
         return reason
-    needed = kernel_library("cuda").adaptive_cuda_shared_memory(head_dim, query_block)
+    needed = max(shared_memory_bytes(head_dim, query_block).values())
     if needed > properties.shared_memory_per_block_optin:
         return (
             f"{needed} bytes of shared memory are needed, the device has "
             f"{properties.shared_memory_per_block_optin}"
         )
-    error = _largest_error(torch.device("cuda", device), dtype, head_dim, query_block)
+    try:
+        error = largest_error(
+            run_compiled, torch.device("cuda", device), dtype, head_dim, query_block
+        )
+    except RuntimeError as problem:
+        return f"the kernel failed its self-test: {problem}"
     if not error < 0.02:
         return f"the kernel failed its self-test, with a relative error of {error}"
     return None
-
-
-def _largest_error(
-    device: torch.device, dtype: torch.dtype, head_dim: int, query_block: int
-) -> float:
-    """The largest relative error of output and gradients of a small problem."""
-    window = SlidingWindow(90)
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        tensors = [
-            torch.randn(1, 2, 200, head_dim, generator=generator).to(device, dtype)
-            for _ in range(4)
-        ]
-        query, key, value = (tensor.requires_grad_() for tensor in tensors[:3])
-        layout = block_layout(window, 200, query_block_size=query_block, device=device)
-        call = AttentionCall(query, key, value, head_dim**-0.5, layout=layout)
-        output, _ = run_compiled(call)
-        actual = [output, *torch.autograd.grad(output, (query, key, value), tensors[3])]
-        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-        call = AttentionCall(exact[0], exact[1], exact[2], head_dim**-0.5, pattern=window)
-        output, _ = reference_attention(call)
-        expected = [output, *torch.autograd.grad(output, exact[:3], exact[3])]
-    ratios = [(a.double() - b).norm() / b.norm() for a, b in zip(actual, expected)]
-    return torch.stack(ratios).amax().item()
 
 
 def _kernels(arguments: OperatorArguments):

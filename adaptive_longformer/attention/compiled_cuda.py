@@ -4,9 +4,17 @@ waiting for it, and fills their argument struct.
 
 import ctypes
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
+from adaptive_longformer.attention.cuda_launches import (
+    KEY_BLOCK_SIZE,
+    Instance,
+    Launch,
+    backward_launches,
+    forward_launches,
+)
 from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.kernel_call import KernelCall, RowTensor, fields
@@ -17,7 +25,9 @@ from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 96, 128)
 QUERY_BLOCK_SIZES = (64, 128)
-KEY_BLOCK_SIZE = 64
+INSTANCES = [
+    Instance(*values) for values in product(ELEMENT_TYPES.values(), HEAD_DIMS, QUERY_BLOCK_SIZES)
+]
 # A column of the transposed lists with more entries than this is split into items of so many, whose
 # sums are added in a fixed order: a block that everyone reads would keep one processor busy alone.
 _ITEM_ENTRIES = 64
@@ -117,7 +127,7 @@ def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     call.set_rows(output=output)
     call.set_arrays(lse=lse)
-    call.run("adaptive_cuda_forward")
+    call.run(forward_launches(call.arguments))
     return output, lse
 
 
@@ -149,7 +159,7 @@ def backward(
     if call.span_length is not None:
         grad_span = query.new_empty(lists, dtype=torch.float32)
         call.set_arrays(grad_span=grad_span)
-    call.run("adaptive_cuda_backward")
+    call.run(backward_launches(call.arguments))
     return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
 
 
@@ -277,21 +287,17 @@ class _Call(KernelCall):
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             setattr(self.arguments, name, self.row_tensor(tensor))
 
-    def run(self, function: str) -> None:
-        library = kernel_library("cuda")
-        assert library.adaptive_cuda_arguments_size() == ctypes.sizeof(_Arguments)
+    def run(self, launches: list[Launch]) -> None:
+        """Launches kernels one after the other on torch's current stream."""
         if self.query.numel() == 0:
             return
-        stream = 0
+        kernels, device, stream = kernel_library("cuda"), 0, 0
         if self.query.is_cuda:
+            device = self.query.device.index
             stream = torch.cuda.current_stream(self.query.device).cuda_stream
         with torch.cuda.device_of(self.query):
-            error = getattr(library, function)(
-                ctypes.byref(self.arguments), ctypes.c_void_p(stream)
-            )
-        if error != 0:
-            library.adaptive_cuda_error.restype = ctypes.c_char_p
-            raise RuntimeError(f"{function} failed: {library.adaptive_cuda_error(error).decode()}")
+            for launch in launches:
+                kernels.launch(launch, self.arguments, device, stream)
 
     def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
         return super().reduce_entry_bias(None if grad is None else grad[..., self.num_packs :])

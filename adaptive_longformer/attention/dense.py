@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.global_rows import merge_global_rows
+from adaptive_longformer.attention.padding import readable
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -42,8 +43,9 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
         # torch differs between versions on rows that may see nothing: here they see everything,
         # then become zero.
         empty = ~mask.any(dim=-1, keepdim=True)
+        query, key, value = readable(call.query, call.key, call.value, call.attention_mask)
         output = scaled_dot_product_attention(
-            call.query, call.key, call.value, attn_mask=mask | empty, scale=call.scale
+            query, key, value, attn_mask=mask | empty, scale=call.scale
         ).masked_fill(empty, 0.0)
     else:
         output = scaled_dot_product_attention(

@@ -18,15 +18,27 @@ import os
 import platform
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from adaptive_longformer.attention.cuda_driver import CudaDriver
+from adaptive_longformer.attention.cuda_library import CudaLibrary
+from adaptive_longformer.attention.cuda_program import CudaProgram
+from adaptive_longformer.attention.kernel_cache import (
+    ExtensionUnavailableError,
+    cache_folder,
+    kernels_mode,
+    locked,
+    named_os_errors,
+    refuse_unsafe_folder,
+)
+from adaptive_longformer.attention.nvrtc import find_nvrtc
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +49,20 @@ ENVIRONMENT = (
     "ADAPTIVE_LONGFORMER_VERBOSE",
     "ADAPTIVE_LONGFORMER_BACKEND",
 )
-LOCK_TIMEOUT = 600.0
 # Written last; holds the file name of the library.
 _DONE = "done"
 _attempts = itertools.count()
 _PATTERNS = {"cpu": "*.cpp", "cuda": "*.cu"}
 _CUDA_FLAGS = ["-O3", "-std=c++17"]
 _loading = threading.Lock()
-_loaded: dict[str, "ctypes.CDLL | str"] = {}
+_loaded: dict[str, Any] = {}
 
 
-class ExtensionUnavailableError(RuntimeError):
-    """The compiled kernels cannot be used here; the message says why."""
+def kernel_library(kind: str) -> Any:
+    """The kernels of a kind, built now if need be; the outcome is kept for the process.
 
-
-def kernel_library(kind: str) -> ctypes.CDLL:
-    """The library of kernels of a kind ("cpu" or "cuda"), built now if need be; the outcome is kept
-    for the process.
+    Args:
+        kind: "cpu" gives the loaded library, "cuda" a `CudaLibrary` or a `CudaProgram`.
 
     Raises:
         ExtensionUnavailableError: with the reason, which is also logged once.
@@ -91,16 +100,37 @@ def forget() -> None:
         _loaded.clear()
 
 
-def _load(kind: str) -> ctypes.CDLL:
-    mode = os.environ.get("ADAPTIVE_LONGFORMER_KERNELS", "on")
-    if mode == "off":
-        raise ExtensionUnavailableError("ADAPTIVE_LONGFORMER_KERNELS is 'off'")
-    if mode not in ("on", "cached"):
-        raise ExtensionUnavailableError(
-            f"ADAPTIVE_LONGFORMER_KERNELS is {mode!r}, 'on', 'cached' or 'off' is allowed"
-        )
-    folder = build_folder(kind)
+def _load(kind: str) -> Any:
+    mode = kernels_mode()
+    if kind != "cuda":
+        return _load_built(kind, mode)
+    if torch.version.cuda is None:
+        raise ExtensionUnavailableError("this torch is built without CUDA")
     try:
+        return CudaLibrary(_load_built(kind, mode))
+    except ExtensionUnavailableError as error:
+        try:
+            program = cuda_program()
+        except ExtensionUnavailableError as other:
+            raise ExtensionUnavailableError(f"{error}; {other}") from error
+        logger.info("NVRTC compiles the CUDA kernels, since nvcc does not: %s", error)
+        return program
+
+
+def cuda_program() -> CudaProgram:
+    """The CUDA kernels for a machine without nvcc; nothing is compiled yet.
+
+    Raises:
+        ExtensionUnavailableError: there is no NVRTC of torch's version of CUDA, or no driver.
+    """
+    return CudaProgram(
+        find_nvrtc(torch.version.cuda), CudaDriver(), SOURCES / "cuda", cache_folder()
+    )
+
+
+def _load_built(kind: str, mode: str) -> ctypes.CDLL:
+    folder = build_folder(kind)
+    with named_os_errors():
         if not is_built(kind):
             if mode == "cached":
                 raise ExtensionUnavailableError(
@@ -108,16 +138,12 @@ def _load(kind: str) -> ctypes.CDLL:
                 )
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             refuse_unsafe_folder(folder.parent)
-            with _locked(folder):
+            with locked(folder):
                 # Another process may have built while this one waited.
                 if not is_built(kind):
                     _build(kind, folder)
         refuse_unsafe_folder(folder)
         library = folder / (folder / _DONE).read_text()
-    except OSError as error:
-        raise ExtensionUnavailableError(
-            f"{error}; ADAPTIVE_LONGFORMER_CACHE names a folder that can be written"
-        ) from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -126,10 +152,6 @@ def _load(kind: str) -> ctypes.CDLL:
 
 def build_folder(kind: str) -> Path:
     """Where the build for this source, torch, Python and processor belongs."""
-    cache = os.environ.get("ADAPTIVE_LONGFORMER_CACHE")
-    if cache is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(base) / "adaptive_longformer"
     digest = hashlib.sha256()
     for path in sorted((SOURCES / kind).iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -143,20 +165,7 @@ def build_folder(kind: str) -> Path:
         _processor(),
     )
     digest.update("\0".join(parts).encode())
-    return Path(cache) / f"{kind}-{digest.hexdigest()[:20]}"
-
-
-def refuse_unsafe_folder(folder: Path) -> None:
-    """Raises unless only its owner, this user or root, can put code there."""
-    for path in (folder, *folder.resolve().parents):
-        status = path.stat()
-        is_sticky_parent = path != folder and status.st_mode & stat.S_ISVTX
-        if status.st_mode & stat.S_IWOTH and not is_sticky_parent:
-            raise ExtensionUnavailableError(
-                f"every user can write to {path}, and code from {folder} would be run"
-            )
-    if folder.stat().st_uid not in (os.geteuid(), 0):
-        raise ExtensionUnavailableError(f"{folder} belongs to another user")
+    return cache_folder() / f"{kind}-{digest.hexdigest()[:20]}"
 
 
 def _compile_flags() -> list[str]:
@@ -174,16 +183,18 @@ def _device_capabilities(kind: str) -> list[str]:
 
 def _check_cuda_compiler(cuda_home: str | None) -> None:
     """Raises unless there is an nvcc that fits torch; cpp_extension would find out late, or not."""
-    if torch.version.cuda is None:
-        raise ExtensionUnavailableError("this torch is built without CUDA")
+    assert torch.version.cuda is not None
     if cuda_home is None:
         raise ExtensionUnavailableError("no nvcc: CUDA_HOME is not set and nvcc was not found")
-    command = [str(Path(cuda_home) / "bin" / "nvcc"), "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    nvcc = Path(cuda_home) / "bin" / "nvcc"
+    if not nvcc.exists():
+        raise ExtensionUnavailableError(f"no nvcc: {nvcc} does not exist")
+    command = [str(nvcc), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     match = re.search(r"release (\d+)\.", version)
     major = torch.version.cuda.split(".")[0]
     if match is None or match[1] != major:
-        found = version.strip() if match is None else f"CUDA {match[1]}"
+        found = version.strip() or "an unknown version" if match is None else f"CUDA {match[1]}"
         raise ExtensionUnavailableError(f"nvcc is of {found}, torch of CUDA {major}")
 
 
@@ -194,31 +205,6 @@ def _processor() -> str:
             if line.startswith(("flags", "Features")):
                 return line
     return platform.processor()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the build's lock, which the system releases if this process dies."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise ExtensionUnavailableError(f"no file locks on {platform.system()}") from error
-    with open(f"{folder}.lock", "w") as file:
-        deadline, is_announced = time.monotonic() + LOCK_TIMEOUT, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not is_announced:
-                    logger.info("Waiting for another process that builds in %s", folder)
-                    is_announced = True
-                if time.monotonic() > deadline:
-                    raise ExtensionUnavailableError(
-                        f"another process has held {folder}.lock for {LOCK_TIMEOUT:.0f} seconds"
-                    ) from None
-                time.sleep(0.1)
-        yield
 
 
 def _build(kind: str, folder: Path) -> None:

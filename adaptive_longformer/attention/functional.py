@@ -2,6 +2,7 @@
 
 import torch
 
+from adaptive_longformer.attention.autocast import autocast_inputs
 from adaptive_longformer.attention.backends import BACKENDS, choose_backend
 from adaptive_longformer.attention.call import (
     AttentionCall,
@@ -14,6 +15,9 @@ from adaptive_longformer.patterns.block_layout import BlockLayout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
 from adaptive_longformer.patterns.pattern import Pattern, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+
+# Rows of queries, which the kernels count with 32 bits.
+MAX_ROWS = 2**31
 
 
 def sparse_attention(
@@ -41,10 +45,14 @@ def sparse_attention(
     pattern or layout allows (i, j), or i or j is global. One softmax runs over all visible keys,
     each counted once.
 
+    Under torch.autocast query, key, value and the tensors of global_qkv are cast to its type,
+    float64 excepted, and the output has that type, as with torch's scaled_dot_product_attention.
+
     Args:
         query, key, value: [batch, heads, length, head_dim]. Key and value may have fewer heads, a
             divisor of the query's (grouped-query attention).
-        pattern_or_layout: which keys a query sees, as a rule or as lists of blocks.
+        pattern_or_layout: which keys a query sees, as a rule or as lists of blocks. A layout made
+            by hand is checked at its first use outside of torch.compile (`BlockLayout.check_once`).
         attention_mask: bool [batch, length], True for a real token, False for padding.
         is_causal: hides later keys, from global tokens too.
         global_mask: bool [batch, length], True for tokens that see every token and are seen by all.
@@ -76,7 +84,13 @@ def sparse_attention(
         global_mask=global_mask, global_qkv=global_qkv, entry_bias=entry_bias, span=span,
         scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
-    output, lse = choose_backend(call, backend).run(call)
+    chosen = choose_backend(call, backend)
+    if call.query.shape[2] == 0:
+        # No backend needs to know how to reduce over no keys at all.
+        output = call.query + call.key + call.value
+        lse = torch.zeros(output.shape[:3], device=output.device)
+    else:
+        output, lse = chosen.run(call)
     if return_lse:
         assert lse is not None
         return output, lse
@@ -129,6 +143,10 @@ def make_call(
     """Checks the arguments of `sparse_attention` and brings them into the one form that backends
     take.
     """
+    query, key, value = autocast_inputs(query, key, value)
+    if global_qkv is not None and not isinstance(global_qkv, GlobalProjections):
+        query_global, key_global, value_global = autocast_inputs(*global_qkv)
+        global_qkv = (query_global, key_global, value_global)
     key, value = _check_tensors(query, key, value)
     batch, heads, length, head_dim = query.shape
     _check_mask("attention_mask", attention_mask, query)
@@ -155,6 +173,10 @@ def make_call(
         layout = pattern_or_layout
         if layout.length != length:
             raise ValueError(f"layout is for length {layout.length}, query has length {length}")
+        _check_device("layout.key_blocks", layout.key_blocks, query)
+        _check_device("entry_bias", entry_bias, query)
+        if not torch.compiler.is_compiling():
+            layout.check_once()
         entry_bias = _combine_entry_bias(layout, entry_bias, batch, heads)
         window = layout.window
     elif isinstance(pattern_or_layout, Pattern):
@@ -181,6 +203,7 @@ def make_call(
                 f"span has length of shape {tuple(span.length.shape)} and ramp {span.ramp}, "
                 f"length of shape ({heads},) and a ramp above 0 are needed"
             )
+        _check_device("span.length", span.length, query)
     if global_mask is None:
         global_qkv = None
     elif attention_mask is not None:
@@ -244,6 +267,13 @@ def _check_tensors(
             )
     if not query.dtype.is_floating_point:
         raise ValueError(f"query has dtype {query.dtype}, a floating-point type is needed")
+    if head_dim == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}, a head_dim of 1 or more is needed")
+    if batch * heads * length >= MAX_ROWS:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}, batch x heads x length = "
+            f"{batch * heads * length}, less than 2**31 is allowed"
+        )
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
     if value.shape[1] != heads:
@@ -260,6 +290,11 @@ def _check_mask(name: str, mask: torch.Tensor | None, query: torch.Tensor) -> No
             f"{name} has shape {tuple(mask.shape)}, dtype {mask.dtype} and device {mask.device}, "
             f"a bool mask of shape {expected} on {query.device} is needed"
         )
+
+
+def _check_device(name: str, tensor: torch.Tensor | None, query: torch.Tensor) -> None:
+    if tensor is not None and tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}, query is on {query.device}")
 
 
 def _combine_entry_bias(

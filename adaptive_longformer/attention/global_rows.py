@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from adaptive_longformer.attention.autocast import without_autocast
 from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.memory_format import like_projection
@@ -146,6 +147,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("adaptive_longformer::global_rows", mutates_args=())
+@without_autocast
 def global_rows(
     output: torch.Tensor,
     lse: torch.Tensor,
@@ -196,6 +198,7 @@ def _(output, lse, *_):
 
 
 @torch.library.custom_op("adaptive_longformer::global_rows_backward", mutates_args=())
+@without_autocast
 def _global_rows_backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,
@@ -288,6 +291,7 @@ global_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("adaptive_longformer::absorbed_global_rows", mutates_args=())
+@without_autocast
 def absorbed_global_rows(
     output: torch.Tensor,
     lse: torch.Tensor,
@@ -488,6 +492,7 @@ class _AbsorbedLayer:
 
 
 @torch.library.custom_op("adaptive_longformer::absorbed_global_rows_backward", mutates_args=())
+@without_autocast
 def _absorbed_global_rows_backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from adaptive_longformer.attention.autocast import without_autocast
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.global_rows import merge_global_rows
 from adaptive_longformer.attention.memory_format import like_projection
@@ -133,9 +134,11 @@ def define_operator(
             query, key, value, entry bias and span, empty where there is none.
     """
 
+    @without_autocast
     def run_forward(*arguments):
         return forward(OperatorArguments(*arguments))
 
+    @without_autocast
     def run_backward(grad_output, grad_lse, output, lse, *arguments):
         return backward(grad_output, grad_lse, output, lse, OperatorArguments(*arguments))
 

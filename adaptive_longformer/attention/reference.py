@@ -8,6 +8,7 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall, AttentionSpan, GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys
+from adaptive_longformer.attention.padding import readable
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
 
 MIN_WEIGHT = 1e-6
@@ -15,7 +16,7 @@ MIN_WEIGHT = 1e-6
 
 def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
-    scores, value_global = _scores(call)
+    scores, value, value_global = _scores(call)
     row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = (scores - row_max).exp()
     total = weights.sum(dim=-1, keepdim=True)
@@ -28,7 +29,8 @@ def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor
         rows = row_keys(call.dropout_seed, batch, heads, length)[..., None]
         keep = keep_words(rows, column_keys(call.dropout_seed, length), call.dropout_p)
         probabilities = probabilities.masked_fill(keep == 0, 0.0) / (1 - call.dropout_p)
-    output = probabilities @ call.value
+    probabilities = probabilities.to(value.dtype)
+    output = probabilities @ value
     if value_global is not None:
         assert call.global_mask is not None
         output = torch.where(
@@ -41,7 +43,7 @@ def dense_probabilities(call: AttentionCall) -> torch.Tensor:
     """The attention weights [batch, heads, length, length] before dropout; rows that see nothing
     are zero.
     """
-    scores, _ = _scores(call)
+    scores, _, _ = _scores(call)
     return scores.softmax(dim=-1).masked_fill(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 
 
@@ -73,24 +75,27 @@ def dense_mask(call: AttentionCall) -> torch.Tensor:
     return visible
 
 
-def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores with -inf where nothing is seen, and the values that global queries read (None: the
-    same).
+def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Scores with -inf where nothing is seen, the values, and those that global queries read (None:
+    the same).
     """
-    scores = call.query @ call.key.transpose(-1, -2) * call.scale
+    query, key, value = readable(call.query, call.key, call.value, call.attention_mask)
+    scores = query @ key.transpose(-1, -2) * call.scale
     bias = _bias(call)
     if bias is not None:
         scores = scores + bias
     value_global = None
     if call.global_qkv is not None and call.global_mask is not None:
-        query_global, key_global, value_global = (
-            call.global_qkv.project(call.query.shape[1])
-            if isinstance(call.global_qkv, GlobalProjections)
-            else call.global_qkv
-        )
+        global_qkv = call.global_qkv
+        if isinstance(global_qkv, GlobalProjections):
+            if call.attention_mask is not None:
+                states = global_qkv.hidden_states.masked_fill(~call.attention_mask[..., None], 0.0)
+                global_qkv = global_qkv._replace(hidden_states=states)
+            global_qkv = global_qkv.project(call.query.shape[1])
+        query_global, key_global, value_global = readable(*global_qkv, call.attention_mask)
         scores_global = query_global @ key_global.transpose(-1, -2) * call.scale
         scores = torch.where(call.global_mask[:, None, :, None], scores_global, scores)
-    return scores.masked_fill(~dense_mask(call), -torch.inf), value_global
+    return scores.masked_fill(~dense_mask(call), -torch.inf), value, value_global
 
 
 def _indices(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,7 +20,12 @@ from torch.nn import functional as F
 from adaptive_longformer.attention.compiled_vote import can_vote, vote
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
-from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, window_entries
+from adaptive_longformer.patterns.block_layout import (
+    BlockLayout,
+    EntryFlag,
+    known_right,
+    window_entries,
+)
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Scores in memory at a time, by device.
@@ -266,7 +271,7 @@ def selection_layout(
         length=length,
         window=window,
     )
-    return layout, slots
+    return known_right(layout), slots
 
 
 def _check_finite(

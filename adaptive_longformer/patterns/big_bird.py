@@ -12,6 +12,7 @@ from adaptive_longformer.patterns.block_layout import (
     MIN_BLOCK_SIZE,
     BlockLayout,
     EntryFlag,
+    known_right,
 )
 from adaptive_longformer.patterns.mixing import mix
 from adaptive_longformer.patterns.pattern import Pattern, check_positive
@@ -155,7 +156,7 @@ def _build_layout(
         bias = torch.zeros(key_blocks.shape, device=device)
         bias[1:-1, 0] = math.log(1 + pattern.num_random_blocks)
         bias = bias[None, None]
-    return BlockLayout(
+    layout = BlockLayout(
         key_blocks=key_blocks[None, None],
         counts=counts[None, None],
         flags=torch.full_like(key_blocks, _WHOLE_BLOCK)[None, None],
@@ -164,6 +165,7 @@ def _build_layout(
         length=length,
         bias=bias,
     )
+    return known_right(layout)
 
 
 def _random_blocks(

@@ -2,7 +2,7 @@
 shares.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from functools import lru_cache
 
@@ -57,6 +57,7 @@ class BlockLayout:
         window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without
             holes.
         pattern: what the PATTERN entries mean.
+        is_checked: whether `check_once` has nothing left to do; a changed copy is unchecked again.
     """
 
     key_blocks: torch.Tensor
@@ -68,6 +69,7 @@ class BlockLayout:
     window: SlidingWindow | None = None
     pattern: Pattern | None = None
     bias: torch.Tensor | None = None
+    is_checked: bool = field(default=False, init=False, repr=False, compare=False)
 
     @property
     def num_query_blocks(self) -> int:
@@ -144,6 +146,16 @@ class BlockLayout:
                     "once is allowed"
                 )
 
+    def check_once(self) -> None:
+        """Calls `validate` the first time, and never for lists that were built by this package.
+
+        Raises:
+            ValueError: as `validate`.
+        """
+        if not self.is_checked and not self.key_blocks.is_meta:
+            self.validate()
+            known_right(self)
+
     def select(self, keep: torch.Tensor) -> "BlockLayout":
         """The layout with only the used entries where `keep` (boolean, shape of key_blocks) is
         True, in the same order.
@@ -183,6 +195,15 @@ class BlockLayout:
             query_blocks=(entry // shape[3] % shape[2]).int(),
             entries=entry,
         )
+
+
+def known_right(layout: BlockLayout) -> BlockLayout:
+    """The same layout, which `check_once` then takes as it is: for lists that are right by
+    construction.
+    """
+    if not torch.compiler.is_compiling():
+        object.__setattr__(layout, "is_checked", True)
+    return layout
 
 
 @dataclass(frozen=True)
@@ -292,12 +313,13 @@ def _cached_layout(
         pattern=rest,
     )
     merged = merged.select(merged.flags != 0)
-    return replace(
+    moved = replace(
         merged,
         key_blocks=merged.key_blocks.to(device),
         counts=merged.counts.to(device),
         flags=merged.flags.to(device),
     )
+    return known_right(moved)
 
 
 def window_entries(

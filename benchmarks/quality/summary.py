@@ -28,12 +28,11 @@ def write_summary(folder: Path, name: str, cells: list[dict]) -> str:
 
 def _head(cells: list[dict]) -> str:
     settings, about = cells[0]["settings"], cells[0]["environment"]
-    chances = ", ".join(f"{task} {chance:.2f}" for task, chance in CHANCE.items())
     return (
         f"{settings['length']} tokens per document; {settings['pretraining_steps']} steps of "
         f"pretraining on what is near, {settings['steps']} steps of fine-tuning for every row; "
-        f"accuracy, mean over seeds; chance: {chances}. Difference: to `{REFERENCE}` with the same "
-        "seed, fine-tuned, on what is far, with the 95 % bootstrap interval over the seeds. "
+        f"accuracy, mean over seeds; chance: {CHANCE:.3f}. Difference: to `{REFERENCE}` with the "
+        "same seed, fine-tuned, on what is far, with the 95 % bootstrap interval over the seeds. "
         f"{about['device']}, torch {about['torch']}."
     )
 
@@ -166,7 +165,7 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
         _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])
         axes[0].set_ylabel(f"{task}: accuracy on what is far")
         for axis in axes[:3]:
-            axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
+            axis.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
             axis.set_ylim(0, 1.02)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

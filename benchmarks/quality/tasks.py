@@ -1,16 +1,17 @@
-"""Two tasks that a model solves only if it reads the one place in a document that matters.
+"""Two tasks that a model solves only if it reads the few places in a document that matter.
 
-Both are answered token by token, share one vocabulary and one head, and need no positions, so that
-one model can learn both, at any length. A word stands at most once in a document, except where the
-task repeats it:
+Both are associative recall: some words carry a value (as their token type), and where the same word
+stands elsewhere without it the model must name the value, one of 16. Words are otherwise unique in
+a document, and nothing depends on positions, so that one model can learn both tasks, at any length.
 
-- recall: some words carry a value (as their token type). Elsewhere the same word stands without it:
-  what was its value? One of 16, chance 1/16.
-- spans: two documents, one after the other (token types tell which), have a span of 32 words in
-  common. Which words of the second stand in the first as well? As many do as do not, chance 1/2.
+- recall: words with values come in runs of 16, and are asked about in a run of 16 elsewhere, in
+  another order, as a paragraph is about another one.
+- needles: every word with a value stands alone, and so does every word that is asked about: the
+  hardest case for a choice of blocks, as one word in a block of 64 must be found and 63 of the 64
+  queries that vote want something else.
 
-A repetition is near if a window of `NEAR` tokens to either side holds both, far if they are more
-than `FAR` tokens apart, beyond every window that is compared.
+A question is near if a window of `NEAR` tokens to either side holds the answer, far if it is more
+than `FAR` tokens away, beyond every window that is compared.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,12 @@ NEAR, FAR = 64, 256
 NUM_WORDS, FIRST_WORD = 4096, 8
 VOCAB_SIZE = FIRST_WORD + NUM_WORDS
 NUM_VALUES = 16
-FIRST_DOCUMENT, SECOND_DOCUMENT = NUM_VALUES + 1, NUM_VALUES + 2
-TYPE_VOCAB_SIZE = NUM_VALUES + 3
-NO_MATCH, MATCH = NUM_VALUES, NUM_VALUES + 1
-NUM_LABELS = NUM_VALUES + 2
-SPAN_LENGTH = 32
-TASKS = ("recall", "spans")
-CHANCE = {"recall": 1 / NUM_VALUES, "spans": 0.5}
+TYPE_VOCAB_SIZE = NUM_VALUES + 1
+RUN_LENGTH = {"recall": 16, "needles": 1}
+TASKS = tuple(RUN_LENGTH)
+CHANCE = 1 / NUM_VALUES
+# One run that is asked about, and one that is not, for so many tokens.
+SPACING = {"recall": 128, "needles": 64}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Batch:
     Attributes:
         inputs: what the model's forward takes, without labels.
         labels: int64 [batch, length], -100 where nothing is asked.
-        is_far: bool [batch, length], whether what is asked about is far away.
+        is_far: bool [batch, length], whether the answer is far away.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -55,10 +55,10 @@ def make_batch(
     """Draws documents of a task.
 
     Args:
-        task: "recall" or "spans".
+        task: "recall" or "needles".
         batch_size: number of documents.
         length: tokens per document, the first of which is the classification token.
-        far_share: probability that a question ("recall") or a document ("spans") is far.
+        far_share: probability that a question is far. With 0, needles are eight times as dense.
         generator: where all randomness comes from.
 
     Raises:
@@ -76,9 +76,14 @@ def make_batch(
     types = torch.zeros(size, dtype=torch.int64)
     labels = torch.full(size, -100)
     is_far = torch.zeros(size, dtype=torch.bool)
-    fill = _fill_recall if task == "recall" else _fill_spans
+    run = RUN_LENGTH[task]
+    spacing = SPACING[task] if far_share or run > 1 else SPACING[task] // 8
     for row in range(batch_size):
-        fill(words[row], types[row], labels[row], is_far[row], far_share, generator)
+        document = _Document(words[row], types[row], labels[row], is_far[row], run, generator)
+        for _ in range(length // spacing):
+            document.ask(far=bool(torch.rand((), generator=generator) < far_share))
+        for _ in range(length // spacing):
+            document.distract()
     inputs = {
         "input_ids": words,
         "token_type_ids": types,
@@ -87,52 +92,51 @@ def make_batch(
     return Batch(inputs, labels, is_far)
 
 
-def _integer(low: int, high: int, generator: torch.Generator) -> int:
-    """A number from `low` up to and without `high`."""
-    return int(torch.randint(low, high, (), generator=generator))
+class _Document:
+    """One row of a batch, in which places are taken one after the other."""
 
+    def __init__(self, words, types, labels, is_far, run: int, generator) -> None:
+        self.words, self.types, self.labels, self.is_far = words, types, labels, is_far
+        self.run, self.generator = run, generator
+        self.taken = torch.zeros(len(words), dtype=torch.bool)
+        self.taken[0] = True
 
-def _fill_recall(words, types, labels, is_far, far_share, generator) -> None:
-    """One question per 64 tokens; as many words with a value that nobody asks about."""
-    length = len(words)
-    taken = {0}
-    for _ in range(length // 64):
-        far = bool(torch.rand((), generator=generator) < far_share)
+    def ask(self, *, far: bool) -> None:
+        """A run of words with values, and the same words elsewhere."""
         while True:
-            asked = _integer(1, length, generator)
-            source = _integer(1, length, generator)
+            asked, source = self._place(), self._place()
             if not far:
-                source = asked + _integer(-NEAR, NEAR + 1, generator)
+                reach = NEAR - self.run + 1
+                source = asked + self._integer(-reach, reach + 1)
             distance = abs(asked - source)
-            is_apart = distance > FAR if far else 0 < distance <= NEAR
-            if is_apart and 1 <= source < length and not {asked, source} & taken:
+            is_apart = distance > FAR + self.run if far else distance >= self.run
+            if is_apart and self._is_free(asked) and self._is_free(source):
                 break
-        taken |= {asked, source}
-        value = _integer(0, NUM_VALUES, generator)
-        words[asked] = words[source]
-        types[source] = value + 1
-        labels[asked], is_far[asked] = value, far
-    for _ in range(length // 64):
-        other = _integer(1, length, generator)
-        if other not in taken:
-            types[other] = _integer(1, NUM_VALUES + 1, generator)
+        values = self._give_values(source)
+        order = torch.randperm(self.run, generator=self.generator)
+        here = slice(asked, asked + self.run)
+        self.taken[here] = True
+        self.words[here] = self.words[source : source + self.run][order]
+        self.labels[here], self.is_far[here] = values[order], far
 
+    def distract(self) -> None:
+        """A run of words with values that nobody asks about, if there is room where it falls."""
+        start = self._place()
+        if self._is_free(start):
+            self._give_values(start)
 
-def _fill_spans(words, types, labels, is_far, far_share, generator) -> None:
-    length = len(words)
-    half = length // 2
-    types[1:half], types[half:] = FIRST_DOCUMENT, SECOND_DOCUMENT
-    far = bool(torch.rand((), generator=generator) < far_share)
-    while True:
-        source = _integer(1, half - SPAN_LENGTH + 1, generator)
-        copy = _integer(half, length - SPAN_LENGTH + 1, generator)
-        if not far:
-            source = half - SPAN_LENGTH - _integer(0, NEAR // 4, generator)
-            copy = source + _integer(half - source, NEAR + 1, generator)
-        if not far or copy - source > FAR:
-            break
-    words[copy : copy + SPAN_LENGTH] = words[source : source + SPAN_LENGTH].clone()
-    others = torch.randperm(half, generator=generator) + half
-    others = others[(others < copy) | (others >= copy + SPAN_LENGTH)][:SPAN_LENGTH]
-    labels[copy : copy + SPAN_LENGTH], labels[others] = MATCH, NO_MATCH
-    is_far[half:] = far
+    def _give_values(self, start: int) -> torch.Tensor:
+        values = torch.randint(0, NUM_VALUES, (self.run,), generator=self.generator)
+        self.types[start : start + self.run] = values + 1
+        self.taken[start : start + self.run] = True
+        return values
+
+    def _is_free(self, start: int) -> bool:
+        is_inside = 1 <= start <= len(self.words) - self.run
+        return is_inside and not self.taken[start : start + self.run].any()
+
+    def _place(self) -> int:
+        return self._integer(1, len(self.words) - self.run + 1)
+
+    def _integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self.generator))

@@ -18,6 +18,9 @@ from quality.tasks import TASKS, make_batch
 from quality.variants import BASE, Variant
 
 RAMP_RATIO = 0.25
+# Tokens per document of the pretraining. Nothing depends on positions, so that longer ones are read
+# just as well.
+NEAR_LENGTH = 256
 # Evaluation data come from generators that no training uses.
 EVALUATION_SEED = 10**6
 
@@ -46,18 +49,17 @@ def selects(model) -> bool:
 
 
 def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, seed: int) -> None:
-    """Learns both tasks where everything is near, first on short documents; saves the model."""
+    """Learns both tasks on short documents, where everything is near; saves the model."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
     for step in range(steps):
-        shorter = 4 if step < steps // 2 else 2 if step < 3 * steps // 4 else 1
         _set_learning_rate(optimizer, step, steps)
         for task in TASKS:
             batch = make_batch(
                 task,
-                batch_size * shorter,
-                max(256, length // shorter),
+                batch_size * length // NEAR_LENGTH,
+                NEAR_LENGTH,
                 far_share=0.0,
                 generator=generator,
             ).to(model.device)

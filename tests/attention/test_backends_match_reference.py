@@ -230,16 +230,27 @@ def test_a_row_that_sees_nothing_is_zero_with_zero_gradients():
         assert all(gradient[0].eq(0).all() for gradient in gradients)
 
 
-def test_nan_in_padding_does_not_leak():
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("global_qkv", [None, "explicit", "absorbed"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "sdpa"])
+def test_garbage_in_padding_does_not_leak(backend, global_qkv, garbage):
     pattern = SlidingWindow(9)
-    tensors, options, _ = random_call(pattern, padding="right", global_tokens="few")
-    clean = sparse_attention(*tensors, pattern, backend="blocked", **options)
-    dirty = [tensor.detach().clone() for tensor in tensors]
-    padding = ~options["attention_mask"]
-    for tensor in dirty[1:]:
-        tensor.transpose(1, 2)[padding] = float("nan")
-    output = sparse_attention(*dirty, pattern, backend="blocked", **options)
-    torch.testing.assert_close(output, clean)
+    results = []
+    for is_dirty in (False, True):
+        tensors, options, leaves = random_call(
+            pattern, padding="left", global_tokens="few", global_qkv=global_qkv
+        )
+        mask = options["attention_mask"]
+        for leaf in leaves[: 6 if global_qkv == "explicit" else 4] if is_dirty else ():
+            rows = leaf.data if leaf.ndim == 3 else leaf.data.transpose(1, 2)
+            rows[~mask] = garbage  # [batch, length, ...]
+        output = sparse_attention(*tensors, pattern, backend=backend, **options)
+        real = mask[:, None, :, None]
+        loss = output.masked_fill(~real, 0.0).square().sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        results.append([output.masked_fill(~real, 0.0), *gradients])
+    for clean, dirty in zip(*results, strict=True):
+        torch.testing.assert_close(dirty, clean)
 
 
 def test_non_contiguous_and_expanded_inputs_are_read_right():
@@ -269,15 +280,16 @@ def test_grouped_queries_share_their_key_heads():
     torch.testing.assert_close(grouped, repeated)
 
 
+@pytest.mark.parametrize("pattern", [SlidingWindow(3), Strided(4)], ids=readable)
+@pytest.mark.parametrize("shape", [(0, 2, 12, 8), (2, 2, 0, 8)], ids=["batch", "length"])
 @pytest.mark.parametrize("backend", ["blocked", "sdpa", "reference"])
-def test_an_empty_batch_gives_an_empty_output(backend):
-    query = torch.randn(0, 2, 12, 8, requires_grad=True)
-    mask = torch.zeros(0, 12, dtype=torch.bool)
-    output = sparse_attention(
-        query, query, query, SlidingWindow(3), global_mask=mask, backend=backend
-    )
-    assert output.shape == (0, 2, 12, 8)
-    output.sum().backward()
+def test_empty_tensors_give_empty_results(backend, shape, pattern):
+    query = torch.randn(shape, requires_grad=True)
+    mask = torch.zeros(shape[0], shape[2], dtype=torch.bool)
+    output = sparse_attention(query, query, query, pattern, global_mask=mask, backend=backend)
+    assert output.shape == shape
+    (gradient,) = torch.autograd.grad(output.sum(), query)
+    assert gradient.shape == shape
 
 
 def test_long_inputs_agree_across_many_tiles_of_several_head_groups():

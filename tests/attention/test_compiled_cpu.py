@@ -17,9 +17,10 @@ from adaptive_longformer.attention import (
     extension,
     sparse_attention,
 )
-from adaptive_longformer.attention.compiled import compiled_attention
+from adaptive_longformer.attention.compiled import compiled_attention, run_compiled
 from adaptive_longformer.attention.compiled_cpu import _Arguments
 from adaptive_longformer.attention.extension import kernel_library, why_unavailable
+from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.patterns import (
     BlockLayout,
     EntryFlag,
@@ -301,11 +302,13 @@ def test_nan_in_padding_does_not_leak():
 
 
 def test_layout_with_ids_out_of_range_is_an_error():
+    """The kernel checks again, where a compiled graph has no other check."""
     query = torch.randn(1, 1, 128, 16)
     layout = block_layout(SlidingWindow(10), 128)
+    call = make_call(query, query, query, layout)
     wrong = replace(layout, key_blocks=layout.key_blocks + 1)
     with pytest.raises(ValueError, match="out of range"):
-        sparse_attention(query, query, query, wrong, backend="cpp")
+        run_compiled(replace(call, layout=wrong))
 
 
 def test_unsupported_calls_have_a_reason():

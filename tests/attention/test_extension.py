@@ -10,7 +10,12 @@ import time
 import pytest
 import torch
 
-from adaptive_longformer.attention import explain_backends, extension, sparse_attention
+from adaptive_longformer.attention import (
+    explain_backends,
+    extension,
+    kernel_cache,
+    sparse_attention,
+)
 from adaptive_longformer.patterns import SlidingWindow
 
 pytestmark = pytest.mark.skipif(
@@ -84,7 +89,7 @@ def test_a_lock_dies_with_its_holder(sandbox):
 def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr(extension, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(kernel_cache, "LOCK_TIMEOUT", 0.2)
     folder = extension.build_folder("cpu")
     folder.parent.mkdir(mode=0o700)
     with open(f"{folder}.lock", "w") as file:
@@ -149,6 +154,22 @@ def test_cuda_kernels_need_a_torch_with_cuda(sandbox):
     if torch.version.cuda is not None:
         pytest.skip("this torch is built with CUDA")
     assert extension.why_unavailable("cuda") == "this torch is built without CUDA"
+
+
+def test_a_toolkit_without_a_fitting_nvcc_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    for script, reason in (
+        (None, "no nvcc: .* does not exist"),
+        ("echo release 12.8, V12.8.93", "nvcc is of CUDA 12, torch of CUDA 13"),
+        ("exit 1", "nvcc is of an unknown version, torch of CUDA 13"),
+    ):
+        if script is not None:
+            nvcc.write_text(f"#!/bin/sh\n{script}\n")
+            nvcc.chmod(0o700)
+        with pytest.raises(extension.ExtensionUnavailableError, match=reason):
+            extension._check_cuda_compiler(str(tmp_path))
 
 
 def test_nothing_is_built_at_import(sandbox):

@@ -191,6 +191,8 @@ inline Word pack(float low, float high) {
   return round_to_half<TYPE>(low) | (Word)round_to_half<TYPE>(high) << 16;
 }
 
+inline float infinity() { return INFINITY; }
+
 inline void synchronize_block() {
   emulator::wait_at(emulator::block().barrier, (int)emulator::block().threads.size());
 }

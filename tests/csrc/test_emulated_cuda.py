@@ -183,7 +183,7 @@ def test_any_order_of_warps_gives_the_same_bits(emulator):
     arguments = operator_arguments(make_call(*tensors, SlidingWindow(50)))
     results = []
     for seed in (1, 2, 3):
-        emulator.adaptive_emulator_seed(seed)
+        emulator.library.adaptive_emulator_seed(seed)
         output, lse = compiled_cuda.forward(arguments)
         results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
     for other in results[1:]:

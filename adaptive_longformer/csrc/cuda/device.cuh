@@ -69,6 +69,8 @@ DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// NVRTC has no header that defines INFINITY.
+DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 DEVICE void synchronize_block() { __syncthreads(); }
 

@@ -1,5 +1,4 @@
-// Chooses the instance of a kernel for a call and launches it: the one place with grids and block sizes. A backend gives
-// `launch(kernel, grid_x, grid_y, grid_z, threads, shared_memory, arguments, stream)`, which returns an error number.
+// Finds the instance of a kernel for a launch, whose grid, threads and shared memory attention/cuda_launches.py chose.
 #pragma once
 
 #include "backward.cuh"
@@ -7,7 +6,20 @@
 
 namespace adaptive {
 
-constexpr int NO_INSTANCE = -1;
+constexpr int NO_INSTANCE = -1, WRONG_SHARED_MEMORY = -2;
+
+// In the order of attention/cuda_launches.py, as the fields of Launch are.
+enum KernelName { FORWARD, ROW_SUMS, GRAD_KEYS, ADD_PARTS, GRAD_QUERIES };
+
+inline const char* launch_error(int error) {
+  return error == WRONG_SHARED_MEMORY ? "another amount of shared memory is needed" : "no kernel for these types and sizes";
+}
+
+struct Launch {
+  int kernel;
+  int grid_x, grid_y, grid_z;
+  int threads, shared_memory;
+};
 
 struct Instance {
   int type, head_dim, query_block;
@@ -43,55 +55,38 @@ inline Instance instance_of(const Arguments& arguments) {
   return {arguments.element_type, arguments.head_dim, arguments.query_block_size};
 }
 
-template <typename Launch>
-struct RunForward {
-  const Arguments& arguments;
+// Calls start(kernel, launch, arguments) with the kernel of a launch. The shared memory that a kernel lays out is what it
+// must be given: the caller counted it too.
+template <typename Start>
+struct LaunchKernel {
   const Launch& launch;
-  void* stream;
+  const Arguments& arguments;
+  const Start& start;
 
   template <int TYPE, int D, int QUERY_BLOCK>
   int operator()() const {
-    const int lists = arguments.list_batches * arguments.list_heads * arguments.num_query_blocks;
-    return launch(forward_kernel<TYPE, D, QUERY_BLOCK>, lists, arguments.batch / arguments.list_batches,
-                  arguments.heads / arguments.list_heads, QUERY_BLOCK * 2, forward_shared_memory<D, QUERY_BLOCK>(),
-                  arguments, stream);
-  }
-};
-
-template <typename Launch>
-struct RunBackward {
-  const Arguments& arguments;
-  const Launch& launch;
-  void* stream;
-
-  template <int TYPE, int D, int QUERY_BLOCK>
-  int operator()() const {
-    const int list_rows = arguments.list_batches * arguments.list_heads;
-    const int batches = arguments.batch / arguments.list_batches, heads = arguments.heads / arguments.list_heads;
-    const int padded_length = arguments.num_query_blocks * QUERY_BLOCK;
-    int error = launch(row_sums_kernel<TYPE>, (padded_length + ROW_SUM_WARPS - 1) / ROW_SUM_WARPS, arguments.heads,
-                       arguments.batch, ROW_SUM_WARPS * 32, 0, arguments, stream);
-    if (error != 0) return error;
-    error = launch(grad_keys_kernel<TYPE, D, QUERY_BLOCK>, arguments.num_items, batches, heads, 128,
-                   grad_keys_shared_memory<D>(), arguments, stream);
-    if (error != 0) return error;
-    if (arguments.num_slots > 0) {
-      error = launch(add_parts_kernel<TYPE>, list_rows * arguments.num_blocks, batches, heads, 128, 0, arguments,
-                     stream);
-      if (error != 0) return error;
+    switch (launch.kernel) {
+      case FORWARD: return with(forward_kernel<TYPE, D, QUERY_BLOCK>, forward_shared_memory<D, QUERY_BLOCK>());
+      case ROW_SUMS: return with(row_sums_kernel<TYPE>, 0);
+      case GRAD_KEYS: return with(grad_keys_kernel<TYPE, D, QUERY_BLOCK>, grad_keys_shared_memory<D>());
+      case ADD_PARTS: return with(add_parts_kernel<TYPE>, 0);
+      case GRAD_QUERIES:
+        return with(grad_queries_kernel<TYPE, D, QUERY_BLOCK>, grad_queries_shared_memory<D, QUERY_BLOCK>());
+      default: return NO_INSTANCE;
     }
-    return launch(grad_queries_kernel<TYPE, D, QUERY_BLOCK>, list_rows * arguments.num_query_blocks, batches, heads,
-                  QUERY_BLOCK * 2, grad_queries_shared_memory<D, QUERY_BLOCK>(), arguments, stream);
+  }
+
+  template <typename Kernel>
+  int with(Kernel kernel, int shared_memory) const {
+    if (launch.grid_x == 0 || launch.grid_y == 0 || launch.grid_z == 0) return 0;
+    if (launch.shared_memory != shared_memory) return WRONG_SHARED_MEMORY;
+    return start(kernel, launch, arguments);
   }
 };
 
-// The most shared memory that a thread block of any kernel needs, to choose the query block by.
-struct SharedMemory {
-  template <int TYPE, int D, int QUERY_BLOCK>
-  int operator()() const {
-    const int keys = grad_keys_shared_memory<D>(), queries = grad_queries_shared_memory<D, QUERY_BLOCK>();
-    return keys > queries ? keys : queries;
-  }
-};
+template <typename Start>
+int launch_kernel(const Launch& launch, const Arguments& arguments, const Start& start) {
+  return with_instance(instance_of(arguments), LaunchKernel<Start>{launch, arguments, start});
+}
 
 }  // namespace adaptive

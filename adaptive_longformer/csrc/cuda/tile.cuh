@@ -8,8 +8,6 @@ namespace adaptive {
 // Farther than any offset, and far from overflow.
 constexpr int NOWHERE = 1 << 30;
 
-DEVICE float infinity() { return __builtin_huge_valf(); }
-
 // Where chunk (8 elements, 16 bytes) of a row lies in a tile: chunks are permuted so that the 8 rows that one ldmatrix
 // reads lie in different banks. Rows of 32 and 96 elements start half a bank line apart and need only 2 bits.
 template <int D>

@@ -1,0 +1,107 @@
+"""Which CUDA kernels a call launches, and with which grid, threads and shared memory: the same for
+every way in which the kernels were compiled.
+"""
+
+import ctypes
+from typing import Any, NamedTuple
+
+# In the order of `KernelName` in csrc/cuda/launch.cuh.
+KERNELS = ("forward", "row_sums", "grad_keys", "add_parts", "grad_queries")
+# These do not depend on head_dim and query block.
+_BY_TYPE = ("row_sums", "add_parts")
+KEY_BLOCK_SIZE = 64
+_QUERY_PART = 64
+_ROW_SUM_WARPS = 4
+_HALF, _FLOAT = 2, 4
+
+
+class Instance(NamedTuple):
+    """Which instance of the templates a call needs."""
+
+    element_type: int
+    head_dim: int
+    query_block_size: int
+
+    def expression(self, kernel: str) -> str:
+        """The instance of a kernel as C++ writes it."""
+        parameters = self[:1] if kernel in _BY_TYPE else self
+        return f"adaptive::{kernel}_kernel<{', '.join(map(str, parameters))}>"
+
+
+class Launch(ctypes.Structure):
+    """`Launch` of csrc/cuda/launch.cuh: a kernel, its grid, threads of a block and bytes of shared
+    memory.
+    """
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("kernel", "grid_x", "grid_y", "grid_z", "threads", "shared_memory")
+    ]
+
+    @property
+    def name(self) -> str:
+        return KERNELS[self.kernel]
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in (self.grid_x, self.grid_y, self.grid_z)
+
+
+def instance_of(arguments: Any) -> Instance:
+    """The instance for the argument struct of a call."""
+    return Instance(arguments.element_type, arguments.head_dim, arguments.query_block_size)
+
+
+def forward_launches(arguments: Any) -> list[Launch]:
+    """The launches of a forward pass, for the argument struct of a call."""
+    return [_over_lists("forward", arguments)]
+
+
+def backward_launches(arguments: Any) -> list[Launch]:
+    """The launches of a backward pass, in their order."""
+    batches, heads = _repeats(arguments)
+    rows = arguments.num_query_blocks * arguments.query_block_size
+    grids = {
+        "row_sums": (-(-rows // _ROW_SUM_WARPS), arguments.heads, arguments.batch),
+        "grad_keys": (arguments.num_items, batches, heads),
+        "add_parts": (
+            arguments.list_batches * arguments.list_heads * arguments.num_blocks, batches, heads,
+        ),
+    }  # fmt: skip
+    if arguments.num_slots == 0:
+        del grids["add_parts"]
+    shared_memory = shared_memory_bytes(arguments.head_dim, arguments.query_block_size)
+    threads = {"row_sums": _ROW_SUM_WARPS * 32, "grad_keys": 128, "add_parts": 128}
+    launches = [
+        Launch(KERNELS.index(name), *grid, threads[name], shared_memory[name])
+        for name, grid in grids.items()
+    ]
+    return [*launches, _over_lists("grad_queries", arguments)]
+
+
+def shared_memory_bytes(head_dim: int, query_block_size: int) -> dict[str, int]:
+    """What a thread block of each kernel needs; csrc/cuda says what lies there."""
+    keys, row = KEY_BLOCK_SIZE, head_dim * _HALF
+    return {
+        "forward": (query_block_size + 4 * keys) * row,
+        "row_sums": 0,
+        "grad_keys": (2 * keys + 4 * _QUERY_PART) * row + 4 * _QUERY_PART * _FLOAT,
+        "add_parts": 0,
+        "grad_queries": (2 * query_block_size + 4 * keys) * row + query_block_size // 16 * _FLOAT,
+    }
+
+
+def _over_lists(name: str, arguments: Any) -> Launch:
+    """One thread block for each list and each batch row and head that shares it."""
+    lists = arguments.list_batches * arguments.list_heads * arguments.num_query_blocks
+    shared_memory = shared_memory_bytes(arguments.head_dim, arguments.query_block_size)[name]
+    threads = arguments.query_block_size * 2
+    return Launch(KERNELS.index(name), lists, *_repeats(arguments), threads, shared_memory)
+
+
+def _repeats(arguments: Any) -> tuple[int, int]:
+    """How many batch rows and heads share a list."""
+    return (
+        arguments.batch // max(arguments.list_batches, 1),
+        arguments.heads // max(arguments.list_heads, 1),
+    )
