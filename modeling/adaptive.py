@@ -17,6 +17,9 @@ from adaptive_longformer.attention.routing import (
 )
 from adaptive_longformer.attention.selection_controls import oracle_selection, random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -117,7 +120,10 @@ class AdaptiveSelection(nn.Module):
     price: torch.Tensor
 
     def __init__(
-        self, config: AdaptiveSparseConfig, layer_idx: int, is_causal: bool = False
+        self,
+        config: AdaptiveSparseConfig | AdaptiveSparseSeq2SeqConfig,
+        layer_idx: int,
+        is_causal: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -283,17 +289,31 @@ class AdaptiveSelection(nn.Module):
         state: SelectionState | None,
     ) -> SelectedBlocks:
         """The choice, or that of one of the controls it is compared with."""
-        masks = {"attention_mask": attention_mask, "global_mask": global_mask}
         if self.config.attention_pattern == "random_selection":
-            return random_selection(query, self.window, options, **masks, seed=self.layer_idx)
+            return random_selection(
+                query,
+                self.window,
+                options,
+                attention_mask=attention_mask,
+                global_mask=global_mask,
+                seed=self.layer_idx,
+            )
         if self.config.attention_pattern == "oracle":
-            return oracle_selection(query, key, self.window, options, **masks)
+            return oracle_selection(
+                query,
+                key,
+                self.window,
+                options,
+                attention_mask=attention_mask,
+                global_mask=global_mask,
+            )
         return select_blocks(
             query,
             key,
             self.window,
             options,
-            **masks,
+            attention_mask=attention_mask,
+            global_mask=global_mask,
             is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,

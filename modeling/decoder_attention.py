@@ -6,7 +6,7 @@ Queries are [batch, heads, length, head_dim], keys and values [batch, heads, key
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
@@ -153,7 +153,9 @@ class DecoderCrossAttention(DecoderAttention):
         """
         if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            assert isinstance(layer, CacheLayerMixin)
             key, value = layer.keys, layer.values
+            assert key is not None and value is not None
         else:
             key = self._split_heads(self.key(encoder_hidden_states))
             value = self._split_heads(self.value(encoder_hidden_states))

@@ -213,6 +213,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, shared by all models."""
 
     config: AdaptiveSparseConfig
+    random_step: torch.Tensor  # where `_register_random_step` makes it
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
@@ -252,6 +253,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         except OSError:
             # As in an adapter's folder; Transformers says what is missing.
             return {}
+        assert cls.config_class is not None
         needed = cls.config_class.model_type
         model_type = config.get("model_type", needed)
         if model_type != needed:

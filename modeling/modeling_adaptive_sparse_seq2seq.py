@@ -4,14 +4,14 @@ Hidden states are [batch, length, d_model] everywhere.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -104,7 +104,7 @@ class AdaptiveSparseSeq2SeqEmbeddings(nn.Module):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, num_positions: int) -> None:
         super().__init__()
-        self.word_embeddings = ScaledEmbedding(config)
+        self.word_embeddings: nn.Embedding = ScaledEmbedding(config)
         self.position_embeddings = nn.Embedding(num_positions, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model) if config.norm_style == "post" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -518,7 +518,7 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -555,11 +555,11 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
                 is nothing to decode.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
-        also = {
-            name: kwargs[name]
-            for name in ("output_attentions", "output_hidden_states")
-            if kwargs.get(name) is not None
+        asked = {
+            "output_attentions": kwargs.get("output_attentions"),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
         }
+        also = {name: value for name, value in asked.items() if value is not None}
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
                 raise ValueError(
@@ -589,7 +589,7 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
             )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
-        assert encoder_outputs is not None
+        assert isinstance(encoder_outputs, ModelOutput)
         decoder_outputs = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -678,7 +678,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -735,13 +735,14 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             for name in ("encoder_outputs", "attention_mask", "global_attention_mask")
             if name in model_kwargs
         }
-        expanded = super()._expand_inputs_for_generation(
+        # Transformers asks for attributes in `self` that not even its own models have.
+        expanded = cast(Any, super())._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )
         return expanded[0], {**expanded[1], **document}
 
     def _reorder_cache(
-        self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor
+        self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor
     ) -> EncoderDecoderCache:
         """Lets the texts so far follow their beams; all beams read the same document."""
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
@@ -749,7 +750,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
 
     def _validate_generated_length(self, generation_config, *args, **kwargs) -> None:
         """Refuses at the start of generate() what would fail at its end."""
-        super()._validate_generated_length(generation_config, *args, **kwargs)
+        cast(Any, super())._validate_generated_length(generation_config, *args, **kwargs)
         # The last token is written, but not read again.
         longest = self.config.max_decoder_position_embeddings + 1
         if generation_config.max_length > longest:
@@ -781,7 +782,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
@@ -864,7 +865,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
