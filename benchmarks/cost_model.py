@@ -10,7 +10,6 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from adaptive_longformer.attention.pyramid import FAN_OUT
 from adaptive_longformer.attention.routing import RoutingOptions
 
 
@@ -54,7 +53,7 @@ class Encoder:
         """One score for every sub-query and child of a visited node, and the pyramid's means."""
         num_blocks = math.ceil(length / self.block_size)
         num_sub_queries = self.block_size // self.routing.tokens_per_vote
-        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * FAN_OUT
+        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * self.routing.sub_blocks
         pyramid = 2 * length
         return self.num_layers * self.hidden_size * (2 * scores + pyramid)
 

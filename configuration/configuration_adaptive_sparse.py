@@ -119,6 +119,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         selection_start_nodes: nodes of the pyramid that the search starts from; documents of up to
             `selection_start_nodes * block_size` tokens are searched exactly.
         selection_beam_width: nodes the search keeps per level.
+        selection_sub_block_size: keys averaged into one summary when blocks are compared, a divisor
+            of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
@@ -189,6 +191,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     selection_top_p: float | int = 0.95
     selection_start_nodes: int = 256
     selection_beam_width: int = 64
+    selection_sub_block_size: int = 0
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
@@ -265,6 +268,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             query_block_size=self.query_block_size,
             start_nodes=self.selection_start_nodes,
             beam_width=self.selection_beam_width,
+            sub_block_size=self.selection_sub_block_size,
             num_global_blocks=self.num_learned_global_blocks,
         )
 
@@ -392,6 +396,12 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"query_block_size is {self.query_block_size} and block_size {self.block_size}: "
                 "one must be a multiple of the other"
+            )
+        sub_block_size = self.selection_sub_block_size
+        if sub_block_size < 0 or (sub_block_size and self.block_size % sub_block_size):
+            raise ValueError(
+                f"selection_sub_block_size is {sub_block_size}, a divisor of block_size = "
+                f"{self.block_size}, or 0 for a quarter of it, is needed"
             )
         num_blocks = -(-self.max_sequence_length // self.block_size)
         if self.num_selected_blocks > num_blocks:

@@ -11,16 +11,14 @@ import torch
 from torch.nn import functional as F
 
 FAN_OUT = 4
-# Nodes per level come in whole runs of this many, so that the grandchildren of a node are one row.
-_RUN = FAN_OUT * FAN_OUT
 
 
 class KeyPyramid(NamedTuple):
-    """Summaries of the keys, one entry per level; node v of a level covers nodes 4 v to 4 v + 3 of
-    the level below.
+    """Summaries of the keys, one entry per level.
 
-    Level 0 has the sub-blocks, level 1 the blocks. Each level ends in empty nodes up to a multiple
-    of 16.
+    Level 0 has the sub-blocks, level 1 the blocks, of so many sub-blocks each; above, node v of a
+    level covers nodes 4 v to 4 v + 3 of the level below. Each level ends in empty nodes, so that
+    the grandchildren of every node are there.
 
     Attributes:
         means: float [batch, heads, nodes, head_dim]; zero for a node without tokens.
@@ -32,7 +30,11 @@ class KeyPyramid(NamedTuple):
 
 
 def key_pyramid(
-    key: torch.Tensor, members: torch.Tensor | None, sub_block_size: int, num_levels: int
+    key: torch.Tensor,
+    members: torch.Tensor | None,
+    sub_block_size: int,
+    num_levels: int,
+    sub_blocks: int = FAN_OUT,
 ) -> KeyPyramid:
     """Builds the levels 0 to num_levels - 1.
 
@@ -41,10 +43,12 @@ def key_pyramid(
         members: bool [batch, length], the tokens that count; None: all of them.
         sub_block_size: tokens per node of level 0.
         num_levels: how many levels.
+        sub_blocks: nodes of level 0 in a node of level 1.
 
     Returns:
         The pyramid in float32, or float64 for float64 keys. It takes O(length) memory: less than
-        4 / 3 * length / sub_block_size rows of head_dim numbers, and the filling of each level.
+        (1 + 4 / 3 / sub_blocks) * length / sub_block_size rows of head_dim numbers, and the filling
+        of each level.
     """
     length = key.shape[2]
     dtype = torch.promote_types(key.dtype, torch.float32)
@@ -58,8 +62,10 @@ def key_pyramid(
     means, log_counts = [], []
     for level in range(num_levels):
         if level:
-            sums, counts = _sum_runs(sums, FAN_OUT, dtype), _sum_runs(counts, FAN_OUT, dtype)
-        filler = (0, 0, 0, -sums.shape[2] % _RUN)
+            fan_out = sub_blocks if level == 1 else FAN_OUT
+            sums, counts = _sum_runs(sums, fan_out, dtype), _sum_runs(counts, fan_out, dtype)
+        run = FAN_OUT * (FAN_OUT if level else sub_blocks)
+        filler = (0, 0, 0, -sums.shape[2] % run)
         sums, counts = F.pad(sums, filler), F.pad(counts, filler)
         means.append(sums / counts.clamp(min=1.0))
         log_counts.append(counts[:, 0, :, 0].log())

@@ -30,7 +30,6 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Scores in memory at a time, by device.
 _CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**25}
-_SUB_BLOCKS = 4
 _NO_NODE = 2**30
 _ROUTED, _FULL = int(EntryFlag.ROUTED), int(EntryFlag.FULL)
 
@@ -48,6 +47,8 @@ class RoutingOptions:
         beam_width: nodes kept per level.
         tokens_per_vote: queries averaged into one sub-query; 1 lets every token vote.
         num_global_blocks: blocks chosen for all query blocks of a row together.
+        sub_block_size: keys averaged into one summary when blocks are compared, a divisor of
+            `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -60,6 +61,7 @@ class RoutingOptions:
     beam_width: int = 64
     tokens_per_vote: int = 4
     num_global_blocks: int = 0
+    sub_block_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "start_nodes", "beam_width", "tokens_per_vote"):
@@ -70,16 +72,30 @@ class RoutingOptions:
                 f"RoutingOptions: num_global_blocks is {self.num_global_blocks}, "
                 "at least 0 is needed"
             )
-        if self.block_size < _SUB_BLOCKS or self.block_size % _SUB_BLOCKS:
+        size = self.sub_block_size
+        if self.block_size < 4 or self.block_size % 4:
             raise ValueError(
-                f"RoutingOptions: block_size is {self.block_size}, a multiple of {_SUB_BLOCKS} is "
-                "needed"
+                f"RoutingOptions: block_size is {self.block_size}, a multiple of 4 is needed"
+            )
+        if size < 0 or (size and self.block_size % size):
+            raise ValueError(
+                f"RoutingOptions: sub_block_size is {size}, a divisor of block_size = "
+                f"{self.block_size}, or 0 for a quarter of it, is needed"
             )
         if self.query_block_size < 1 or self.query_block_size % self.tokens_per_vote:
             raise ValueError(
                 f"RoutingOptions: query_block_size is {self.query_block_size}, a multiple of "
                 f"tokens_per_vote = {self.tokens_per_vote} is needed"
             )
+
+    @property
+    def sub_blocks(self) -> int:
+        """Summaries per block."""
+        return self.block_size // self.sub_block_size if self.sub_block_size else FAN_OUT
+
+    def fan_out(self, level: int) -> int:
+        """Children of a node of a level."""
+        return self.sub_blocks if level == 1 else FAN_OUT
 
     def start_level(self, num_blocks: int) -> int:
         """The finest level at which a row of `num_blocks` blocks has at most `start_nodes`
@@ -191,6 +207,7 @@ def select_blocks(
             query.shape[3] ** -0.5 if scale is None else scale,
             options.num_blocks, options.block_size, options.query_block_size, options.start_nodes,
             options.beam_width, options.tokens_per_vote, options.num_global_blocks,
+            options.sub_block_size,
         )
     )  # fmt: skip
 
@@ -310,13 +327,14 @@ def route_blocks(
     beam_width: int,
     tokens_per_vote: int,
     num_global_blocks: int,
+    sub_block_size: int,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
     """`select_blocks` as one operator, whose inside torch.compile need not see."""
     options = RoutingOptions(
         num_blocks, block_size, query_block_size, start_nodes, beam_width, tokens_per_vote,
-        num_global_blocks,
+        num_global_blocks, sub_block_size,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         router = _Router(
@@ -349,6 +367,7 @@ def _(
     beam_width,
     tokens_per_vote,
     num_global_blocks,
+    sub_block_size,
 ):
     return tuple(_empty_result(query, query_block_size, num_blocks, num_global_blocks))
 
@@ -376,7 +395,8 @@ class _Votes(NamedTuple):
     Attributes:
         share: [heads, rows, candidates], soft mass of each candidate, averaged over sub-queries.
         covered: [heads, rows], soft mass of what is read anyway.
-        weights: [heads, rows, sub_queries, 4 * candidates], exp(score - peak) of their children.
+        weights: [heads, rows, sub_queries, fan_out * candidates], exp(score - peak) of their
+            children.
         peak, others: [heads, rows, sub_queries], and the sum of all weights that are not covered.
     """
 
@@ -426,7 +446,8 @@ class _Router:
         longest = max(self.lengths, default=0)
         num_levels = options.start_level(_ceil_div(longest, options.block_size))
         num_levels = max(num_levels, 2 if options.num_global_blocks else 1)
-        self.pyramid = key_pyramid(key, members, options.block_size // _SUB_BLOCKS, num_levels)
+        sub_block_size = options.block_size // options.sub_blocks
+        self.pyramid = key_pyramid(key, members, sub_block_size, num_levels, options.sub_blocks)
         self._repeat_heads(key.shape[1])
         # [batch, heads, query_blocks, sub_queries, head_dim], [batch or 1, query_blocks, ...]
         queries, self.is_voter = self._sub_queries(query, members)
@@ -540,7 +561,7 @@ class _Row:
         start = self.router.first_row + int(self.router.is_causal)
         while start < num_rows:
             level = options.start_level(limits[start])
-            columns = FAN_OUT * max(
+            columns = max(FAN_OUT, options.sub_blocks) * max(
                 _ceil_div(limits[start], FAN_OUT ** (level - 1)),
                 (options.beam_width + 1) * FAN_OUT if level > 1 else 1,
                 self.covered_width,
@@ -642,26 +663,28 @@ class _Search:
             scores = scores.unflatten(1, (len(rows), -1)).masked_fill(~is_seen, -torch.inf)
             parts.append(scores.logsumexp(dim=-1))
         blocks = torch.arange(row.covered_width, device=rows.device) + self.first_covered[:, None]
-        is_closed = (blocks > self.last_covered[:, None]).repeat_interleave(FAN_OUT, dim=-1)
-        scores, log_counts = self._gather(blocks.expand(self.queries.shape[0], -1, -1), 0, 1)
+        run = row.options.sub_blocks
+        is_closed = (blocks > self.last_covered[:, None]).repeat_interleave(run, dim=-1)
+        scores, log_counts = self._gather(blocks.expand(self.queries.shape[0], -1, -1), 0, run)
         scores += log_counts.masked_fill(is_closed, -torch.inf)[:, :, None]
         parts.append(scores.logsumexp(dim=-1))
         return torch.stack(parts).logsumexp(dim=0)
 
     def _gather(
-        self, nodes: torch.Tensor, level: int, depth: int
+        self, nodes: torch.Tensor, level: int, run: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the descendants, at a level, of nodes `depth` levels above it would get.
+        """What the descendants, at a level, of nodes above it would get.
 
         Args:
             nodes: int64 [heads, rows, width]; beyond the level's end they have no descendants.
+            level: of the descendants.
+            run: descendants per node.
 
         Returns:
-            Scores of their means [heads, rows, sub_queries, width * 4**depth], and their log counts
-            [heads, rows, width * 4**depth].
+            Scores of their means [heads, rows, sub_queries, width * run], and their log counts
+            [heads, rows, width * run].
         """
         heads, rows, width = nodes.shape
-        run = FAN_OUT**depth
         means, log_counts = self.row.means[level], self.row.log_counts[level]
         num_runs = means.shape[1] // run
         index = nodes.clamp(0, num_runs - 1)
@@ -685,12 +708,13 @@ class _Search:
             num_nodes = min(num_nodes, _ceil_div(int(self.limit[-1]), span))
         num_nodes = max(num_nodes, 1)
         candidates = torch.arange(num_nodes, device=self.rows.device).view(1, 1, -1)
-        children = slice(0, num_nodes * FAN_OUT)
+        children = slice(0, num_nodes * self.row.options.fan_out(level))
         means = self.row.means[level - 1][:, children]
         scores = (self.queries.flatten(1, 2) @ means.mT).unflatten(1, (rows, -1))
         bias = self.row.log_counts[level - 1][children].expand(1, rows, -1)
         bias = self._close(bias, candidates, level)
-        return self._vote(scores, bias), candidates, self._is_open(bias)
+        fan_out = self.row.options.fan_out(level)
+        return self._vote(scores, bias, fan_out), candidates, _is_open(bias, fan_out)
 
     def keep(
         self, votes: _Votes, candidates: torch.Tensor, is_open: torch.Tensor, level: int
@@ -719,15 +743,17 @@ class _Search:
         """The vote over the children, at a level, of the nodes kept above it."""
         offsets = torch.arange(FAN_OUT, device=kept.device)
         candidates = (kept[..., None] * FAN_OUT + offsets).flatten(-2)
-        scores, log_counts = self._gather(kept, level - 1, 2)
+        run = FAN_OUT * self.row.options.fan_out(level)
+        scores, log_counts = self._gather(kept, level - 1, run)
         bias = self._close(log_counts, candidates, level)
-        return self._vote(scores, bias), candidates, self._is_open(bias)
+        fan_out = self.row.options.fan_out(level)
+        return self._vote(scores, bias, fan_out), candidates, _is_open(bias, fan_out)
 
     def _close(self, bias: torch.Tensor, candidates: torch.Tensor, level: int) -> torch.Tensor:
         """A bias of the candidates' children, -inf where they may not be chosen.
 
         Args:
-            bias: [heads or 1, rows, 4 * candidates].
+            bias: [heads or 1, rows, fan_out * candidates].
             candidates: nodes of `level`, int64 [heads or 1, rows or 1, candidates].
         """
         span = FAN_OUT ** (level - 1)  # blocks per candidate
@@ -737,27 +763,26 @@ class _Search:
             first = children * (span // FAN_OUT)
             last = (first + span // FAN_OUT).clamp(max=self.row.num_blocks) - 1
         else:
-            first = last = candidates.repeat_interleave(FAN_OUT, dim=-1)
+            first = last = candidates.repeat_interleave(self.row.options.sub_blocks, dim=-1)
         is_covered = (first >= self.first_covered[:, None]) & (last <= self.last_covered[:, None])
         if self.is_causal:
             ends = (candidates + 1) * span
-            is_cut = (ends > self.limit[:, None]).repeat_interleave(FAN_OUT, dim=-1)
+            is_cut = ends > self.limit[:, None]
+            is_cut = is_cut.repeat_interleave(self.row.options.fan_out(level), dim=-1)
             is_covered = is_covered | is_cut
         return bias.masked_fill(is_covered, -torch.inf)
 
-    def _is_open(self, bias: torch.Tensor) -> torch.Tensor:
-        return (bias > -torch.inf).unflatten(-1, (-1, FAN_OUT)).any(dim=-1)
-
-    def _vote(self, scores: torch.Tensor, bias: torch.Tensor) -> _Votes:
+    def _vote(self, scores: torch.Tensor, bias: torch.Tensor, fan_out: int) -> _Votes:
         """Soft mass of candidates from the scores of their children, which it overwrites.
 
         Args:
-            scores: [heads, rows, sub_queries, 4 * candidates].
-            bias: [heads or 1, rows, 4 * candidates].
+            scores: [heads, rows, sub_queries, fan_out * candidates].
+            bias: [heads or 1, rows, fan_out * candidates].
+            fan_out: children per candidate.
         """
         if can_vote(scores):
             share, covered, peak, others = vote(
-                scores, bias, self.log_covered, self.log_dropped, self.voter_weight, FAN_OUT
+                scores, bias, self.log_covered, self.log_dropped, self.voter_weight, fan_out
             )
             return _Votes(share, covered, scores, peak, others)
         scores += bias[:, :, None]
@@ -769,9 +794,14 @@ class _Search:
         total = (others + covered).clamp(min=torch.finfo(scores.dtype).tiny)
         share_of_one = self.voter_weight / total  # [heads, rows, sub_queries]
         share = (share_of_one[:, :, None] @ weights)[:, :, 0]
-        share = share.unflatten(-1, (-1, FAN_OUT)).sum(dim=-1)
+        share = share.unflatten(-1, (-1, fan_out)).sum(dim=-1)
         return _Votes(share, (share_of_one * covered).sum(dim=-1), weights, peak, others)
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def _is_open(bias: torch.Tensor, fan_out: int) -> torch.Tensor:
+    """Which candidates have a child that may be chosen, from their children's bias."""
+    return (bias > -torch.inf).unflatten(-1, (-1, fan_out)).any(dim=-1)

@@ -70,10 +70,11 @@ def reference_votes(
 
     def log_mass(block: int, sub_query: torch.Tensor) -> list[torch.Tensor]:
         scores = []
-        for first in range(block * size, (block + 1) * size, size // 4):
-            inside = ordinary[first : first + size // 4]
+        sub_size = options.sub_block_size or size // 4
+        for first in range(block * size, (block + 1) * size, sub_size):
+            inside = ordinary[first : first + sub_size]
             if inside.any():
-                mean = key[first : first + size // 4][inside].mean(dim=0)
+                mean = key[first : first + sub_size][inside].mean(dim=0)
                 scores.append(sub_query @ mean + inside.sum().log())
         return scores
 

@@ -63,6 +63,9 @@ PATTERNS = {
     "adaptive, 128 keys": _selecting(4, attention_window=64),
     "oracle, blocks of 64": _selecting(2, "oracle", **BLOCKS_OF_64),
     "adaptive, blocks of 64": _selecting(2, **BLOCKS_OF_64),
+    "adaptive, blocks of 64, summaries of 4": _selecting(
+        2, **BLOCKS_OF_64, selection_sub_block_size=4
+    ),
     "random_blocks": _fixed("random_blocks", num_random_blocks=2),
     "sliding_window": _fixed("sliding_window", attention_window=256),
     "strided": _fixed("strided", attention_stride=64),
@@ -91,6 +94,9 @@ ABLATIONS = {
     "one mean query": Variant(PATTERNS["adaptive"].config, {"tokens_per_vote": 16}),
     "blocks of 32": _selecting(4, block_size=32, query_block_size=32),
     "blocks of 64": PATTERNS["adaptive, blocks of 64"],
+    "blocks of 64, sub-blocks of 8": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=8),
+    "blocks of 64, sub-blocks of 4": PATTERNS["adaptive, blocks of 64, summaries of 4"],
+    "blocks of 16, sub-blocks of 1": _selecting(8, selection_sub_block_size=1),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
     "top-p 0.95 in place of fixed K": _selecting(8, selection_top_p=0.95),

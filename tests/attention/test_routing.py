@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,24 +72,25 @@ def masks_of(kind, batch, length):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "length", "window", "block_size", "query_block_size", "top_p"),
+    ("kind", "length", "window", "block_size", "query_block_size", "top_p", "sub_block_size"),
     [
-        ("none", 203, 24, 16, 16, 1.0),
-        ("none", 208, 40, 16, 32, 0.6),
-        ("right", 230, 8, 16, 16, 0.8),
-        ("holes", 331, 33, 32, 16, 1.0),
-        ("global", 200, 24, 16, 16, 0.7),
-        ("both", 257, 50, 16, 64, 0.9),
-        ("none", 11, 4, 16, 16, 0.9),
-        ("none", 130, 1000, 16, 16, 0.9),
+        ("none", 203, 24, 16, 16, 1.0, 0),
+        ("none", 208, 40, 16, 32, 0.6, 2),
+        ("right", 230, 8, 16, 16, 0.8, 0),
+        ("holes", 331, 33, 32, 16, 1.0, 2),
+        ("global", 200, 24, 16, 16, 0.7, 16),
+        ("both", 257, 50, 16, 64, 0.9, 0),
+        ("both", 257, 50, 24, 24, 0.9, 8),
+        ("none", 11, 4, 16, 16, 0.9, 1),
+        ("none", 130, 1000, 16, 16, 0.9, 0),
     ],
 )
 def test_short_rows_choose_what_the_definition_chooses(
-    kind, length, window, block_size, query_block_size, top_p, is_causal
+    kind, length, window, block_size, query_block_size, top_p, sub_block_size, is_causal
 ):
     query, key = random_keys(length)
     mask, is_global = masks_of(kind, 2, length)
-    options = RoutingOptions(3, block_size, query_block_size)
+    options = RoutingOptions(3, block_size, query_block_size, sub_block_size=sub_block_size)
     pattern = SlidingWindow(window)
     selected = select_blocks(
         query, key, pattern, options, attention_mask=mask, global_mask=is_global,
@@ -112,11 +114,11 @@ def test_short_rows_choose_what_the_definition_chooses(
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("length", [1000, 1023, 1040])
-def test_a_beam_that_drops_nothing_equals_the_exact_search(length, is_causal):
+@pytest.mark.parametrize(("length", "sub_block_size"), [(1000, 0), (1023, 2), (1040, 16)])
+def test_a_beam_that_drops_nothing_equals_the_exact_search(length, sub_block_size, is_causal):
     query, key = random_keys(length, batch=1)
-    exact = RoutingOptions(4, 16, 16)
-    wide = RoutingOptions(4, 16, 16, start_nodes=5, beam_width=1000)
+    exact = RoutingOptions(4, 16, 16, sub_block_size=sub_block_size)
+    wide = replace(exact, start_nodes=5, beam_width=1000)
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, 300:400] = False
     where = {"attention_mask": mask, "is_causal": is_causal, "top_p": 0.9}
@@ -414,6 +416,7 @@ def test_keys_that_are_not_finite_raise_on_request_and_choose_nothing_otherwise(
         ({"block_size": 18}, "block_size is 18, a multiple of 4"),
         ({"query_block_size": 18}, "query_block_size is 18, a multiple of"),
         ({"num_global_blocks": -1}, "num_global_blocks is -1, at least 0"),
+        ({"sub_block_size": 12}, "sub_block_size is 12, a divisor of block_size = 64"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(arguments, message):
@@ -448,12 +451,15 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("start_nodes", [256, 4])
 @pytest.mark.parametrize("length", [100, 1000])
-def test_the_compiled_vote_equals_that_of_torch(length, start_nodes, is_causal, monkeypatch):
+@pytest.mark.parametrize("sub_block_size", [0, 2])
+def test_the_compiled_vote_equals_that_of_torch(
+    length, start_nodes, sub_block_size, is_causal, monkeypatch
+):
     query, key = (tensor.float() for tensor in random_keys(length))
     query[0, 0, 40:44] = torch.nan
     mask, is_global = masks_of("both", 2, length)
     options = RoutingOptions(
-        num_blocks=3, block_size=16, query_block_size=16, start_nodes=start_nodes, beam_width=3
+        3, 16, 16, start_nodes=start_nodes, beam_width=3, sub_block_size=sub_block_size
     )
 
     def select():
