@@ -56,6 +56,7 @@ POSITIVE = (
     "num_selected_blocks",
     "selection_start_nodes",
     "selection_beam_width",
+    "selection_tokens_per_vote",
 )
 # Patterns whose layers choose blocks, and those that no list of keys expresses.
 SELECTING_PATTERNS = ("adaptive", "random_selection", "oracle")
@@ -121,6 +122,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         selection_beam_width: nodes the search keeps per level.
         selection_sub_block_size: keys averaged into one summary when blocks are compared, a divisor
             of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
+        selection_tokens_per_vote: queries averaged into one vote, a divisor of `query_block_size`;
+            1 lets every query vote.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
@@ -192,6 +195,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     selection_start_nodes: int = 256
     selection_beam_width: int = 64
     selection_sub_block_size: int = 0
+    selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
@@ -269,6 +273,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             start_nodes=self.selection_start_nodes,
             beam_width=self.selection_beam_width,
             sub_block_size=self.selection_sub_block_size,
+            tokens_per_vote=self.selection_tokens_per_vote,
             num_global_blocks=self.num_learned_global_blocks,
         )
 
@@ -402,6 +407,11 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"selection_sub_block_size is {sub_block_size}, a divisor of block_size = "
                 f"{self.block_size}, or 0 for a quarter of it, is needed"
+            )
+        if self.query_block_size % self.selection_tokens_per_vote:
+            raise ValueError(
+                f"selection_tokens_per_vote is {self.selection_tokens_per_vote}, a divisor of "
+                f"query_block_size = {self.query_block_size} is needed"
             )
         num_blocks = -(-self.max_sequence_length // self.block_size)
         if self.num_selected_blocks > num_blocks:

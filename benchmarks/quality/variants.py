@@ -1,6 +1,6 @@
 """What is compared: attention patterns at stated keys per query, and parts left out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from quality.tasks import NUM_VALUES, TYPE_VOCAB_SIZE, VOCAB_SIZE
@@ -31,12 +31,10 @@ class Variant:
 
     Attributes:
         config: fields of the configuration.
-        routing: fields of `RoutingOptions` that are no fields of the configuration.
         zero_gate: gates start at 0 at full strength, in place of the ramp.
     """
 
     config: dict[str, Any]
-    routing: dict[str, Any] = field(default_factory=dict)
     zero_gate: bool = False
 
 
@@ -63,9 +61,6 @@ PATTERNS = {
     "adaptive, 128 keys": _selecting(4, attention_window=64),
     "oracle, blocks of 64": _selecting(2, "oracle", **BLOCKS_OF_64),
     "adaptive, blocks of 64": _selecting(2, **BLOCKS_OF_64),
-    "adaptive, blocks of 64, summaries of 4": _selecting(
-        2, **BLOCKS_OF_64, selection_sub_block_size=4
-    ),
     "random_blocks": _fixed("random_blocks", num_random_blocks=2),
     "sliding_window": _fixed("sliding_window", attention_window=256),
     "strided": _fixed("strided", attention_stride=64),
@@ -90,13 +85,15 @@ ABLATIONS = {
     "pyramid from 16 nodes, beam 4": _selecting(
         8, selection_start_nodes=16, selection_beam_width=4
     ),
-    "every query votes": Variant(PATTERNS["adaptive"].config, {"tokens_per_vote": 1}),
-    "one mean query": Variant(PATTERNS["adaptive"].config, {"tokens_per_vote": 16}),
+    "every query votes": _selecting(8, selection_tokens_per_vote=1),
+    "one mean query": _selecting(8, selection_tokens_per_vote=16),
     "blocks of 32": _selecting(4, block_size=32, query_block_size=32),
     "blocks of 64": PATTERNS["adaptive, blocks of 64"],
     "blocks of 64, sub-blocks of 8": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=8),
-    "blocks of 64, sub-blocks of 4": PATTERNS["adaptive, blocks of 64, summaries of 4"],
-    "blocks of 16, sub-blocks of 1": _selecting(8, selection_sub_block_size=1),
+    "blocks of 64, sub-blocks of 4": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=4),
+    "blocks of 64, every query and key": _selecting(
+        2, **BLOCKS_OF_64, selection_sub_block_size=1, selection_tokens_per_vote=1
+    ),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
     "top-p 0.95 in place of fixed K": _selecting(8, selection_top_p=0.95),

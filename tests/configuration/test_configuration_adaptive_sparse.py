@@ -140,6 +140,8 @@ def adaptive(**fields):
         ({"selection_start_nodes": 0}, "selection_start_nodes is 0, a whole number >= 1"),
         ({"selection_beam_width": 0}, "selection_beam_width is 0, a whole number >= 1"),
         ({"selection_sub_block_size": 12}, "selection_sub_block_size is 12, a divisor of block"),
+        ({"selection_tokens_per_vote": 0}, "selection_tokens_per_vote is 0, a whole number >= 1"),
+        ({"selection_tokens_per_vote": 3}, "selection_tokens_per_vote is 3, a divisor of query_b"),
         ({"selection_sub_block_size": -1}, "selection_sub_block_size is -1, a divisor of block"),
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
         ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
@@ -169,14 +171,14 @@ def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
     config = adaptive(
         num_selected_blocks=5, block_size=32, query_block_size=16, selection_start_nodes=100,
         selection_beam_width=10, num_learned_global_blocks=2, selection_strength=0.5,
-        selection_sub_block_size=4,
+        selection_sub_block_size=4, selection_tokens_per_vote=2,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
         head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
     )  # fmt: skip
     options = config.routing_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)
     assert (options.start_nodes, options.beam_width, options.num_global_blocks) == (100, 10, 2)
-    assert (options.sub_block_size, options.sub_blocks) == (4, 8)
+    assert (options.sub_block_size, options.sub_blocks, options.tokens_per_vote) == (4, 8, 2)
     assert config.pattern(0) == SlidingWindow(256)
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
