@@ -48,6 +48,8 @@ ENCODER_ATTENTION_FIELDS = (
     "selection_top_p",
     "selection_start_nodes",
     "selection_beam_width",
+    "selection_sub_block_size",
+    "selection_tokens_per_vote",
     "num_learned_global_blocks",
     "target_density",
     "head_budgets",

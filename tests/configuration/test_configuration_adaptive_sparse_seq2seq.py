@@ -1,10 +1,13 @@
+import dataclasses
 import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    ENCODER_ATTENTION_FIELDS,
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -67,3 +70,11 @@ def test_values_out_of_range_are_named(fields, message):
 def test_wrong_types_are_refused():
     with pytest.raises(StrictDataclassFieldValidationError, match="d_model"):
         AdaptiveSparseSeq2SeqConfig(d_model="wide")
+
+
+def test_every_field_of_the_selection_reaches_the_encoder():
+    names = {field.name for field in dataclasses.fields(AdaptiveSparseConfig)}
+    expected = {name for name in names if "select" in name or name.startswith("head_")}
+    expected -= {"head_style"}
+    assert len(expected) >= 10
+    assert expected <= set(ENCODER_ATTENTION_FIELDS)
