@@ -53,8 +53,8 @@ PRESETS = {
     "full": {
         "lengths": [512, 1024, 2048, 4096, 8192, 16384],
         "repeats": 3,
-        "hidden_size": 768,
-        "heads": 12,
+        "hidden_size": 384,
+        "heads": 6,
         "layers": 2,
     },
     # The size of longformer-base, for --check.

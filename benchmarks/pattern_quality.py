@@ -156,7 +156,7 @@ def measure_variant(
         cell |= _found(model, task, args.length, seed)
     if not is_studied:
         return cell
-    few = {**documents, "num_documents": args.documents // 4}
+    few = {**documents, "num_documents": max(1, args.documents // 4)}
     cell["by_length"] = {}
     for length in LENGTHS:
         at_length = accuracy(model, task, length=length, **few)

@@ -45,10 +45,11 @@ def test_other_tasks_and_lengths_are_refused(tasks):
         tasks.make_batch("recall", 1, 256, **draw)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_with_table_and_figures(tmp_path):
     command = [
         sys.executable, str(BENCHMARKS / "pattern_quality.py"), "--length", "512",
-        "--pretraining-steps", "2", "--steps", "2", "--documents", "2", "--hidden-size", "32",
+        "--pretraining-steps", "2", "--steps", "2", "--documents", "4", "--hidden-size", "32",
         "--tasks", "needles", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
     ]  # fmt: skip
     first = subprocess.run(
