@@ -105,7 +105,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def pretrained(args: argparse.Namespace, seed: int) -> Path:
     """The folder of the model that a seed's variants start from; trains it if need be."""
-    folder = Path(args.results) / "pretrained" / f"{args.preset}-{seed}"
+    name = (
+        f"{args.hidden_size}x{args.heads}-{args.pretraining_steps}-steps-of-"
+        f"{args.batch_size * args.length}-tokens-seed-{seed}"
+    )
+    folder = Path(args.results) / "pretrained" / name
     if folder.exists():
         return folder
     print(f"seed {seed}: learning from what is near", file=sys.stderr)
@@ -257,7 +261,15 @@ def main() -> int:
     file = folder / f"pattern_quality_{args.preset}.jsonl"
     settings = {
         name: getattr(args, name)
-        for name in ("length", "pretraining_steps", "steps", "batch_size", "hidden_size", "heads")
+        for name in (
+            "length",
+            "pretraining_steps",
+            "steps",
+            "batch_size",
+            "hidden_size",
+            "heads",
+            "documents",
+        )
     }
     done = read_cells(file)
     if file.exists() and not file.read_text().endswith("\n"):

@@ -131,7 +131,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         head_budgets: for every layer the number of blocks that each head may choose, as written by
             `calibrate`; None: `num_selected_blocks`.
         head_windows: for every layer the number of tokens to either side that each head may see, as
-            written by `calibrate`; None: half of `attention_window`.
+            written by `calibrate`; None: half of `attention_window`. Set it to None to widen the
+            window of a calibrated model.
         default_global_tokens: which tokens are global when no `global_attention_mask` is given.
             "none", "first" (first valid token), "question" (before the first separator),
             "after_separator", or "auto": "none" for the pattern "big_bird", which has its global

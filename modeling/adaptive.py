@@ -221,6 +221,7 @@ class AdaptiveSelection(nn.Module):
         if options is None or length <= self.window.left + 1:
             if reach is None:
                 return query, Reads(self.pattern)
+            # In the blocks of the selection: calibration then changes no sum's order.
             narrow = window_layout(
                 self.window,
                 length,
@@ -249,6 +250,7 @@ class AdaptiveSelection(nn.Module):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
+        validate: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What one block of queries reads in cached decoding, best first.
 
@@ -259,6 +261,7 @@ class AdaptiveSelection(nn.Module):
                 the first of the block.
             key: [batch, heads, length, head_dim], up to the first token of the block.
             attention_mask, global_mask: bool [batch, length] as in `forward`.
+            validate: whether to raise on values that are not finite.
 
         Returns:
             Key blocks, int32 [batch, heads, at most num_selected_blocks], and how many of them
@@ -268,7 +271,8 @@ class AdaptiveSelection(nn.Module):
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
-        selected = self._select(query, key, attention_mask, global_mask, options, None)
+        state = SelectionState(validate)
+        selected = self._select(query, key, attention_mask, global_mask, options, state)
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
     def _routing_options(self) -> RoutingOptions | None:
@@ -375,11 +379,11 @@ class AdaptiveSelection(nn.Module):
         """The learned windows; None where they are as wide as the pattern's and stay so."""
         radius = self.window.left
         is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        is_narrow = (
-            self._read("span", lambda span: bool((span < 1).any()), True),
-            self._read("head_windows", lambda limit: bool((limit < radius).any()), True),
-        )
-        if not is_trained and not any(is_narrow):
+        # Not read in training, where it changes with every step: that would wait for the device.
+        if not is_trained and not (
+            self._read("span", lambda span: bool((span < 1).any()), True)
+            or self._read("head_windows", lambda limit: bool((limit < radius).any()), True)
+        ):
             return None
         return AttentionSpan(self._span_length(), WINDOW_RAMP)
 

@@ -99,6 +99,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                 first_slots,
                 self.scale,
                 self.dropout_p if self.training else 0.0,
+                selection_state is not None and selection_state.validate,
             )
             context, probabilities = decoding.attend(query, queries, output_attentions)
         else:

@@ -30,6 +30,7 @@ class SelectedDecoding:
         first_slots: int64 [batch], slot of every row's first valid token; None: 0.
         scale: factor of the scores.
         dropout_p: probability that an attention weight is dropped.
+        validate: whether to raise on values that are not finite.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SelectedDecoding:
         first_slots: torch.Tensor | None,
         scale: float,
         dropout_p: float = 0.0,
+        validate: bool = False,
     ) -> None:
         assert cache.keys is not None and cache.values is not None
         self.part, self.cache = part, cache
@@ -49,7 +51,7 @@ class SelectedDecoding:
         self.device = self.keys.device
         self.attention_mask, self.sink_rank = attention_mask, sink_rank
         self.first_slots = [0] * self.batch if first_slots is None else first_slots.tolist()
-        self.scale, self.dropout_p = scale, dropout_p
+        self.scale, self.dropout_p, self.validate = scale, dropout_p, validate
 
     def attend(
         self, query: torch.Tensor, queries: torch.Tensor, output_attentions: bool | None = False
@@ -111,6 +113,7 @@ class SelectedDecoding:
                 self.keys[which, :, seen].detach(),
                 mask,
                 is_sink,
+                self.validate,
             )
             self.cache.set_lists(rows, begin, *lists)
 

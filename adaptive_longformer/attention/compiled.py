@@ -16,7 +16,7 @@ from adaptive_longformer.attention.operator import (
     define_operator,
     run_operator,
 )
-from adaptive_longformer.attention.self_test import largest_error
+from adaptive_longformer.attention.self_test import why_wrong
 from adaptive_longformer.patterns.block_layout import split_window
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 
@@ -119,15 +119,9 @@ def _check_cuda_kernel(
             f"{needed} bytes of shared memory are needed, the device has "
             f"{properties.shared_memory_per_block_optin}"
         )
-    try:
-        error = largest_error(
-            run_compiled, torch.device("cuda", device), dtype, head_dim, query_block
-        )
-    except RuntimeError as problem:
-        return f"the kernel failed its self-test: {problem}"
-    if not error < 0.02:
-        return f"the kernel failed its self-test, with a relative error of {error}"
-    return None
+    return why_wrong(
+        "cuda", run_compiled, torch.device("cuda", device), dtype, head_dim, query_block
+    )
 
 
 def _kernels(arguments: OperatorArguments):

@@ -27,7 +27,7 @@ from adaptive_longformer.attention.kernel_cache import (
     named_os_errors,
     refuse_unsafe_folder,
 )
-from adaptive_longformer.attention.nvrtc import CompiledProgram, Nvrtc
+from adaptive_longformer.attention.nvrtc import OPTIONS, CompiledProgram, Nvrtc
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ class CudaProgram:
     def __init__(self, nvrtc: Nvrtc, driver: CudaDriver, sources: Path, cache: Path) -> None:
         self.nvrtc, self._driver = nvrtc, driver
         self._headers = {path.name: path.read_text() for path in sorted(sources.glob("*.cuh"))}
-        digest = hashlib.sha256(repr((SOURCE, self._headers, nvrtc.version)).encode())
+        digest = hashlib.sha256(
+            repr((SOURCE, self._headers, OPTIONS, KERNELS, nvrtc.version)).encode()
+        )
         self.folder = cache / f"nvrtc-{digest.hexdigest()[:20]}"
         self._functions: dict[tuple[int, Instance], dict[str, Any]] = {}
 
@@ -93,7 +95,7 @@ class CudaProgram:
         stem = "-".join(map(str, (architecture, *instance)))
         code, names = self.folder / f"{stem}.cubin", self.folder / f"{stem}.json"
         with named_os_errors():
-            if not names.exists():
+            if not (code.exists() and names.exists()):
                 if kernels_mode() == "cached":
                     raise ExtensionUnavailableError(
                         f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {code} does not exist"
@@ -102,7 +104,7 @@ class CudaProgram:
                 refuse_unsafe_folder(self.folder)
                 with locked(self.folder):
                     # Another process may have compiled while this one waited.
-                    if not names.exists():
+                    if not (code.exists() and names.exists()):
                         self._compile(instance, architecture, code, names)
             refuse_unsafe_folder(self.folder)
             return CompiledProgram(code.read_bytes(), json.loads(names.read_text()))

@@ -19,7 +19,7 @@ from adaptive_longformer.attention.compiled import block_sizes, why_not_whole_bl
 from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.padding import readable
-from adaptive_longformer.attention.self_test import largest_error
+from adaptive_longformer.attention.self_test import why_wrong
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 
 TILE = 128
@@ -27,6 +27,8 @@ TILE = 128
 _INSIDE, _OUTSIDE = 1, 2
 # Farther than any offset, and far from overflow.
 _NOWHERE = 2**30
+# Of blocks, in the tables that say what is visible; 16 M are 64 MiB per table.
+_MOST_PAIRS = 2**24
 # Types, sizes and gradients that change make torch compile again.
 _RECOMPILE_LIMIT = 64
 
@@ -47,6 +49,10 @@ def flex_supports(call: AttentionCall) -> str | None:
     query_block, key_block = block_sizes(call)
     if TILE % query_block != 0 or TILE % key_block != 0:
         return f"blocks of {query_block} x {key_block} tokens do not divide tiles of {TILE}"
+    # One number for every pair of blocks: O(length^2), if with a small factor.
+    num_pairs = query.shape[2] // query_block * (call.key.shape[2] // key_block)
+    if query.shape[0] * query.shape[1] * num_pairs > _MOST_PAIRS:
+        return f"its tables would hold more than {_MOST_PAIRS} pairs of blocks"
     wants_gradient = torch.is_grad_enabled()
     if wants_gradient and call.entry_bias is not None and call.entry_bias.requires_grad:
         return "it adds the gradient of an entry bias up in no fixed order"
@@ -269,10 +275,4 @@ def _compiled(backend: str) -> Callable:
 @lru_cache
 def _check_on_device(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if this device gets a small problem right, else the reason."""
-    try:
-        error = largest_error(run_flex, torch.device("cuda", device), dtype, head_dim, 64)
-    except (RuntimeError, ValueError, ImportError) as problem:
-        return f"torch could not compile it: {str(problem).splitlines()[0]}"
-    if not error < 0.02:
-        return f"it failed its self-test, with a relative error of {error}"
-    return None
+    return why_wrong("flex", run_flex, torch.device("cuda", device), dtype, head_dim, 64)

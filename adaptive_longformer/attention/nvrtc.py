@@ -10,7 +10,7 @@ import torch
 
 from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
 
-_OPTIONS = ("-std=c++17",)
+OPTIONS = ("-std=c++17",)
 
 
 class CompiledProgram:
@@ -64,7 +64,7 @@ class Nvrtc:
             for expression in expressions:
                 added = library.nvrtcAddNameExpression(program, expression.encode())
                 self._check(added, expression)
-            options = (f"--gpu-architecture={architecture}", *_OPTIONS)
+            options = (f"--gpu-architecture={architecture}", *OPTIONS)
             error = library.nvrtcCompileProgram(
                 program, ctypes.c_int(len(options)), _strings(options)
             )

@@ -566,7 +566,10 @@ class _Row:
                 (options.beam_width + 1) * FAN_OUT if level > 1 else 1,
                 self.covered_width,
             )
-            scores = self.router.heads * self.queries.shape[2] * columns
+            # The means that a search gathers are head_dim numbers per column, the scores one per
+            # vote.
+            per_column = max(self.queries.shape[2], self.queries.shape[3] // 4)
+            scores = self.router.heads * per_column * columns
             step = max(1, _CHUNK_SCORES.get(self.router.device.type, 2**20) // max(scores, 1))
             end = start + 1
             while end < min(start + step, num_rows) and options.start_level(limits[end]) == level:

@@ -376,7 +376,7 @@ def window_layout(
     sizes = (query_block_size, key_block_size)
     blocks, flags = window_entries(window, length, *sizes, reach.device, reach)
     used = flags != 0
-    return BlockLayout(
+    layout = BlockLayout(
         key_blocks=blocks.where(used, 0)[None],
         counts=used.sum(dim=-1, dtype=torch.int32)[None],
         flags=flags[None],
@@ -385,6 +385,7 @@ def window_layout(
         length=length,
         window=window,
     )
+    return known_right(layout)
 
 
 def _pattern_entries(

@@ -18,7 +18,8 @@ def write_summary(folder: Path, name: str, cells: list[dict]) -> str:
     lines = [_head(cells)]
     for part in ("patterns", "ablations", "keys"):
         for task in tasks:
-            lines += _table([c for c in cells if (c["part"], c["task"]) == (part, task)])
+            of_task = [cell for cell in cells if cell["task"] == task]
+            lines += _table([cell for cell in of_task if cell["part"] == part], _reference(of_task))
     lines += _budget_table([cell for cell in cells if cell["part"] == "learned budgets"])
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text)
@@ -37,13 +38,17 @@ def _head(cells: list[dict]) -> str:
     )
 
 
-def _table(cells: list[dict]) -> list[str]:
+def _reference(cells: list[dict]) -> dict[int, float]:
+    """What every other variant is compared with, by seed."""
+    return {cell["seed"]: _far(cell) for cell in cells if cell.get("variant") == REFERENCE}
+
+
+def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
     if not cells:
         return []
     by_name: dict[str, list[dict]] = {}
     for cell in cells:
         by_name.setdefault(cell["variant"], []).append(cell)
-    reference = {cell["seed"]: _far(cell) for cell in by_name.get(REFERENCE, ())}
     seeds = len({cell["seed"] for cell in cells})
     lines = [
         "",

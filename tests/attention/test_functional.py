@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
+from adaptive_longformer.attention.routing import (
+    RoutingOptions,
+    select_blocks,
+    selection_layout,
+)
 from adaptive_longformer.patterns import (
     BigBird,
     BlockLayout,
@@ -14,6 +19,7 @@ from adaptive_longformer.patterns import (
     block_layout,
 )
 from adaptive_longformer.patterns.big_bird import big_bird_layout
+from adaptive_longformer.patterns.block_layout import window_layout
 
 
 @pytest.fixture
@@ -80,6 +86,11 @@ def test_a_right_list_is_checked_once(validated):
 def test_lists_of_this_package_are_never_checked(validated):
     attend(block_layout(SlidingWindow(8), 70))
     attend(big_bird_layout(BigBird(8, 1), 70))
+    attend(window_layout(SlidingWindow(8), 70, torch.tensor([8, 3])))
+    query = torch.randn(1, 2, 70, 8)
+    options = RoutingOptions(2, 8, 8)
+    selected = select_blocks(query, query, SlidingWindow(8), options)
+    attend(selection_layout(selected, SlidingWindow(8), 70, options)[0])
     assert validated == []
 
 

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from adaptive_longformer.attention.blocked import run_blocked
+from adaptive_longformer.attention.self_test import why_wrong
+
+CPU = torch.device("cpu")
+
+
+def test_what_the_caller_is_doing_does_not_matter():
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        assert why_wrong("blocked", run_blocked, CPU, torch.bfloat16, 32, 64) is None
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_named_in_the_log(caplog):
+    def wrong(call):
+        output, lse = run_blocked(call)
+        return output * 1.1, lse
+
+    def failing(call):
+        raise RuntimeError("no image for this device")
+
+    assert "relative error of 0." in str(why_wrong("wrong", wrong, CPU, torch.float32, 32, 64))
+    assert "no image" in str(why_wrong("failing", failing, CPU, torch.float32, 32, 64))
+    assert [record.args[0] for record in caplog.records] == ["wrong", "failing"]
+
+
+def test_missing_memory_says_nothing_of_a_kernel():
+    def hungry(call):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        why_wrong("hungry", hungry, CPU, torch.float32, 32, 64)
