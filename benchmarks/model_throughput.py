@@ -28,7 +28,6 @@ from side_by_side.contestants import (
     build_model,
     check_models_agree,
     model_inputs,
-    uses_compiled_kernels,
     why_not,
 )
 from side_by_side.measure import (
@@ -38,6 +37,8 @@ from side_by_side.measure import (
     print_peak_memory,
 )
 from side_by_side.report import Verdicts, notes, plot, text_table, write_json
+
+from adaptive_longformer.attention.backends import cpp_is_automatic
 
 FORWARD, FORWARD_BACKWARD, TRAINING_STEP = "forward", "forward+backward", "training step"
 MODES = (FORWARD, FORWARD_BACKWARD, TRAINING_STEP)
@@ -193,7 +194,7 @@ def growth(args: argparse.Namespace, dropout: float) -> float:
 
 def check(args: argparse.Namespace) -> int:
     """The claims about the whole model, at every dropout."""
-    limits = (2.5, 2.5, 0.5) if uses_compiled_kernels() else (1.7, 1.8, 0.6)
+    limits = (2.5, 2.5, 0.5) if cpp_is_automatic() else (1.7, 1.8, 0.6)
     faster, encoder_faster, memory = limits
     pair = (OURS, LONGFORMER)
     modes = [FORWARD, TRAINING_STEP]

@@ -40,6 +40,7 @@ from quality.training import (
 from quality.variants import ABLATIONS, BUDGETS, FEW_PATTERNS, PATTERNS, Variant
 from side_by_side.measure import environment
 
+from adaptive_longformer.analysis.sparsity import SparsityReport
 from adaptive_longformer.modeling.adaptive import (
     AdaptiveSelection,
     selections,
@@ -155,9 +156,11 @@ def measure_variant(
     )
     cell["seconds_per_step"] = (time.perf_counter() - begin) / args.steps
     cell["finetuned"] = accuracy(model, task, length=args.length, **documents)
-    cell["keys_per_query"] = keys_per_query(model, task, **where)
     if selects(model):
-        cell |= _found(model, task, args.length, seed)
+        report = report_of(model, task, **where)
+        cell |= {"keys_per_query": report.keys_per_query, **_found(report)}
+    else:
+        cell["keys_per_query"] = keys_per_query(model, task, **where)
     if not is_studied:
         return cell
     few = {**documents, "num_documents": max(1, args.documents // 4)}
@@ -165,7 +168,7 @@ def measure_variant(
     for length in LENGTHS:
         at_length = accuracy(model, task, length=length, **few)
         if selects(model):
-            at_length |= _found(model, task, length, seed)
+            at_length |= _found(report_of(model, task, length=length, seed=seed))
         cell["by_length"][length] = at_length
     if model.config.attention_pattern == "adaptive":
         cell["by_strength"] = {}
@@ -175,8 +178,8 @@ def measure_variant(
     return cell
 
 
-def _found(model, task: str, length: int, seed: int) -> dict[str, float]:
-    layers = report_of(model, task, length=length, seed=seed).layers
+def _found(report: SparsityReport) -> dict[str, float]:
+    layers = report.layers
     return {
         "router_recall": sum(layer.recall for layer in layers) / len(layers),
         "missed_mass": sum(layer.missed_mass for layer in layers) / len(layers),

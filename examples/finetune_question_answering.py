@@ -93,8 +93,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Data
     model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
-    if model_path != args.model:
-        PartialState().print(f"{args.model} converted to {model_path}", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     config = AutoConfig.from_pretrained(model_path)
     train, held_out = load_pairs(args)

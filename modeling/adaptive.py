@@ -233,7 +233,12 @@ class AdaptiveSelection(nn.Module):
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
-                query.detach(), key.detach(), attention_mask, global_mask, options, state
+                query.detach(),
+                key.detach(),
+                attention_mask,
+                global_mask,
+                options,
+                validate=state is not None and state.validate,
             )
             if state is not None:
                 state.selected = selected
@@ -271,8 +276,7 @@ class AdaptiveSelection(nn.Module):
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
-        state = SelectionState(validate)
-        selected = self._select(query, key, attention_mask, global_mask, options, state)
+        selected = self._select(query, key, attention_mask, global_mask, options, validate=validate)
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
     def _routing_options(self) -> RoutingOptions | None:
@@ -290,7 +294,8 @@ class AdaptiveSelection(nn.Module):
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
         options: RoutingOptions,
-        state: SelectionState | None,
+        *,
+        validate: bool,
     ) -> SelectedBlocks:
         """The choice, or that of one of the controls it is compared with."""
         if self.config.attention_pattern == "random_selection":
@@ -321,7 +326,7 @@ class AdaptiveSelection(nn.Module):
             is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,
-            validate=state is not None and state.validate,
+            validate=validate,
         )
 
     def rank_limit(self) -> torch.Tensor:

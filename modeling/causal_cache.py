@@ -15,14 +15,26 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 
 class _RowsMixin:
-    """Repeats, chooses and reorders the rows of a layer's tensors, as beam search does.
+    """Keys, values and the slots of sinks; repeats, chooses and reorders rows, as beam search does.
 
     Attributes:
         row_tensors: names of the attributes that have one row per sequence.
+        num_sinks: sinks of a sequence, seen from everywhere after them; 0: there are none.
+        sink_slots: int64 [batch, num_sinks], slots of the sinks; -1 for one that has not come.
     """
 
     row_tensors: tuple[str, ...]
+    num_sinks: int
     is_initialized: bool
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
+    ) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_zeros(batch, heads, 0, head_dim)
+        self.sink_slots = torch.full((batch, self.num_sinks), -1, device=self.device)
+        self.is_initialized = True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -62,13 +74,10 @@ class SinkWindowLayer(_RowsMixin, CacheLayerMixin):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
     ) -> None:
+        super().lazy_initialization(key_states, value_states)
         batch, heads, _, head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.values = key_states.new_zeros(batch, heads, 0, head_dim)
         sinks = key_states.new_zeros(batch, heads, self.num_sinks, head_dim)
         self.sink_keys = self.sink_values = sinks
-        self.sink_slots = torch.full((batch, self.num_sinks), -1, device=self.device)
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict | None = None
@@ -158,7 +167,6 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
 
     Attributes:
         queries: [batch, heads, at most 3 * query_block_size, head_dim], the last ones.
-        sink_slots: int64 [batch, num_sinks], slots of the sinks; -1 for one that has not come.
         key_blocks: int64 [batch, heads, num_selected_blocks], the running lists, best first.
         counts: int64 [batch, heads], how many entries of each list count.
         most_blocks: at least the largest of the counts.
@@ -180,17 +188,14 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
     ) -> None:
+        super().lazy_initialization(key_states, value_states)
         batch, heads, _, head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.values = key_states.new_zeros(batch, heads, 0, head_dim)
         self.queries = key_states.new_zeros(batch, heads, 0, head_dim)
-        self.sink_slots = torch.full((batch, self.num_sinks), -1, device=self.device)
         shape = (batch, heads, self.num_selected_blocks)
         self.key_blocks = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int64, device=self.device)
         self.most_blocks = 0
         self.chosen_at = torch.full((batch,), -1)
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict | None = None

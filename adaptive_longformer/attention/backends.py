@@ -10,6 +10,7 @@ from adaptive_longformer.attention.blocked import blocked_supports, run_blocked
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.compiled import cpp_supports, cuda_supports, run_compiled
 from adaptive_longformer.attention.dense import run_sdpa, sdpa_supports
+from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.flex import flex_supports, run_flex
 from adaptive_longformer.attention.reference import reference_attention
 
@@ -49,6 +50,13 @@ BACKENDS = {
         Backend("reference", lambda call: None, reference_attention),
     )
 }
+
+
+def cpp_is_automatic() -> bool:
+    """Whether "auto" may mean the C++ kernels on a CPU: they can be used, and nothing else is asked
+    for. Builds them if need be.
+    """
+    return AUTO in ("auto", "cpp") and why_unavailable("cpu") is None
 
 
 def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:

@@ -4,8 +4,8 @@ import ctypes
 
 import torch
 
-from adaptive_longformer.attention.backends import AUTO
-from adaptive_longformer.attention.extension import kernel_library, why_unavailable
+from adaptive_longformer.attention.backends import cpp_is_automatic
+from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.kernel_call import fields
 
 
@@ -21,12 +21,7 @@ class _VoteArguments(ctypes.Structure):
 
 def can_vote(scores: torch.Tensor) -> bool:
     """Whether `vote` may take these scores: float32 on a CPU whose library "auto" may use."""
-    return (
-        scores.device.type == "cpu"
-        and scores.dtype == torch.float32
-        and AUTO in ("auto", "cpp")
-        and why_unavailable("cpu") is None
-    )
+    return scores.device.type == "cpu" and scores.dtype == torch.float32 and cpp_is_automatic()
 
 
 def vote(

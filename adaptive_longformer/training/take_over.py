@@ -14,7 +14,7 @@ def take_over_checkpoint(model: str, target: Path, max_length: int) -> str:
     """The model itself if it is one of ours, otherwise the folder of its conversion.
 
     In a launch of several processes one converts and the others wait. A conversion that is there
-    already is taken as it is.
+    already is taken as it is. One line on the terminal says where it is.
 
     Args:
         model: checkpoint folder or hub id.
@@ -30,4 +30,5 @@ def take_over_checkpoint(model: str, target: Path, max_length: int) -> str:
             rows = rows or config.max_position_embeddings
             max_positions = None if max_length <= rows else max_length
             convert_checkpoint(model, target, max_positions=max_positions)
+    PartialState().print(f"{model} converted to {target}", flush=True)
     return str(target)

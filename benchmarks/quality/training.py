@@ -131,11 +131,9 @@ def report_of(model, task: str, *, length: int, seed: int) -> SparsityReport:
 
 @torch.no_grad()
 def keys_per_query(model, task: str, *, length: int, seed: int) -> float | None:
-    """Keys that an ordinary token reads, mean over layers; None for attention without such a
-    number.
+    """Keys that an ordinary token reads by a fixed pattern, mean over layers; None for attention
+    without such a number. Of what selects, `report_of` tells.
     """
-    if selects(model):
-        return report_of(model, task, length=length, seed=seed).keys_per_query
     if model.config.attention_pattern in BASELINE_PATTERNS:
         return None
     # Fresh weights: no probability is so small that it becomes 0.

@@ -29,8 +29,6 @@ from adaptive_longformer import (
     AdaptiveSparseSeq2SeqConfig,
     convert_checkpoint,
 )
-from adaptive_longformer.attention.backends import AUTO
-from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqEncoder,
@@ -58,11 +56,6 @@ class Shape:
     @property
     def intermediate_size(self) -> int:
         return 4 * self.hidden_size
-
-
-def uses_compiled_kernels() -> bool:
-    """Whether "auto" means the C++ kernels on this machine's CPU."""
-    return AUTO in ("auto", "cpp") and why_unavailable("cpu") is None
 
 
 def is_dense(name: str) -> bool:
