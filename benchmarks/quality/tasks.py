@@ -1,14 +1,18 @@
-"""Two tasks that a model solves only if it reads the few places in a document that matter.
+"""Tasks that a model solves only if it reads the few places in a document that matter.
 
-Both are associative recall: some words carry a value (as their token type), and where the same word
+All are associative recall: some words carry a value (as their token type), and where the same word
 stands elsewhere without it the model must name the value, one of 16. Words are otherwise unique in
-a document, and nothing depends on positions, so that one model can learn both tasks, at any length.
+a document, and nothing depends on positions, so that one model can learn every task, at any length.
 
 - recall: words with values come in runs of 16, and are asked about in a run of 16 elsewhere, in
-  another order, as a paragraph is about another one.
+  another order, as a paragraph is about another one. Half of the questions are far.
 - needles: every word with a value stands alone, and so does every word that is asked about: the
   hardest case for a choice of blocks, as one word in a block of 64 must be found and 63 of the 64
-  queries that vote want something else.
+  queries that vote want something else. Half of the questions are far.
+- nearby: recall without far questions; whoever learns it can do without everything far.
+- pairs: two documents, one after the other. All words of the first have the value 0, those of the
+  second none. Runs of the second are asked about: 0 where the run stands in the first document as
+  well, far away, 1 where it is new. Half of them are new.
 
 A question is near if a window of `NEAR` tokens to either side holds the answer, far if it is more
 than `FAR` tokens away, beyond every window that is compared.
@@ -23,11 +27,20 @@ NUM_WORDS, FIRST_WORD = 4096, 8
 VOCAB_SIZE = FIRST_WORD + NUM_WORDS
 NUM_VALUES = 16
 TYPE_VOCAB_SIZE = NUM_VALUES + 1
-RUN_LENGTH = {"recall": 16, "needles": 1}
+RUN_LENGTH = {"recall": 16, "needles": 1, "nearby": 16, "pairs": 16}
 TASKS = tuple(RUN_LENGTH)
-CHANCE = 1 / NUM_VALUES
+# Those that a model learns on short documents before it is converted.
+PRETRAINING_TASKS = ("recall", "needles")
+# How many of the questions are far, where nothing else is said.
+FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0}
+CHANCE = {
+    "recall": 1 / NUM_VALUES,
+    "needles": 1 / NUM_VALUES,
+    "nearby": 1 / NUM_VALUES,
+    "pairs": 0.5,
+}
 # One run that is asked about, and one that is not, for so many tokens.
-SPACING = {"recall": 128, "needles": 64}
+SPACING = {"recall": 128, "needles": 64, "nearby": 128, "pairs": 128}
 
 
 @dataclass(frozen=True)
@@ -50,15 +63,21 @@ class Batch:
 
 
 def make_batch(
-    task: str, batch_size: int, length: int, *, far_share: float, generator: torch.Generator
+    task: str,
+    batch_size: int,
+    length: int,
+    *,
+    far_share: float | None = None,
+    generator: torch.Generator,
 ) -> Batch:
     """Draws documents of a task.
 
     Args:
-        task: "recall" or "needles".
+        task: one of `TASKS`.
         batch_size: number of documents.
         length: tokens per document, the first of which is the classification token.
-        far_share: probability that a question is far. With 0, needles are eight times as dense.
+        far_share: probability that a question is far; None: as `FAR_SHARE` says. With 0, needles
+            are eight times as dense. All of "pairs" is far.
         generator: where all randomness comes from.
 
     Raises:
@@ -66,6 +85,8 @@ def make_batch(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, allowed are {', '.join(map(repr, TASKS))}")
+    if far_share is None or task == "pairs":
+        far_share = FAR_SHARE[task]
     shortest = 2 * FAR if far_share else 4 * NEAR
     if not shortest <= length <= NUM_WORDS:
         raise ValueError(f"length is {length}, {shortest} to {NUM_WORDS} is allowed")
@@ -80,6 +101,11 @@ def make_batch(
     spacing = SPACING[task] if far_share or run > 1 else SPACING[task] // 8
     for row in range(batch_size):
         document = _Document(words[row], types[row], labels[row], is_far[row], run, generator)
+        if task == "pairs":
+            types[row, 1 : length // 2] = 1
+            for _ in range(length // spacing):
+                document.compare(is_shared=bool(torch.rand((), generator=generator) < 0.5))
+            continue
         for _ in range(length // spacing):
             document.ask(far=bool(torch.rand((), generator=generator) < far_share))
         for _ in range(length // spacing):
@@ -113,17 +139,36 @@ class _Document:
             if is_apart and self._is_free(asked) and self._is_free(source):
                 break
         values = self._give_values(source)
-        order = torch.randperm(self.run, generator=self.generator)
+        order = self._repeat(source, asked)
         here = slice(asked, asked + self.run)
-        self.taken[here] = True
-        self.words[here] = self.words[source : source + self.run][order]
         self.labels[here], self.is_far[here] = values[order], far
+
+    def compare(self, *, is_shared: bool) -> None:
+        """A run of the second half that the first half has as well, or a new one."""
+        half = len(self.words) // 2
+        while True:
+            source, asked = self._integer(1, half - self.run + 1), half + self._integer(0, half)
+            if asked - source > FAR + self.run and self._is_free(asked) and self._is_free(source):
+                break
+        here = slice(asked, asked + self.run)
+        if is_shared:
+            self._repeat(source, asked)
+        self.taken[here] = True
+        self.labels[here], self.is_far[here] = int(not is_shared), True
 
     def distract(self) -> None:
         """A run of words with values that nobody asks about, if there is room where it falls."""
         start = self._place()
         if self._is_free(start):
             self._give_values(start)
+
+    def _repeat(self, source: int, asked: int) -> torch.Tensor:
+        """Writes a run a second time, in an order that is returned."""
+        order = torch.randperm(self.run, generator=self.generator)
+        for start in (source, asked):
+            self.taken[start : start + self.run] = True
+        self.words[asked : asked + self.run] = self.words[source : source + self.run][order]
+        return order
 
     def _give_values(self, start: int) -> torch.Tensor:
         values = torch.randint(0, NUM_VALUES, (self.run,), generator=self.generator)

@@ -13,7 +13,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 )
 from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
 from adaptive_longformer.training import adaptive_parameter_groups
-from quality.tasks import TASKS, make_batch
+from quality.tasks import FAR_SHARE, PRETRAINING_TASKS, make_batch
 from quality.variants import BASE, Variant
 
 RAMP_RATIO = 0.25
@@ -53,7 +53,7 @@ def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, s
     model.train()
     for step in range(steps):
         _set_learning_rate(optimizer, step, steps)
-        for task in TASKS:
+        for task in PRETRAINING_TASKS:
             batch = make_batch(
                 task,
                 batch_size * length // NEAR_LENGTH,
@@ -69,7 +69,7 @@ def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, s
 def finetune(
     model, task: str, *, steps: int, batch_size: int, length: int, seed: int, ramp: bool = True
 ) -> None:
-    """Trains on documents where half of what is asked about is far."""
+    """Trains on documents of a task."""
     generator = torch.Generator().manual_seed(seed)
     groups = model.parameters()
     if selects(model):
@@ -81,7 +81,7 @@ def finetune(
         if selects(model):
             set_selection_strength(model, min(1.0, (step + 1) / ramp_steps))
         _set_learning_rate(optimizer, step, steps)
-        batch = make_batch(task, batch_size, length, far_share=0.5, generator=generator)
+        batch = make_batch(task, batch_size, length, generator=generator)
         batch = batch.to(model.device)
         model(**batch.inputs, labels=batch.labels).loss.backward()
         _step(model, optimizer)
@@ -101,26 +101,32 @@ def _step(model, optimizer) -> None:
 
 
 @torch.no_grad()
-def accuracy(model, task: str, *, num_documents: int, length: int, seed: int) -> dict[str, float]:
-    """Accuracy on near and on far questions of documents that no training has seen."""
+def accuracy(
+    model, task: str, *, num_documents: int, length: int, seed: int
+) -> dict[str, float | None]:
+    """Accuracy on near and on far questions of documents that no training has seen; None where a
+    task has no such questions.
+    """
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     model.eval()
     right, asked = {"near": 0, "far": 0}, {"near": 0, "far": 0}
     for _ in range(num_documents):
-        batch = make_batch(task, 1, length, far_share=0.5, generator=generator)
+        batch = make_batch(task, 1, length, generator=generator)
         batch = batch.to(model.device)
         answers = model(**batch.inputs).logits.argmax(dim=-1)
         for name, where in (("near", ~batch.is_far), ("far", batch.is_far)):
             where = where & (batch.labels >= 0)
             right[name] += int((answers == batch.labels)[where].sum())
             asked[name] += int(where.sum())
-    return {name: right[name] / asked[name] for name in right}
+    return {name: right[name] / asked[name] if asked[name] else None for name in right}
 
 
 def study_inputs(model, task: str, *, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """Four documents to look into, all of whose questions are far."""
+    """Four documents to look into, all of whose questions are far, if the task has such."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed + 1)
-    return make_batch(task, 4, length, far_share=1.0, generator=generator).to(model.device).inputs
+    far_share = 1.0 if FAR_SHARE[task] else 0.0
+    batch = make_batch(task, 4, length, far_share=far_share, generator=generator)
+    return batch.to(model.device).inputs
 
 
 def report_of(model, task: str, *, length: int, seed: int) -> SparsityReport:

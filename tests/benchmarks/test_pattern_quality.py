@@ -37,6 +37,27 @@ def test_every_question_has_its_answer_at_the_one_other_place_of_the_word(tasks,
             assert bool(batch.is_far[row, place]) == bool(far_share)
 
 
+def test_a_pair_of_documents_asks_what_both_have_and_what_only_one_has(tasks):
+    batch = tasks.make_batch("pairs", 8, 1024, generator=torch.Generator().manual_seed(0))
+    words, types = batch.inputs["input_ids"], batch.inputs["token_type_ids"]
+    assert bool((types[:, 1:512] == 1).all()) and not bool(types[:, 512:].any())
+    counts = {0: 0, 1: 0}
+    for row in range(8):
+        for place in (batch.labels[row] >= 0).nonzero().flatten().tolist():
+            assert place >= 512 and bool(batch.is_far[row, place])
+            others = set((words[row] == words[row, place]).nonzero().flatten().tolist()) - {place}
+            label = int(batch.labels[row, place])
+            assert len(others) == 1 - label
+            assert all(other < 512 and place - other > tasks.FAR for other in others)
+            counts[label] += 1
+    assert min(counts.values()) > 300
+
+
+def test_what_is_nearby_has_no_far_questions(tasks):
+    batch = tasks.make_batch("nearby", 2, 1024, generator=torch.Generator().manual_seed(0))
+    assert bool((batch.labels >= 0).any()) and not bool(batch.is_far.any())
+
+
 def test_other_tasks_and_lengths_are_refused(tasks):
     draw = {"generator": torch.Generator(), "far_share": 0.5}
     with pytest.raises(ValueError, match="task is 'sums'"):
@@ -50,7 +71,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_table_and_figures(tmp_path):
     command = [
         sys.executable, str(BENCHMARKS / "pattern_quality.py"), "--length", "512",
         "--pretraining-steps", "2", "--steps", "2", "--documents", "4", "--hidden-size", "32",
-        "--tasks", "needles", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
+        "--tasks", "recall", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
     ]  # fmt: skip
     first = subprocess.run(
         [*command, "--patterns", "longformer", "--parts", "patterns"],
