@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from quality.summary import write_summary
-from quality.tasks import TASKS
+from quality.tasks import TASKS, pretraining_of
 from quality.training import (
     accuracy,
     finetune,
@@ -62,7 +62,7 @@ PRESETS = {
 }
 # What is run, and on which tasks.
 PARTS = {
-    "patterns": ("recall", "needles", "pairs"),
+    "patterns": ("recall", "needles", "pairs", "bytes"),
     "ablations": ("recall",),
     "keys": ("recall",),
     "learned budgets": ("recall", "nearby"),
@@ -112,16 +112,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def pretrained(args: argparse.Namespace, seed: int) -> Path:
+def pretrained(args: argparse.Namespace, task: str, seed: int) -> Path:
     """The folder of the model that a seed's variants start from; trains it if need be."""
+    pretraining = pretraining_of(task)
     name = (
-        f"{args.hidden_size}x{args.heads}-{args.pretraining_steps}-steps-of-"
+        f"{pretraining}-{args.hidden_size}x{args.heads}-{args.pretraining_steps}-steps-of-"
         f"{args.batch_size * args.length}-tokens-seed-{seed}"
     )
     folder = Path(args.results) / "pretrained" / name
     if folder.exists():
         return folder
-    print(f"seed {seed}: learning from what is near", file=sys.stderr)
+    print(f"seed {seed}: learning {pretraining} from what is near", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent)
     sizes = {
@@ -129,9 +130,10 @@ def pretrained(args: argparse.Namespace, seed: int) -> Path:
         "num_attention_heads": args.heads,
         "intermediate_size": 2 * args.hidden_size,
     }
-    model = new_model(seed, **sizes).to(args.device)
+    model = new_model(pretraining, seed, **sizes).to(args.device)
     pretrain(
         model,
+        pretraining,
         Path(scratch),
         steps=args.pretraining_steps,
         batch_size=args.batch_size,
@@ -151,7 +153,7 @@ def measure_variant(
     """Accuracy at once and after fine-tuning, keys per query, and what the selection finds."""
     where = {"length": args.length, "seed": seed}
     documents = {"num_documents": args.documents, "seed": seed}
-    model = load_variant(pretrained(args, seed), variant).to(args.device)
+    model = load_variant(pretrained(args, task, seed), variant).to(args.device)
     cell = {"zero_shot": accuracy(model, task, length=args.length, **documents)}
     begin = time.perf_counter()
     finetune(
@@ -199,7 +201,7 @@ def learn_budgets(args: argparse.Namespace, task: str, seed: int) -> dict:
     where = {"length": args.length, "seed": seed}
     documents = {**where, "num_documents": args.documents}
     model = load_variant(
-        pretrained(args, seed), PATTERNS["adaptive"], target_density=TARGET_DENSITY
+        pretrained(args, task, seed), PATTERNS["adaptive"], target_density=TARGET_DENSITY
     ).to(args.device)
     finetune(model, task, steps=args.steps, batch_size=args.batch_size, **where)
     parts = selections(model)
@@ -309,7 +311,7 @@ def _one_line(cell: dict) -> str:
     line = f"seed {cell['seed']} {cell['task']:>6} {name:<32}"
     for when, said in (("zero_shot", "at once"), ("finetuned", "fine-tuned")):
         for where, value in cell.get(when, {}).items():
-            if value is not None:
+            if value is not None and where in ("near", "far"):
                 line += f" {said} {value:.2f} {where}"
     return line
 

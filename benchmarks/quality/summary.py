@@ -11,6 +11,7 @@ from quality.tasks import CHANCE
 
 RESAMPLES = 10_000
 REFERENCE = "adaptive"
+WHERE = ("near", "far")
 LIMITS = ("head_budgets", "head_windows")
 
 
@@ -34,8 +35,9 @@ def _head(cells: list[dict]) -> str:
     return (
         f"{settings['length']} tokens per document; {settings['pretraining_steps']} steps of "
         f"pretraining on what is near, {settings['steps']} steps of fine-tuning for every row; "
-        f"accuracy, mean over seeds. Difference: to `{REFERENCE}` with the "
-        "same seed, fine-tuned, on what is far, with the 95 % bootstrap interval over the seeds. "
+        "accuracy, and bits per answer after fine-tuning, mean over seeds. Difference: to "
+        f"`{REFERENCE}` with the same seed, fine-tuned, on what is far, with the 95 % bootstrap "
+        "interval over the seeds. "
         f"{about['device']}, torch {about['torch']}."
     )
 
@@ -58,8 +60,8 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
         f"chance {CHANCE[cells[0]['task']]:.3f}",
         "",
         "| | keys per query | at once: near | far | fine-tuned: near | far | difference |"
-        " router recall |",
-        "|---|---|---|---|---|---|---|---|",
+        " router recall | bits, near | bits, far |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in by_name.items():
         keys = group[0]["keys_per_query"]
@@ -72,10 +74,11 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
             "-" if keys is None else f"{statistics.mean(c['keys_per_query'] for c in group):.0f}",
             *(
                 _mean([cell[when][where] for cell in group])
-                for when, where in itertools.product(("zero_shot", "finetuned"), ("near", "far"))
+                for when, where in itertools.product(("zero_shot", "finetuned"), WHERE)
             ),
             _interval(pairs) if name != REFERENCE and pairs else "",
             f"{statistics.mean(recalls):.2f}" if recalls else "",
+            *(_mean([c["finetuned"].get(f"{where}_bits") for c in group]) for where in WHERE),
         ]
         lines.append("| " + " | ".join(row) + " |")
     return lines
@@ -227,7 +230,7 @@ def _by_length(axis, cells: list[dict]) -> None:
 
 
 def _by_strength(axis, cells: list[dict]) -> None:
-    for where in ("near", "far"):
+    for where in WHERE:
         points = [
             (float(strength), value[where])
             for cell in cells

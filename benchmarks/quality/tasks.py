@@ -1,8 +1,9 @@
 """Tasks that a model solves only if it reads the few places in a document that matter.
 
-All are associative recall: some words carry a value (as their token type), and where the same word
-stands elsewhere without it the model must name the value, one of 16. Words are otherwise unique in
-a document, and nothing depends on positions, so that one model can learn every task, at any length.
+All but one are associative recall: some words carry a value (as their token type), and where the
+same word stands elsewhere without it the model must name the value, one of 16. Words are otherwise
+unique in a document, and nothing depends on positions, so that one model can learn all these tasks,
+at any length.
 
 - recall: words with values come in runs of 16, and are asked about in a run of 16 elsewhere, in
   another order, as a paragraph is about another one. Half of the questions are far.
@@ -13,6 +14,8 @@ a document, and nothing depends on positions, so that one model can learn every 
 - pairs: two documents, one after the other. All words of the first have the value 0, those of the
   second none. Runs of the second are asked about: 0 where the run stands in the first document as
   well, far away, 1 where it is new. Half of them are new.
+- bytes: a real text, see source_code.py. Names in the source files of Python's standard library are
+  to be completed; near and far are those that stand elsewhere too. It has a model of its own.
 
 A question is near if a window of `NEAR` tokens to either side holds the answer, far if it is more
 than `FAR` tokens away, beyond every window that is compared.
@@ -22,15 +25,19 @@ from dataclasses import dataclass
 
 import torch
 
+from quality.source_code import masked_document
+
 NEAR, FAR = 64, 256
 NUM_WORDS, FIRST_WORD = 4096, 8
 VOCAB_SIZE = FIRST_WORD + NUM_WORDS
 NUM_VALUES = 16
 TYPE_VOCAB_SIZE = NUM_VALUES + 1
 RUN_LENGTH = {"recall": 16, "needles": 1, "nearby": 16, "pairs": 16}
-TASKS = tuple(RUN_LENGTH)
-# Those that a model learns on short documents before it is converted.
-PRETRAINING_TASKS = ("recall", "needles")
+TASKS = (*RUN_LENGTH, "bytes")
+# What the models learn on short documents before they are converted, and for how many times the
+# steps that are asked for.
+PRETRAINING = {"words": ("recall", "needles"), "bytes": ("bytes",)}
+MORE_STEPS = {"words": 1, "bytes": 3}
 # How many of the questions are far, where nothing else is said.
 FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0}
 CHANCE = {
@@ -50,16 +57,24 @@ class Batch:
     Attributes:
         inputs: what the model's forward takes, without labels.
         labels: int64 [batch, length], -100 where nothing is asked.
-        is_far: bool [batch, length], whether the answer is far away.
+        is_near, is_far: bool [batch, length], whether something is asked whose answer is near or
+            far.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
+    is_near: torch.Tensor
     is_far: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.is_far.to(device))
+        tensors = (self.labels, self.is_near, self.is_far)
+        return Batch(inputs, *(tensor.to(device) for tensor in tensors))
+
+
+def pretraining_of(task: str) -> str:
+    """Which pretraining a task starts from."""
+    return "bytes" if task == "bytes" else "words"
 
 
 def make_batch(
@@ -68,6 +83,7 @@ def make_batch(
     length: int,
     *,
     far_share: float | None = None,
+    held_out: bool = False,
     generator: torch.Generator,
 ) -> Batch:
     """Draws documents of a task.
@@ -77,7 +93,10 @@ def make_batch(
         batch_size: number of documents.
         length: tokens per document, the first of which is the classification token.
         far_share: probability that a question is far; None: as `FAR_SHARE` says. With 0, needles
-            are eight times as dense. All of "pairs" is far.
+            are eight times as dense. All of "pairs" is far. "bytes" is as it is, except that 0
+            asks for what is near only.
+        held_out: whether "bytes" comes from files that are not for training; other tasks draw
+            something new every time.
         generator: where all randomness comes from.
 
     Raises:
@@ -85,6 +104,15 @@ def make_batch(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, allowed are {', '.join(map(repr, TASKS))}")
+    if task == "bytes":
+        documents = [
+            masked_document(length, held_out=held_out, near=NEAR, far=FAR, generator=generator)
+            for _ in range(batch_size)
+        ]
+        words, types, labels, is_near, is_far = map(torch.stack, zip(*documents, strict=True))
+        if far_share == 0.0:
+            labels = labels.where(is_near, -100)
+        return Batch(_inputs(words, types), labels, is_near, is_far)
     if far_share is None or task == "pairs":
         far_share = FAR_SHARE[task]
     shortest = 2 * FAR if far_share else 4 * NEAR
@@ -110,12 +138,13 @@ def make_batch(
             document.ask(far=bool(torch.rand((), generator=generator) < far_share))
         for _ in range(length // spacing):
             document.distract()
-    inputs = {
-        "input_ids": words,
-        "token_type_ids": types,
-        "position_ids": torch.full((1, length), FIRST_WORD),
-    }
-    return Batch(inputs, labels, is_far)
+    return Batch(_inputs(words, types), labels, (labels >= 0) & ~is_far, is_far)
+
+
+def _inputs(words: torch.Tensor, types: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every token stands at the same position."""
+    position_ids = torch.full((1, words.shape[1]), FIRST_WORD)
+    return {"input_ids": words, "token_type_ids": types, "position_ids": position_ids}
 
 
 class _Document:
