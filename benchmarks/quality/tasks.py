@@ -40,7 +40,7 @@ PRETRAINING = {"words": ("recall", "needles"), "bytes": ("bytes",)}
 MORE_STEPS = {"words": 1, "bytes": 3}
 # How many of the questions are far, where nothing else is said.
 FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0}
-CHANCE = {task: 1 / NUM_VALUES for task in RUN_LENGTH} | {"pairs": 1 / 2, "bytes": 1 / 256}
+CHANCE = dict.fromkeys(RUN_LENGTH, 1 / NUM_VALUES) | {"pairs": 1 / 2, "bytes": 1 / 256}
 # One run that is asked about, and one that is not, for so many tokens.
 SPACING = {"recall": 128, "needles": 64, "nearby": 128, "pairs": 128}
 
