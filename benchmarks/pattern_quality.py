@@ -1,7 +1,7 @@
 """What do patterns of attention find in a long document, at equal keys per query?
 
     python benchmarks/pattern_quality.py --preset ci      # minutes: six patterns, one seed
-    python benchmarks/pattern_quality.py --preset full    # an hour or two on two cores
+    python benchmarks/pattern_quality.py --preset full    # hours on two cores; --parts, --seeds
     python benchmarks/pattern_quality.py --preset gpu     # longer documents, a wider model
 
 A small model learns to recall (see quality/tasks.py) with a window and the classification token, on
@@ -58,7 +58,15 @@ PRESETS = {
         "parts": ["patterns"],
     },
     "full": {"length": 1024, "seeds": [0, 1, 2]},
-    "gpu": {"length": 4096, "seeds": [0, 1, 2], "hidden_size": 256, "heads": 4},
+    "gpu": {
+        "length": 4096,
+        "tasks": ["recall", "bytes"],
+        "seeds": [0, 1, 2],
+        "patterns": FEW_PATTERNS,
+        "parts": ["patterns"],
+        "hidden_size": 256,
+        "heads": 4,
+    },
 }
 # What is run, and on which tasks.
 PARTS = {
