@@ -121,7 +121,7 @@ class _Slots:
             is_open = is_open & filled
         num_packs = 0
         if call.global_mask is not None:
-            packed = pack_global_tokens(call.global_mask)  # [batch, most global tokens of a row]
+            packed = pack_global_tokens(call.global_mask, call.max_global_tokens)  # [batch, G]
             num_packs = -(-packed.shape[1] // size)
             filler = num_packs * size - packed.shape[1]
             packed = torch.nn.functional.pad(packed, (0, filler), value=self.length)
