@@ -8,14 +8,10 @@ import time
 import torch
 
 from adaptive_longformer.attention.compiled_cuda import INSTANCES
-from adaptive_longformer.attention.cuda_program import CudaProgram, architecture_of
-from adaptive_longformer.attention.extension import (
-    build_folder,
-    is_built,
-    kernel_library,
-    why_unavailable,
-)
+from adaptive_longformer.attention.cuda_program import CudaProgram, visible_architectures
+from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernel_route import kernel_route
 
 KINDS = ("cpu", "cuda")
 
@@ -53,25 +49,29 @@ def run(args: argparse.Namespace) -> int:
     kinds = args.kinds or (KINDS if torch.cuda.is_available() else KINDS[:1])
     failed = False
     for kind in kinds:
-        was_built, started = is_built(kind), time.monotonic()
-        if not was_built:
-            print(f"{kind}: compiling (up to some minutes)", flush=True)
-        reason = why_unavailable(kind)
-        if reason is not None:
-            print(f"{kind}: not built: {reason}")
+        try:
+            print(f"{kind}: {_build(kind)}")
+        except ExtensionUnavailableError as error:
+            print(f"{kind}: not built: {error}")
             failed = True
-            continue
-        kernels, folder = kernel_library(kind), build_folder(kind)
-        if isinstance(kernels, CudaProgram):
-            folder = kernels.folder
-            try:
-                kernels.build(INSTANCES, map(architecture_of, range(torch.cuda.device_count())))
-            except ExtensionUnavailableError as error:
-                print(f"{kind}: not built: {error}")
-                failed = True
-                continue
-        if was_built:
-            print(f"{kind}: already in {folder}")
-        else:
-            print(f"{kind}: built in {time.monotonic() - started:.0f} s in {folder}")
     return int(failed)
+
+
+def _build(kind: str) -> str:
+    """Builds what is not in the cache yet; where it is, and by which compiler it got there.
+
+    Raises:
+        ExtensionUnavailableError: with the reason.
+    """
+    planned, started = kernel_route(kind), time.monotonic()
+    if not planned.is_built:
+        print(f"{kind}: {planned.compiler} compiles (up to some minutes)", flush=True)
+    kernels = kernel_library(kind)
+    if isinstance(kernels, CudaProgram):
+        kernels.build(INSTANCES, visible_architectures())
+    # NVRTC has taken over if nvcc failed.
+    taken = kernel_route(kind)
+    if planned.is_built and taken.compiler == planned.compiler:
+        return f"already in {taken.folder} (by {taken.compiler})"
+    seconds = time.monotonic() - started
+    return f"built by {taken.compiler} in {seconds:.0f} s in {taken.folder}"

@@ -14,16 +14,14 @@ import torch
 import transformers
 
 from adaptive_longformer.attention.backends import choose_backend
-from adaptive_longformer.attention.extension import ENVIRONMENT, build_folder, is_built
+from adaptive_longformer.attention.extension import ENVIRONMENT, cpp_compiler
 from adaptive_longformer.attention.functional import (
     explain_backends,
     make_call,
     sparse_attention,
 )
-from adaptive_longformer.attention.kernel_cache import (
-    ExtensionUnavailableError,
-    refuse_unsafe_folder,
-)
+from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernel_route import kernel_route
 from adaptive_longformer.attention.nvrtc import find_nvrtc
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -76,12 +74,12 @@ def _environment() -> Iterator[tuple[str, str]]:
             yield f"GPU {index}", f"{name}, compute capability {major}.{minor}"
     else:
         yield "GPU", "none that torch can use"
-    yield "C++ compiler", _version(os.environ.get("CXX", "c++").split()[0])
+    yield "C++ compiler", _version(cpp_compiler().split()[0])
     yield "nvcc", _version("nvcc")
     yield "NVRTC", _nvrtc()
     yield "ninja", _version("ninja")
     for kind in KINDS:
-        yield f"{kind} kernels", _cache_state(kind)
+        yield f"{kind} kernels", _kernels(kind)
     for name in ENVIRONMENT:
         if name in os.environ:
             yield name, os.environ[name]
@@ -106,15 +104,18 @@ def _nvrtc() -> str:
     return f"{nvrtc.path}: {version}, compiles the cuda kernels where nvcc cannot"
 
 
-def _cache_state(kind: str) -> str:
-    folder = build_folder(kind)
-    if not is_built(kind):
-        return f"not in the cache yet ({folder})"
+def _kernels(kind: str) -> str:
+    """By which compiler the kernels come here and where they are, or why they cannot be had."""
     try:
-        refuse_unsafe_folder(folder)
+        route = kernel_route(kind)
     except ExtensionUnavailableError as error:
-        return f"refused: {error}"
-    return f"in the cache ({folder})"
+        return f"none: {error}"
+    state = "not in the cache yet"
+    if route.is_built:
+        state = "in the cache"
+    elif route.num_built:
+        state = f"{route.num_built} of {route.num_programs} in the cache"
+    return f"by {route.compiler}, {state} ({route.folder})"
 
 
 def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:

@@ -141,8 +141,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         separate_global_projections: Longformer's query_global, key_global and value_global.
         attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that
             fits.
-        max_global_tokens: at most this many global tokens per sequence, the first ones; None: no
-            limit.
+        max_global_tokens: at most this many global tokens per sequence, the first ones. On a GPU so
+            many rows are computed, and their number is not read back. None: no limit.
         position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`,
             "bert" numbers the slots from 0.
         head_style: task heads as "roberta", "bert" or "big_bird" builds them.

@@ -17,13 +17,13 @@ from transformers.masking_utils import (
 
 from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.global_rows import limit_global_tokens
 from adaptive_longformer.attention.routing import (
     RoutingOptions,
     select_blocks,
     selection_layout,
 )
 from adaptive_longformer.modeling.attention_layer import random_seed
-from adaptive_longformer.modeling.global_tokens import limit_global_tokens
 from adaptive_longformer.modeling.masks import padding_to_roll
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
@@ -290,6 +290,7 @@ def _attend(
         attention_mask=attention_mask,
         is_causal=is_causal,
         global_mask=global_mask,
+        max_global_tokens=options.num_global_tokens,
         scale=scale,
         dropout_p=dropout_p,
         dropout_seed=random_seed(query.device) if dropout_p else None,

@@ -114,6 +114,7 @@ class AdaptiveSparseAttention(nn.Module):
         where = {
             "attention_mask": attention_mask,
             "global_mask": global_mask,
+            "max_global_tokens": self.config.max_global_tokens,
             "global_qkv": self._global_projections(hidden_states),
             "scale": self.scale,
             "entry_bias": reads.entry_bias,

@@ -134,6 +134,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         where = {
             "attention_mask": attention_mask,
             "global_mask": global_mask,
+            "max_global_tokens": self.num_sinks,
             "is_causal": True,
             "scale": self.scale,
             "entry_bias": reads.entry_bias,

@@ -55,11 +55,6 @@ def default_global_mask(
     return torch.where(chosen.any(dim=1, keepdim=True), chosen, first)
 
 
-def limit_global_tokens(global_mask: torch.Tensor, max_global_tokens: int) -> torch.Tensor:
-    """Keeps the first `max_global_tokens` global tokens of every sequence; bool [batch, length]."""
-    return global_mask & (global_mask.cumsum(dim=1) <= max_global_tokens)
-
-
 def _first(mask: torch.Tensor) -> torch.Tensor:
     return mask & (mask.cumsum(dim=1) == 1)
 

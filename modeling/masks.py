@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from adaptive_longformer.attention.alignment import left_padding
-from adaptive_longformer.modeling.global_tokens import default_global_mask, limit_global_tokens
+from adaptive_longformer.attention.global_rows import limit_global_tokens
+from adaptive_longformer.modeling.global_tokens import default_global_mask
 from adaptive_longformer.modeling.input_checks import can_read_values
 
 

@@ -9,10 +9,10 @@ from adaptive_longformer.attention import extension
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")
 def test_kernels_are_built_once(sandbox, capsys):
     assert main(["build-kernels", "cpu"]) == 0
-    assert "cpu: built in" in capsys.readouterr().out
+    assert "cpu: built by c++ in" in capsys.readouterr().out
     extension.forget()
     assert main(["build-kernels"]) == 0
-    assert f"cpu: already in {extension.build_folder('cpu')}" in capsys.readouterr().out
+    assert f"cpu: already in {extension.build_folder('cpu')} (by c++)" in capsys.readouterr().out
 
 
 def test_a_failed_build_is_told_with_its_reason(sandbox, monkeypatch, capsys):

@@ -15,6 +15,9 @@ def test_doctor_says_for_every_backend_whether_it_runs_or_why_not(no_kernels, ca
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[0] == "NVRTC" for line in lines if line)
+    for kind in ("cpu", "cuda"):
+        (line,) = [line for line in lines if line.startswith(f"{kind} kernels")]
+        assert line.endswith("none: ADAPTIVE_LONGFORMER_KERNELS is 'off'")
     on_cpu = lines[lines.index("float32 on cpu") + 1 :]
     verdicts = {line.split()[0]: line.split()[1] for line in on_cpu[: len(BACKENDS)]}
     assert verdicts == {

@@ -108,7 +108,8 @@ class _Problem:
         self.positions = None
         near_valid = attention_mask
         if global_mask is not None:
-            self.positions = pack_global_tokens(global_mask)  # [batch, G]
+            # [batch, G]
+            self.positions = pack_global_tokens(global_mask, arguments.max_global_tokens)
             near_valid = ~global_mask if near_valid is None else near_valid & ~global_mask
             if self.positions.shape[1] == 0:
                 self.positions = None

@@ -72,6 +72,7 @@ class AttentionCall:
 
     Exactly one of `pattern` (without global tokens, they are in `global_mask`) and `layout` is
     given; `global_mask` marks no padding; `entry_bias` includes the layout's own bias.
+    `max_global_tokens` is the number of global rows to compute; None: as many as the mask has.
     """
 
     query: torch.Tensor
@@ -83,6 +84,7 @@ class AttentionCall:
     attention_mask: torch.Tensor | None = None
     is_causal: bool = False
     global_mask: torch.Tensor | None = None
+    max_global_tokens: int | None = None
     global_qkv: GlobalQKV | None = None
     entry_bias: torch.Tensor | None = None
     span: AttentionSpan | None = None

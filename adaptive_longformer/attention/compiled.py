@@ -2,14 +2,12 @@
 first use.
 """
 
-from functools import lru_cache
-
 import torch
 
 from adaptive_longformer.attention import compiled_cpu, compiled_cuda
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.cuda_launches import shared_memory_bytes
-from adaptive_longformer.attention.extension import why_unavailable
+from adaptive_longformer.attention.extension import until_forgotten, why_unavailable
 from adaptive_longformer.attention.operator import (
     DEFAULT_BLOCK_SIZE,
     OperatorArguments,
@@ -102,7 +100,7 @@ def _why_no_cuda_library(
     return _check_cuda_kernel(device, dtype, head_dim, query_block)
 
 
-@lru_cache
+@until_forgotten
 def _check_cuda_kernel(
     device: int, dtype: torch.dtype, head_dim: int, query_block: int
 ) -> str | None:

@@ -120,7 +120,7 @@ class _Call(KernelCall):
         if inputs.global_mask is not None:
             is_ordinary = ~inputs.global_mask
             is_listed = is_ordinary if is_listed is None else is_listed & is_ordinary
-            positions = pack_global_tokens(inputs.global_mask)
+            positions = pack_global_tokens(inputs.global_mask, inputs.max_global_tokens)
             arguments.num_global = positions.shape[1]
             self.set_arrays(global_positions=positions)
         if is_listed is not None:

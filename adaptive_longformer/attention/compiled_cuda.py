@@ -181,7 +181,7 @@ class _Call(KernelCall):
             flags=layout.flags.expand(layout.key_blocks.shape).int(),
         )
         self.set_window(layout.window)
-        self._set_lists(layout, inputs.attention_mask, inputs.global_mask)
+        self._set_lists(layout, inputs)
         if self.entry_bias is not None:
             padded = torch.nn.functional.pad(self.entry_bias.float(), (self.num_packs, 0))
             self.set_arrays(entry_bias=padded)
@@ -198,25 +198,20 @@ class _Call(KernelCall):
             arguments.has_dropout = 1
             self.set_dropout_words(inputs)
 
-    def _set_lists(
-        self,
-        layout: BlockLayout,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-    ) -> None:
+    def _set_lists(self, layout: BlockLayout, inputs: OperatorArguments) -> None:
         """Puts blocks of packed global keys at the head of every list, and marks the open keys."""
         arguments, query, length = self.arguments, self.query, self.query.shape[2]
         num_sequence_blocks = layout.num_key_blocks
         padded = num_sequence_blocks * KEY_BLOCK_SIZE
         is_open = torch.arange(padded, device=query.device).expand(query.shape[0], -1) < length
-        listed = attention_mask
+        listed, global_mask = inputs.attention_mask, inputs.global_mask
         if global_mask is not None:
             listed = ~global_mask if listed is None else listed & ~global_mask
         if listed is not None:
             is_open = is_open & torch.nn.functional.pad(listed, (0, padded - length))
         self.num_packs = 0
         if global_mask is not None:
-            positions = pack_global_tokens(global_mask)
+            positions = pack_global_tokens(global_mask, inputs.max_global_tokens)
             self.num_packs = -(-positions.shape[1] // KEY_BLOCK_SIZE)
             missing = self.num_packs * KEY_BLOCK_SIZE - positions.shape[1]
             positions = torch.nn.functional.pad(positions, (0, missing), value=length)

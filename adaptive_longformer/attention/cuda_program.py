@@ -3,6 +3,7 @@ loads and launches it.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -78,6 +79,16 @@ class CudaProgram:
             for instance in instances:
                 self._compiled(instance, architecture)
 
+    def count_built(self, instances: Iterable[Instance], architectures: Iterable[str]) -> int:
+        """How many of the instances the cache holds, counted for each architecture."""
+        pairs = itertools.product(instances, architectures)
+        return sum(all(path.exists() for path in self._paths(*pair)) for pair in pairs)
+
+    def _paths(self, instance: Instance, architecture: str) -> tuple[Path, Path]:
+        """Where the machine code of an instance lies, and the names of its kernels."""
+        stem = "-".join(map(str, (architecture, *instance)))
+        return self.folder / f"{stem}.cubin", self.folder / f"{stem}.json"
+
     def _load(self, instance: Instance, architecture: str) -> dict[str, Any]:
         """The kernels of an instance on the current device, by name."""
         program = self._compiled(instance, architecture)
@@ -92,8 +103,7 @@ class CudaProgram:
 
     def _compiled(self, instance: Instance, architecture: str) -> CompiledProgram:
         """The machine code of an instance, from the cache or compiled into it."""
-        stem = "-".join(map(str, (architecture, *instance)))
-        code, names = self.folder / f"{stem}.cubin", self.folder / f"{stem}.json"
+        code, names = self._paths(instance, architecture)
         with named_os_errors():
             if not (code.exists() and names.exists()):
                 if kernels_mode() == "cached":
@@ -124,3 +134,8 @@ def architecture_of(device: int) -> str:
     """What NVRTC calls a visible GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def visible_architectures() -> list[str]:
+    """Those of the visible GPUs, each once."""
+    return sorted({architecture_of(device) for device in range(torch.cuda.device_count())})

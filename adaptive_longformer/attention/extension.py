@@ -11,6 +11,7 @@ Environment variables:
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import logging
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ _PATTERNS = {"cpu": "*.cpp", "cuda": "*.cu"}
 _CUDA_FLAGS = ["-O3", "-std=c++17"]
 _loading = threading.Lock()
 _loaded: dict[str, Any] = {}
+_answers: list[Any] = []
 
 
 def kernel_library(kind: str) -> Any:
@@ -95,26 +97,79 @@ def is_built(kind: str) -> bool:
 
 
 def forget() -> None:
-    """Forgets what was loaded or failed, so that the next use tries again."""
+    """Forgets what was loaded or failed and what was found out about it, so that the next use tries
+    again.
+    """
     with _loading:
         _loaded.clear()
+    for answers in _answers:
+        answers.cache_clear()
+
+
+def until_forgotten(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Keeps the answers of a function that asks whether kernels are usable, until `forget`."""
+    kept = functools.lru_cache(maxsize=None)(function)
+    _answers.append(kept)
+    return kept
 
 
 def _load(kind: str) -> Any:
-    mode = kernels_mode()
-    if kind != "cuda":
-        return _load_built(kind, mode)
-    if torch.version.cuda is None:
-        raise ExtensionUnavailableError("this torch is built without CUDA")
-    try:
-        return CudaLibrary(_load_built(kind, mode))
-    except ExtensionUnavailableError as error:
-        try:
-            program = cuda_program()
-        except ExtensionUnavailableError as other:
-            raise ExtensionUnavailableError(f"{error}; {other}") from error
-        logger.info("NVRTC compiles the CUDA kernels, since nvcc does not: %s", error)
+    program = planned_program(kind)
+    if program is not None:
         return program
+    if kind != "cuda":
+        return _load_built(kind)
+    try:
+        return CudaLibrary(_load_built(kind))
+    except ExtensionUnavailableError as error:
+        return _program_instead(error)
+
+
+def planned_program(kind: str) -> CudaProgram | None:
+    """What stands in for the library of a kind; None if there is one or a compiler can build it.
+
+    Nothing is built or loaded.
+
+    Raises:
+        ExtensionUnavailableError: the kernels cannot be had in any way, with the reasons.
+    """
+    known = _loaded.get(kind)
+    if isinstance(known, str):
+        raise ExtensionUnavailableError(known)
+    if known is not None:
+        return known if isinstance(known, CudaProgram) else None
+    mode = kernels_mode()
+    if kind == "cuda" and torch.version.cuda is None:
+        raise ExtensionUnavailableError("this torch is built without CUDA")
+    with named_os_errors():
+        if is_built(kind):
+            return None
+    try:
+        if mode == "cached":
+            raise ExtensionUnavailableError(
+                "ADAPTIVE_LONGFORMER_KERNELS is 'cached' and "
+                f"{build_folder(kind)} holds no finished build"
+            )
+        _check_compilers(kind)
+    except ExtensionUnavailableError as error:
+        if kind != "cuda":
+            raise
+        return _program_instead(error)
+    return None
+
+
+def _program_instead(error: ExtensionUnavailableError) -> CudaProgram:
+    """What NVRTC offers where nvcc cannot be used.
+
+    Raises:
+        ExtensionUnavailableError: it offers nothing; both reasons.
+    """
+    try:
+        program = cuda_program()
+    except ExtensionUnavailableError as other:
+        raise ExtensionUnavailableError(f"{error}; {other}") from error
+    logger.info("NVRTC compiles the CUDA kernels, since nvcc does not: %s", error)
+    return program
 
 
 def cuda_program() -> CudaProgram:
@@ -128,14 +183,10 @@ def cuda_program() -> CudaProgram:
     )
 
 
-def _load_built(kind: str, mode: str) -> ctypes.CDLL:
+def _load_built(kind: str) -> ctypes.CDLL:
     folder = build_folder(kind)
     with named_os_errors():
         if not is_built(kind):
-            if mode == "cached":
-                raise ExtensionUnavailableError(
-                    f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {folder} holds no finished build"
-                )
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             refuse_unsafe_folder(folder.parent)
             with locked(folder):
@@ -181,8 +232,29 @@ def _device_capabilities(kind: str) -> list[str]:
     return sorted({str(torch.cuda.get_device_capability(index)) for index in range(count)})
 
 
+def cpp_compiler() -> str:
+    """The command that compiles C++."""
+    return os.environ.get("CXX", "c++")
+
+
+def _check_compilers(kind: str) -> None:
+    """Raises unless what a build needs is there; cpp_extension would find out late, or not."""
+    compiler = cpp_compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        raise ExtensionUnavailableError(f"no C++ compiler: {compiler} was not found")
+    if shutil.which("ninja", path=_search_path()) is None:
+        raise ExtensionUnavailableError("ninja is not installed")
+    if kind == "cuda":
+        # Imported here: it is slow, and needed only where nothing is built yet.
+        from torch.utils import cpp_extension
+
+        _check_cuda_compiler(cpp_extension.CUDA_HOME)
+        if torch.cuda.device_count() == 0 and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            raise ExtensionUnavailableError("no GPU is visible for which nvcc could compile")
+
+
 def _check_cuda_compiler(cuda_home: str | None) -> None:
-    """Raises unless there is an nvcc that fits torch; cpp_extension would find out late, or not."""
+    """Raises unless there is an nvcc that fits torch."""
     assert torch.version.cuda is not None
     if cuda_home is None:
         raise ExtensionUnavailableError("no nvcc: CUDA_HOME is not set and nvcc was not found")
@@ -209,9 +281,6 @@ def _processor() -> str:
 
 def _build(kind: str, folder: Path) -> None:
     """Compiles into the folder; the marker goes in last."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        raise ExtensionUnavailableError(f"no C++ compiler: {compiler} was not found")
     # What a killed builder left, torch's own lock file among it, would make every later build wait.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
@@ -219,8 +288,6 @@ def _build(kind: str, folder: Path) -> None:
     # Imported here: it is slow, and needed only by the process that builds.
     from torch.utils import cpp_extension
 
-    if kind == "cuda":
-        _check_cuda_compiler(cpp_extension.CUDA_HOME)
     # cpp_extension builds one name only once per process, so every attempt has its own.
     name = f"adaptive_longformer_{kind}_{next(_attempts)}"
     with _ninja_on_path():
@@ -241,14 +308,17 @@ def _build(kind: str, folder: Path) -> None:
     (folder / _DONE).write_text(f"{name}.so")
 
 
+def _search_path() -> str:
+    """Where programs are looked for: also beside this Python, activated or not."""
+    return os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
+
+
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """Lets cpp_extension find the ninja of this environment, activated or not."""
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
+    os.environ["PATH"] = _search_path()
     try:
-        if shutil.which("ninja") is None:
-            raise ExtensionUnavailableError("ninja is not installed")
         yield
     finally:
         os.environ["PATH"] = before

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.compiled import block_sizes, why_not_whole_blocks
+from adaptive_longformer.attention.extension import until_forgotten
 from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.padding import readable
@@ -120,7 +121,7 @@ class _Slots:
             is_open = is_open & filled
         num_packs = 0
         if call.global_mask is not None:
-            packed = pack_global_tokens(call.global_mask)  # [batch, most global tokens of a row]
+            packed = pack_global_tokens(call.global_mask, call.max_global_tokens)  # [batch, G]
             num_packs = -(-packed.shape[1] // size)
             filler = num_packs * size - packed.shape[1]
             packed = torch.nn.functional.pad(packed, (0, filler), value=self.length)
@@ -272,7 +273,7 @@ def _compiled(backend: str) -> Callable:
     return torch.compile(flex_attention, backend=backend, fullgraph=True)
 
 
-@lru_cache
+@until_forgotten
 def _check_on_device(device: int, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if this device gets a small problem right, else the reason."""
     return why_wrong("flex", run_flex, torch.device("cuda", device), dtype, head_dim, 64)

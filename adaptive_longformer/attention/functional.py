@@ -10,6 +10,7 @@ from adaptive_longformer.attention.call import (
     GlobalProjections,
     GlobalQKV,
 )
+from adaptive_longformer.attention.global_rows import limit_global_tokens
 from adaptive_longformer.attention.reference import dense_probabilities
 from adaptive_longformer.patterns.block_layout import BlockLayout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
@@ -29,6 +30,7 @@ def sparse_attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
     global_mask: torch.Tensor | None = None,
+    max_global_tokens: int | None = None,
     global_qkv: GlobalQKV | None = None,
     entry_bias: torch.Tensor | None = None,
     span: AttentionSpan | None = None,
@@ -57,6 +59,9 @@ def sparse_attention(
         is_causal: hides later keys, from global tokens too.
         global_mask: bool [batch, length], True for tokens that see every token and are seen by all.
             Padding is not global, whatever this mask says.
+        max_global_tokens: at most this many tokens of a sequence are global, the first ones. So
+            many rows are then computed on a GPU, and nothing is read back from it: CUDA graphs need
+            this. None: no limit; the number is looked up.
         global_qkv: the separate projections of the rows of global queries, applied ([batch, heads,
             length, head_dim] each) or not (`GlobalProjections`); None: query, key and value serve
             global rows too.
@@ -81,8 +86,9 @@ def sparse_attention(
     """
     call = make_call(
         query, key, value, pattern_or_layout, attention_mask=attention_mask, is_causal=is_causal,
-        global_mask=global_mask, global_qkv=global_qkv, entry_bias=entry_bias, span=span,
-        scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse,
+        global_mask=global_mask, max_global_tokens=max_global_tokens, global_qkv=global_qkv,
+        entry_bias=entry_bias, span=span, scale=scale, dropout_p=dropout_p,
+        dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
     chosen = choose_backend(call, backend)
     if call.query.shape[2] == 0:
@@ -132,6 +138,7 @@ def make_call(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
     global_mask: torch.Tensor | None = None,
+    max_global_tokens: int | None = None,
     global_qkv: GlobalQKV | None = None,
     entry_bias: torch.Tensor | None = None,
     span: AttentionSpan | None = None,
@@ -151,6 +158,8 @@ def make_call(
     batch, heads, length, head_dim = query.shape
     _check_mask("attention_mask", attention_mask, query)
     _check_mask("global_mask", global_mask, query)
+    if max_global_tokens is not None and max_global_tokens < 0:
+        raise ValueError(f"max_global_tokens is {max_global_tokens}, None or >= 0 is needed")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, a number from 0 to below 1 is allowed")
     if dropout_p > 0:
@@ -208,6 +217,8 @@ def make_call(
         global_qkv = None
     elif attention_mask is not None:
         global_mask = global_mask & attention_mask
+    if max_global_tokens is not None and global_mask is not None:
+        global_mask = limit_global_tokens(global_mask, max_global_tokens)
     if isinstance(global_qkv, GlobalProjections):
         if global_qkv.hidden_states.shape[:2] != (batch, length):
             raise ValueError(
@@ -229,6 +240,8 @@ def make_call(
         attention_mask=attention_mask,
         is_causal=is_causal,
         global_mask=global_mask,
+        # On a CPU nobody waits for the number, and rows without a token cost time.
+        max_global_tokens=None if query.device.type == "cpu" else max_global_tokens,
         global_qkv=global_qkv,
         entry_bias=entry_bias,
         span=span,

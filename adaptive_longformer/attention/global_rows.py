@@ -9,8 +9,8 @@ applied (`GlobalProjections`) and G * heads < hidden_size they are absorbed:
 
 so that the keys and the values are the hidden states themselves and all tokens are projected not
 once. Each way is one operator with a hand-written backward pass: the number of global tokens is
-looked up inside, so that torch.compile sees fixed shapes, and without any global token all
-gradients are zeros instead of missing.
+looked up inside (unless `max_global_tokens` gives it), so that torch.compile sees fixed shapes, and
+without any global token all gradients are zeros instead of missing.
 """
 
 from collections.abc import Iterator
@@ -26,13 +26,25 @@ from adaptive_longformer.attention.memory_format import like_projection
 _MAX_SCORES = 2**24
 
 
-def pack_global_tokens(global_mask: torch.Tensor) -> torch.Tensor:
-    """Positions of the global tokens, int64 [batch, most global tokens of a row], filled up with
-    `length`.
+def limit_global_tokens(global_mask: torch.Tensor, max_global_tokens: int) -> torch.Tensor:
+    """Keeps the first `max_global_tokens` global tokens of every sequence; bool [batch, length]."""
+    return global_mask & (global_mask.cumsum(dim=1) <= max_global_tokens)
 
-    Reads the largest count back from the device.
+
+def pack_global_tokens(
+    global_mask: torch.Tensor, max_global_tokens: int | None = None
+) -> torch.Tensor:
+    """Positions of the global tokens, int64 [batch, columns], filled up with `length`.
+
+    Args:
+        global_mask: bool [batch, length].
+        max_global_tokens: so many columns (or as many as tokens, if these are fewer), where no row
+            has more global tokens; None: as many as the row with most of them has, which is read
+            back from the device.
     """
-    width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
+    width = max_global_tokens
+    if width is None:
+        width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
     order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
     return order.where(global_mask.gather(1, order), global_mask.shape[1])
 
@@ -47,6 +59,7 @@ def merge_global_rows(
     options = (
         call.attention_mask,
         call.global_mask,
+        call.max_global_tokens,
         call.is_causal,
         call.scale,
         call.dropout_p,
@@ -68,12 +81,13 @@ class _Rows:
         length: int,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor,
+        max_global_tokens: int | None,
         is_causal: bool,
         dropout_p: float,
         dropout_seed: torch.Tensor | None,
     ) -> None:
-        self.positions = pack_global_tokens(global_mask)
-        self.valid = self.positions < length  # [batch, G]
+        self.positions = pack_global_tokens(global_mask, max_global_tokens)  # [batch, G]
+        self.valid = self.positions < length
         self.safe_positions = self.positions.clamp(max=max(length - 1, 0))
         self.attention_mask = attention_mask
         self.is_causal = is_causal
@@ -94,16 +108,22 @@ class _Rows:
             yield slice(start, min(start + step, self.count))
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[batch, heads, length, width] -> [batch, heads, G, width]"""
+        """[batch, heads, length, width] -> [batch, heads, G, width]; zero in empty slots."""
         index = self.safe_positions[:, None, :, None].expand(
             -1, tensor.shape[1], -1, tensor.shape[3]
         )
-        return tensor.gather(2, index)
+        return tensor.gather(2, index).masked_fill(~self.valid[:, None, :, None], 0.0)
 
     def scatter_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes [batch, heads, G, ...] into [batch, heads, length, ...] at the valid positions."""
-        batch, slot = self.valid.nonzero(as_tuple=True)
-        target[batch, :, self.positions[batch, slot]] = rows[batch, :, slot].to(target.dtype)
+        # Which slots are valid is known to the device alone. The others write what the first slot
+        # does, which is valid if any is; in a row without any they write what is there.
+        slot = torch.arange(self.count, device=target.device).where(self.valid, 0)
+        position = self.positions.where(self.valid, self.positions[:, :1])
+        index = (self.batch_index, slice(None), position.clamp(max=self.length - 1))
+        source = rows[self.batch_index, :, slot]  # [batch, G, heads, ...]
+        is_used = self.valid[:, :1].view(self.batch, *(1,) * (source.ndim - 1))
+        target[index] = torch.where(is_used, source.to(target.dtype), target[index])
 
     def forward(
         self, query, key, value, chunk: slice
@@ -156,6 +176,7 @@ def global_rows(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor,
+    max_global_tokens: int | None,
     is_causal: bool,
     scale: float,
     dropout_p: float,
@@ -167,8 +188,9 @@ def global_rows(
     """
     batch, heads, length, _ = query.shape
     rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
-    )
+        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
+        dropout_seed,
+    )  # fmt: skip
     output, lse = (
         like_projection(output).copy_(output),
         lse.clone(memory_format=torch.contiguous_format),
@@ -207,6 +229,7 @@ def _global_rows_backward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor,
+    max_global_tokens: int | None,
     is_causal: bool,
     scale: float,
     dropout_p: float,
@@ -214,8 +237,9 @@ def _global_rows_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = query.shape
     rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
-    )
+        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
+        dropout_seed,
+    )  # fmt: skip
     local = _local_gradients(grad_output, grad_lse, global_mask)
     inputs = (query, key, value)
     if rows.count == 0:
@@ -228,8 +252,8 @@ def _global_rows_backward(
         rows.readable(key),
         rows.readable(value),
     )
-    grad_rows = _precise(rows.gather(grad_output)) * rows.valid[:, None, :, None]
-    grad_lse_rows = _precise(rows.gather(grad_lse[..., None])) * rows.valid[:, None, :, None]
+    grad_rows = _precise(rows.gather(grad_output))
+    grad_lse_rows = _precise(rows.gather(grad_lse[..., None]))
     grad_query_rows = []
     for chunk in rows.chunks():
         probabilities, dropped_probabilities, _ = rows.forward(
@@ -284,7 +308,7 @@ def _saved_inputs(ctx) -> list:
 
 def _backward(ctx, grad_output, grad_lse):
     grads = _global_rows_backward(grad_output, grad_lse, *_saved_inputs(ctx))
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None,) * 7
 
 
 global_rows.register_autograd(_backward, setup_context=_setup_context)
@@ -304,6 +328,7 @@ def absorbed_global_rows(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor,
+    max_global_tokens: int | None,
     is_causal: bool,
     scale: float,
     dropout_p: float,
@@ -315,8 +340,9 @@ def absorbed_global_rows(
     """
     batch, heads, length, _ = output.shape
     rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
-    )
+        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
+        dropout_seed,
+    )  # fmt: skip
     output, lse = (
         like_projection(output).copy_(output),
         lse.clone(memory_format=torch.contiguous_format),
@@ -505,6 +531,7 @@ def _absorbed_global_rows_backward(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor,
+    max_global_tokens: int | None,
     is_causal: bool,
     scale: float,
     dropout_p: float,
@@ -512,8 +539,9 @@ def _absorbed_global_rows_backward(
 ) -> list[torch.Tensor]:
     batch, heads, length, _ = grad_output.shape
     rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, is_causal, dropout_p, dropout_seed
-    )
+        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
+        dropout_seed,
+    )  # fmt: skip
     inputs = (
         hidden_states,
         query_weight,
@@ -531,10 +559,8 @@ def _absorbed_global_rows_backward(
             if tensor is not None
         ]
     layer = _AbsorbedLayer(rows, *inputs, scale)
-    valid = rows.valid[:, None, :, None]
     grads = layer.backward(
-        _precise(rows.gather(grad_output)) * valid,
-        _precise(rows.gather(grad_lse[..., None])) * valid,
+        _precise(rows.gather(grad_output)), _precise(rows.gather(grad_lse[..., None]))
     )
     return [*local] + [
         grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
@@ -553,7 +579,7 @@ def _absorbed_backward(ctx, grad_output, grad_lse):
     inputs = _saved_inputs(ctx)
     grads = iter(_absorbed_global_rows_backward(grad_output, grad_lse, *inputs))
     local = (next(grads), next(grads))
-    return *local, *(None if tensor is None else next(grads) for tensor in inputs[:7]), *(None,) * 6
+    return *local, *(None if tensor is None else next(grads) for tensor in inputs[:7]), *(None,) * 7
 
 
 absorbed_global_rows.register_autograd(_absorbed_backward, setup_context=_setup_context)

@@ -40,6 +40,7 @@ class OperatorArguments(NamedTuple):
     span_ramp: float
     attention_mask: torch.Tensor | None
     global_mask: torch.Tensor | None
+    max_global_tokens: int | None
     is_causal: bool
     scale: float
     dropout_p: float
@@ -78,8 +79,8 @@ _ARGUMENTS = """
     Tensor query, Tensor key, Tensor value, str pattern, Tensor? key_blocks, Tensor? counts,
     Tensor? flags, SymInt query_block_size, SymInt key_block_size, str layout_window,
     str layout_pattern, Tensor? entry_bias, Tensor? span_length, float span_ramp,
-    Tensor? attention_mask, Tensor? global_mask, bool is_causal, float scale, float dropout_p,
-    Tensor? dropout_seed
+    Tensor? attention_mask, Tensor? global_mask, int? max_global_tokens, bool is_causal,
+    float scale, float dropout_p, Tensor? dropout_seed
 """
 _FORWARD = f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 _BACKWARD = (
@@ -108,6 +109,7 @@ def operator_arguments(call: AttentionCall) -> OperatorArguments:
         span_ramp=1.0 if span is None else span.ramp,
         attention_mask=call.attention_mask,
         global_mask=call.global_mask,
+        max_global_tokens=call.max_global_tokens,
         is_causal=call.is_causal,
         scale=call.scale,
         dropout_p=call.dropout_p,

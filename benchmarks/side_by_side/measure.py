@@ -51,19 +51,40 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved_medians(
-    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, float]:
     """Median seconds of every call: one round to warm up, then rounds in which each runs once.
 
     Taking turns exposes all of them to the same disturbances of the machine. Rounds of more than a
     minute are disturbed little: one is enough.
+
+    Args:
+        calls: By name.
+        device: Whose work is timed.
+        repeats: Rounds after the first.
+        on_failure: What to do with the name and the error of a call that fails, which then has no
+            median; None raises the error.
     """
-    warm_up = sum(seconds(call, device) for call in calls.values())
     samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def run_round() -> None:
+        for name in list(samples):
+            try:
+                samples[name].append(seconds(calls[name], device))
+            except Exception as error:  # whatever the code of others raises
+                if on_failure is None:
+                    raise
+                del samples[name]
+                on_failure(name, error)
+
+    run_round()
+    warm_up = sum(first for (first,) in samples.values())
     for _ in range(repeats if warm_up < 60 else 1):
-        for name, call in calls.items():
-            samples[name].append(seconds(call, device))
-    return {name: statistics.median(values) for name, values in samples.items()}
+        run_round()
+    return {name: statistics.median(values[1:]) for name, values in samples.items()}
 
 
 def peak_memory_in_child(script: str, cell: dict) -> int | None:

@@ -339,6 +339,7 @@ def test_auto_equals_the_reference_on_both_sides_of_the_crossover():
         ({"attention_mask": torch.ones(1, 8)}, "attention_mask has shape .* dtype torch.float32"),
         ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, "attention_mask has shape"),
         ({"global_mask": torch.ones(8, dtype=torch.bool)}, "global_mask has shape"),
+        ({"max_global_tokens": -1}, "max_global_tokens is -1"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
         ({"dropout_p": 0.1}, "dropout_seed is None"),
         ({"dropout_p": 0.1, "dropout_seed": torch.zeros(1)}, "dropout_seed has shape"),

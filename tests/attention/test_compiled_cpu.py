@@ -335,8 +335,8 @@ def operator_arguments(length=70, dtype=torch.float32):
     attention_mask, global_mask = masks(1, length)
     return (
         *tensors, "", layout.key_blocks, layout.counts, layout.flags, 16, 16,
-        SlidingWindow(20).spec, "", bias, span, 8.0, attention_mask, global_mask, False, 0.25, 0.1,
-        SEED,
+        SlidingWindow(20).spec, "", bias, span, 8.0, attention_mask, global_mask, None, False, 0.25,
+        0.1, SEED,
     )  # fmt: skip
 
 

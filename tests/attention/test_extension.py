@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from adaptive_longformer.attention import (
     explain_backends,
@@ -175,3 +176,18 @@ def test_a_toolkit_without_a_fitting_nvcc_is_named(tmp_path, monkeypatch):
 def test_nothing_is_built_at_import(sandbox):
     subprocess.run([sys.executable, "-c", "import adaptive_longformer.attention"], check=True)
     assert not (sandbox / "cache").exists()
+
+
+def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0, V13.0.88\n")
+    nvcc.chmod(0o700)
+    with pytest.raises(extension.ExtensionUnavailableError, match="no GPU is visible"):
+        extension._check_compilers("cuda")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    extension._check_compilers("cuda")

@@ -23,7 +23,7 @@ def test_opcheck_of_blocked_attention():
     mask = torch.rand(1, 40) > 0.2
     arguments = (
         query, key, value, "", layout.key_blocks, layout.counts, layout.flags, 16, 8,
-        layout.window.spec, layout.pattern.spec, bias, span, 5.0, mask, mask, False, 0.3, 0.1,
+        layout.window.spec, layout.pattern.spec, bias, span, 5.0, mask, mask, 40, False, 0.3, 0.1,
         torch.tensor(5),
     )  # fmt: skip
     torch.library.opcheck(blocked_attention, arguments)
@@ -34,10 +34,11 @@ def test_opcheck_of_global_rows():
     (lse,) = tensors_of((2, 2, 12))
     mask = torch.zeros(2, 12, dtype=torch.bool)
     mask[1, :2] = True
-    tail = (None, mask, False, 0.5, 0.1, torch.tensor(5))
-    torch.library.opcheck(global_rows, (output, lse, query, key, value, *tail))
     states, *parameters = tensors_of((2, 12, 8), *[(8, 8), (8,)] * 3)
-    torch.library.opcheck(absorbed_global_rows, (output, lse, states, *parameters, *tail))
+    for max_global_tokens in (None, 3):
+        tail = (None, mask, max_global_tokens, False, 0.5, 0.1, torch.tensor(5))
+        torch.library.opcheck(global_rows, (output, lse, query, key, value, *tail))
+        torch.library.opcheck(absorbed_global_rows, (output, lse, states, *parameters, *tail))
 
 
 @pytest.mark.slow

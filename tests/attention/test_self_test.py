@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from adaptive_longformer.attention import compiled, extension, flex
 from adaptive_longformer.attention.blocked import run_blocked
 from adaptive_longformer.attention.self_test import why_wrong
 
@@ -31,3 +34,26 @@ def test_missing_memory_says_nothing_of_a_kernel():
 
     with pytest.raises(torch.OutOfMemoryError):
         why_wrong("hungry", hungry, CPU, torch.float32, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("backend", "check", "arguments"),
+    [
+        (flex, "_check_on_device", (0, torch.float16, 16)),
+        (compiled, "_check_cuda_kernel", (0, torch.float16, 64, 64)),
+    ],
+    ids=["flex", "cuda"],
+)
+def test_forgetting_has_a_gpu_checked_again(monkeypatch, backend, check, arguments):
+    gpu = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=2**18)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(compiled, "why_unavailable", lambda kind: None)
+    monkeypatch.setattr(extension, "_loaded", {})
+    answers = iter(["it failed", None])
+    monkeypatch.setattr(backend, "why_wrong", lambda *_: next(answers))
+    why_not = getattr(backend, check)
+    extension.forget()
+    assert [why_not(*arguments) for _ in range(2)] == ["it failed"] * 2
+    extension.forget()
+    assert [why_not(*arguments) for _ in range(2)] == [None] * 2
+    extension.forget()

@@ -20,6 +20,7 @@
 #define SHARED_MEMORY(name) unsigned char* name = ::adaptive::emulator::block().shared
 #define UNROLL
 #define NO_UNROLL
+#define UNROLL_BY(steps) static_assert(steps > 0);
 
 namespace adaptive {
 namespace emulator {

@@ -10,11 +10,13 @@ import torch
 from emulation import CUDA_SOURCES, compile_emulated
 from test_emulated_cuda import SEED, TOLERANCE, errors, masks, random_layout
 
+from adaptive_longformer import doctor
 from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention import compiled_cuda, cuda_driver, cuda_program, extension
 from adaptive_longformer.attention.cuda_launches import KERNELS, Instance
 from adaptive_longformer.attention.cuda_program import SOURCE, CudaProgram
 from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernel_route import KernelRoute, kernel_route
 from adaptive_longformer.attention.nvrtc import Nvrtc, find_nvrtc
 
 # Every value of a parameter occurs with both architectures.
@@ -143,14 +145,19 @@ def test_only_the_nvrtc_of_torchs_version_of_cuda_is_taken(imitation, tmp_path, 
         find_nvrtc("98.0")
 
 
-def test_nvrtc_stands_in_for_nvcc_and_both_reasons_are_told(imitation, monkeypatch, caplog):
-    def no_nvcc(kind, mode):
+def take_nvcc_away(monkeypatch):
+    def no_nvcc(kind):
         raise ExtensionUnavailableError("no nvcc: it was not found")
 
-    monkeypatch.setattr(extension, "_load_built", no_nvcc)
+    monkeypatch.setattr(extension, "_check_compilers", no_nvcc)
+    monkeypatch.setattr(extension, "is_built", lambda kind: False)
     monkeypatch.setattr(extension, "_loaded", {})
     monkeypatch.setattr(torch.version, "cuda", "98.0")
     monkeypatch.delenv("ADAPTIVE_LONGFORMER_KERNELS", raising=False)
+
+
+def test_nvrtc_stands_in_for_nvcc_and_both_reasons_are_told(imitation, monkeypatch, caplog):
+    take_nvcc_away(monkeypatch)
     reason = extension.why_unavailable("cuda") or ""
     assert "no nvcc: it was not found; no NVRTC: libnvrtc.so.98 was not found" in reason
     assert len(caplog.records) == 1 and reason in caplog.text
@@ -163,10 +170,61 @@ def test_nvrtc_stands_in_for_nvcc_and_both_reasons_are_told(imitation, monkeypat
     assert len(caplog.records) == 1
 
 
-def test_build_kernels_compiles_every_instance(make_program, monkeypatch, capsys):
+def test_a_build_by_nvcc_that_fails_leaves_it_to_nvrtc(make_program, monkeypatch):
     program = make_program()
+    take_nvcc_away(monkeypatch)
+
+    def failed_build(kind):
+        raise ExtensionUnavailableError("the build failed")
+
+    monkeypatch.setattr(extension, "_check_compilers", lambda kind: None)
+    monkeypatch.setattr(extension, "_load_built", failed_build)
+    monkeypatch.setattr(extension, "cuda_program", lambda: program)
+    assert kernel_route("cuda").compiler == "nvcc"
+    assert extension.kernel_library("cuda") is program
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert kernel_route("cuda").compiler == "NVRTC"
+
+
+def test_the_route_is_known_before_anything_is_compiled(
+    make_program, imitation, tmp_path, monkeypatch
+):
+    folder, before = make_program().folder, count_compilations(imitation)
+    take_nvcc_away(monkeypatch)
+    monkeypatch.setenv("ADAPTIVE_LONGFORMER_CACHE", str(tmp_path / "cache"))
+    nvrtc = Nvrtc(ctypes.CDLL(str(imitation)), "imitation")
+    monkeypatch.setattr(extension, "find_nvrtc", lambda version: nvrtc)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ExtensionUnavailableError, match="no GPU is visible"):
+        kernel_route("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    num_instances = len(compiled_cuda.INSTANCES)
+    assert kernel_route("cuda") == KernelRoute("NVRTC", folder, 0, num_instances)
+    assert count_compilations(imitation) == before and extension._loaded == {}
+
+
+def test_doctor_says_what_of_nvrtc_is_in_the_cache(make_program, monkeypatch):
+    program, instances = make_program(), compiled_cuda.INSTANCES
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for built, state in (
+        ([], "not in the cache yet"),
+        (instances[:3], f"3 of {len(instances)} in the cache"),
+        (instances, "in the cache"),
+    ):
+        program.build(built, ["sm_90"])
+        assert doctor._kernels("cuda") == f"by NVRTC, {state} ({program.folder})"
+    program.folder.chmod(0o777)
+    assert "none: every user can write to" in doctor._kernels("cuda")
+
+
+def test_build_kernels_compiles_every_instance(make_program, imitation, monkeypatch, capsys):
+    program, before = make_program(), count_compilations(imitation)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(["build-kernels", "cuda"]) == 0
-    assert str(program.folder) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cuda: NVRTC compiles" in printed and "cuda: built by NVRTC in" in printed
+    assert str(program.folder) in printed
     assert len(list(program.folder.glob("*.json"))) == len(compiled_cuda.INSTANCES)
+    assert main(["build-kernels", "cuda"]) == 0
+    assert capsys.readouterr().out == f"cuda: already in {program.folder} (by NVRTC)\n"
+    assert count_compilations(imitation) == before + len(compiled_cuda.INSTANCES)

@@ -135,8 +135,7 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
       float weights[CHUNK / 8][4], grads[CHUNK / 8][4];
       set_zero(weights);
       set_zero(grads);
-      multiply_transposed<TYPE, D, CHUNK>(weights, key_tile, warp * 16, query_tile, lane);
-      multiply_transposed<TYPE, D, CHUNK>(grads, value_tile, warp * 16, grad_tile, lane);
+      multiply_transposed<TYPE, D, CHUNK>(weights, key_tile, query_tile, grads, value_tile, grad_tile, warp * 16, lane);
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
         UNROLL for (int j = 0; j < 4; j++)
           weights[n][j] = weights[n][j] * (arguments.scale * LOG2_E) + mask.bias;
@@ -313,8 +312,7 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
       float scores[CHUNK / 8][4], grads[CHUNK / 8][4];
       set_zero(scores);
       set_zero(grads);
-      multiply_transposed<TYPE, D, CHUNK>(scores, query_tile, warp * 16, key_tile, lane);
-      multiply_transposed<TYPE, D, CHUNK>(grads, grad_tile, warp * 16, value_tile, lane);
+      multiply_transposed<TYPE, D, CHUNK>(scores, query_tile, key_tile, grads, grad_tile, value_tile, warp * 16, lane);
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
         UNROLL for (int j = 0; j < 4; j++) scores[n][j] = scores[n][j] * scale + mask.bias;
       if (mask.has_span) {

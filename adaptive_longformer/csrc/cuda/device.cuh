@@ -22,6 +22,8 @@ enum ElementType { BFLOAT16 = 1, FLOAT16 = 2 };
 #define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(steps) PRAGMA(unroll steps)
 #define NO_UNROLL _Pragma("unroll 1")
 
 namespace adaptive {

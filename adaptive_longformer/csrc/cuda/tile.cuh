@@ -182,17 +182,27 @@ DEVICE void load_queries(Half* tile, const RowTensor& source, const Arguments& a
   }
 }
 
-// c[16 x COLUMNS] += a b^T: 16 rows of a from first_row on, COLUMNS rows of b, both of D elements.
+// c[16 x COLUMNS] += a b^T and d[16 x COLUMNS] += e f^T: 16 rows of a and e from first_row on, COLUMNS rows of b and f,
+// all of D elements. In one walk, so that either product has something to do while the other's operands are loaded.
 template <int TYPE, int D, int COLUMNS>
-DEVICE void multiply_transposed(float (&c)[COLUMNS / 8][4], const Half* a, int first_row, const Half* b, int lane) {
-  UNROLL for (int k = 0; k < D / 16; k++) {
-    Word a_part[4];
-    load_matrices(a_part, a + swizzled<D>(first_row + lane % 16, k * 2 + lane / 16));
+DEVICE void multiply_transposed(float (&c)[COLUMNS / 8][4], const Half* a, const Half* b, float (&d)[COLUMNS / 8][4],
+                                const Half* e, const Half* f, int first_row, int lane) {
+  // All 8 steps of D = 128 at once would need more registers than there are.
+  constexpr int STEPS = D == 128 ? 4 : D / 16;
+  UNROLL_BY(STEPS) for (int k = 0; k < D / 16; k++) {
+    const int left = swizzled<D>(first_row + lane % 16, k * 2 + lane / 16);
+    Word a_part[4], e_part[4];
+    load_matrices(a_part, a + left);
+    load_matrices(e_part, e + left);
     UNROLL for (int n = 0; n < COLUMNS / 16; n++) {
-      Word b_part[4];
-      load_matrices(b_part, b + swizzled<D>(n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+      const int right = swizzled<D>(n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2);
+      Word b_part[4], f_part[4];
+      load_matrices(b_part, b + right);
+      load_matrices(f_part, f + right);
       multiply_accumulate<TYPE>(c[n * 2], a_part, b_part);
       multiply_accumulate<TYPE>(c[n * 2 + 1], a_part, b_part + 2);
+      multiply_accumulate<TYPE>(d[n * 2], e_part, f_part);
+      multiply_accumulate<TYPE>(d[n * 2 + 1], e_part, f_part + 2);
     }
   }
 }

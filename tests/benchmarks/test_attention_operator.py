@@ -1,0 +1,104 @@
+"""The benchmark of the operator counts the right tiles and survives a contestant that fails."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("attention_operator")
+
+
+@pytest.fixture
+def settings():
+    return argparse.Namespace(
+        device="cpu", kind="cpu", dtype="float32", heads=1, head_dim=8, lengths=[2048],
+        dropout=[0.0], repeats=1, names=["blocked", "flex-compiled", "sdpa"], no_memory=True,
+    )  # fmt: skip
+
+
+def test_a_contestant_that_fails_is_named_and_the_others_go_on(
+    benchmark, settings, monkeypatch, capsys
+):
+    original, calls = benchmark.make_attention, []
+
+    def make_attention(name, layout, dropout):
+        if name == "sdpa":
+            return original(name, layout, dropout)
+        if name == "flex-compiled":
+            raise ValueError("no kernel\nfor these tiles")
+
+        def fails_later(query, key, value):
+            calls.append(name)
+            if len(calls) > 1:
+                raise RuntimeError("no memory")
+            return query
+
+        return fails_later
+
+    monkeypatch.setattr(benchmark, "make_attention", make_attention)
+    cells = benchmark.time_cells(settings, (benchmark.FORWARD,), {})
+    found = {cell["name"]: cell for cell in cells}
+    assert found["sdpa"]["seconds"] > 0 and "why_not" not in found["sdpa"]
+    assert found["flex-compiled"]["why_not"] == "ValueError: no kernel"
+    assert found["blocked"]["why_not"] == "RuntimeError: no memory" and len(calls) == 2
+    printed = capsys.readouterr().out
+    assert "flex-compiled failed at" in printed and "blocked failed at" in printed
+    assert "RuntimeError: no memory (length 2048)" in benchmark.notes(cells)
+
+
+def test_a_wrong_backend_is_named_and_not_timed(benchmark, settings, monkeypatch, capsys):
+    original = benchmark.sparse_attention
+
+    def wrong(query, *arguments, backend, **options):
+        output = original(query, *arguments, backend="blocked", **options)
+        return output * 1.1 if backend == "blocked" else output
+
+    monkeypatch.setattr(benchmark, "OURS", {"cpu": ("blocked",)})
+    monkeypatch.setattr(benchmark, "sparse_attention", wrong)
+    problems = benchmark.verify(settings)
+    assert "it is wrong by 1.0e-01" in problems["blocked"]
+    assert "FAIL blocked" in capsys.readouterr().out
+    settings.names = ["blocked"]
+    (cell,) = benchmark.time_cells(settings, (benchmark.FORWARD,), problems)
+    assert cell["why_not"] == problems["blocked"]
+
+
+def test_memory_that_cannot_be_measured_is_told(benchmark, settings, monkeypatch, capsys):
+    def fails(script, cell):
+        raise RuntimeError("memory cell failed: out of memory")
+
+    monkeypatch.setattr(benchmark, "peak_memory_in_child", fails)
+    assert benchmark.peak_memory({"name": "sdpa"}, settings) is None
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_tiles_of_flex_attention_are_those_that_its_block_mask_lists(benchmark, monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    layout = benchmark.routed_layout(2048, torch.device("cpu"))
+    # The benchmark raises it for good.
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    made = []
+    create = flex_attention.create_block_mask
+
+    def create_uncompiled(*arguments, _compile, **options):
+        made.append(create(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(flex_attention, "create_block_mask", create_uncompiled)
+    benchmark.flex_attention_of(layout)
+    (mask,) = made
+    assert mask.BLOCK_SIZE == (128, 128)
+    listed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    assert benchmark.executed_tiles(benchmark.FLEX, layout, 3) == 3 * 4 * listed
+    # Smaller tiles than FlexAttention's hold less that nobody reads.
+    assert benchmark.executed_tiles("cuda", layout, 3) < 3 * 4 * listed

@@ -1,0 +1,144 @@
+"""With `max_global_tokens` no call waits for the device, so that CUDA graphs can hold it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_emulated_cuda import SEED, masks, random_layout
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptive_longformer.attention import (
+    AttentionSpan,
+    GlobalProjections,
+    compiled,
+    compiled_cuda,
+    sparse_attention,
+)
+from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.patterns import SlidingWindow, block_layout
+
+# What reads a value back from the device, copies one there, or gives a size that depends on values.
+WAITING = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "argwhere",
+    "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "lift_fresh",
+}  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at what would wait for a GPU, also inside of our own operators."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == "adaptive_longformer":
+            with self:
+                return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
+        name = function._schema.name.removeprefix("aten::")
+        assert name.rstrip("_") not in WAITING, f"{function} waits for the device"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert all(index is None or index.dtype == torch.int64 for index in args[1])
+        assert name != "repeat_interleave" or "output_size" in kwargs
+        return function(*args, **kwargs)
+
+
+def global_projections(batch, length, size, dtype):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(batch, length, size), *[(size, size), (size,)] * 3]
+    tensors = [torch.randn(*shape, generator=generator) / size**0.5 for shape in shapes]
+    return GlobalProjections(*(tensor.to(dtype).requires_grad_() for tensor in tensors))
+
+
+def run_call(max_global_tokens, global_qkv):
+    """Output, LSE and all gradients of a call with everything in it, by the CUDA kernels."""
+    length, heads = 100, 1
+    layout = random_layout(length)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(2, heads, length, 32, generator=generator).bfloat16().requires_grad_()
+        for _ in range(3)
+    ]
+    bias = torch.randn(1, heads, *layout.key_blocks.shape[2:], generator=generator)
+    span = torch.tensor([20.0])
+    options = {
+        "entry_bias": bias.requires_grad_(),
+        "span": AttentionSpan(span.requires_grad_(), 9.5),
+        "dropout_p": 0.2,
+        "dropout_seed": SEED,
+        **masks(length, 2),
+    }
+    leaves += [bias, span]
+    if global_qkv == "absorbed":
+        options["global_qkv"] = global_projections(2, length, 32 * heads, torch.bfloat16)
+        leaves += options["global_qkv"]
+    call = make_call(*leaves[:3], layout, **options)
+    call = replace(call, max_global_tokens=max_global_tokens)
+    upstream = torch.ones(2, heads, length, 32, dtype=torch.bfloat16)
+    with NoWaiting():
+        output, lse = compiled.run_compiled(call)
+        grads = torch.autograd.grad(output, leaves, upstream)
+    return [output, lse, *grads]
+
+
+@pytest.mark.parametrize("global_qkv", [None, "absorbed"])
+def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch, global_qkv):
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    assert all(tensor.isfinite().all() for tensor in run_call(8, global_qkv)[2:])
+    with pytest.raises(AssertionError, match="waits for the device"):
+        run_call(None, global_qkv)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+@pytest.mark.parametrize("has_layout", [False, True], ids=["pattern", "layout"])
+@pytest.mark.parametrize("global_qkv", [None, "absorbed"])
+def test_a_cuda_graph_replays_what_is_computed_without_it(global_qkv, has_layout):
+    batch, heads, length, head_dim = 2, 2, 1000, 64
+    shape, size = (batch, length, heads, head_dim), heads * head_dim
+    pattern = SlidingWindow(128)
+    if has_layout:
+        pattern = block_layout(pattern, length, device="cuda")
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    ]
+    upstream = torch.randn_like(leaves[0])
+    position = torch.arange(length, device="cuda").expand(batch, -1)
+    attention_mask = position < length - 100
+    global_mask = position == 0
+    seed = torch.tensor(7, device="cuda")
+    options = {
+        "attention_mask": attention_mask, "global_mask": global_mask, "max_global_tokens": 4,
+        "dropout_p": 0.1, "dropout_seed": seed, "backend": "cuda",
+    }  # fmt: skip
+    if global_qkv == "absorbed":
+        projections = global_projections(batch, length, size, torch.bfloat16)
+        moved = [tensor.detach().cuda().requires_grad_() for tensor in projections]
+        options["global_qkv"] = GlobalProjections(*moved)
+        leaves += moved
+
+    def step():
+        output = sparse_attention(*leaves[:3], pattern, **options)
+        return [output, *torch.autograd.grad(output, leaves, upstream)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for number_of_global_tokens in (1, 3, 0):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_(std=0.5)
+            global_mask.copy_(position % 50 == 7)
+            global_mask.logical_and_(position < 50 * number_of_global_tokens)
+            attention_mask.copy_(position < length - 10 * number_of_global_tokens)
+            seed.add_(1)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
+            assert torch.equal(actual, expected), f"result {index} with {number_of_global_tokens}"
