@@ -9,7 +9,6 @@ from adaptive_longformer.modeling.adaptive import (
     BUDGET_RAMP,
     AdaptiveSelection,
     SelectionState,
-    density_loss,
     selections,
     set_selection_strength,
 )
@@ -19,6 +18,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.modeling.selection_losses import density_loss
 from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_the_weights_at_and_beside_the_kinks(budget, span
 
     def loss():
         _, reads = part(query, key, state=state)
-        layout, bias, attention_span = reads
+        layout, bias, attention_span, _ = reads
         output = sparse_attention(
             query, key, value, layout, entry_bias=bias, span=attention_span, backend="blocked"
         )
@@ -425,7 +425,7 @@ def test_a_calibrated_window_ends_where_it_says_and_leaves_the_list(budget):
     part = tiny_selection(head_budgets=[[budget] * 2] * 2, head_windows=[[0, 4]] * 2)
     query, key = torch.randn(2, 1, 2, 60, 4, dtype=torch.float64)
     with torch.no_grad():
-        _, (layout, entry_bias, span) = part(query, key)
+        _, (layout, entry_bias, span, _) = part(query, key)
     assert part.window_limit().tolist() == [0, 4]
     near = ((layout.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)
     assert near[0].tolist() == [[1] * 8, [2] + [3] * 6 + [2]]
