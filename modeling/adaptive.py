@@ -133,6 +133,8 @@ class AdaptiveSelection(nn.Module):
     head_windows: torch.Tensor
     price: torch.Tensor
     router_step: torch.Tensor
+    router_query: nn.Parameter | None
+    router_key: nn.Parameter | None
 
     def __init__(
         self,
@@ -157,10 +159,11 @@ class AdaptiveSelection(nn.Module):
             self.global_direction = nn.Parameter(torch.zeros(heads, config.hidden_size // heads))
         else:
             self.register_parameter("global_direction", None)
-        shape = (heads, config.router_rank, config.hidden_size // heads)
-        for name in ("router_query", "router_key"):
-            parameter = nn.Parameter(torch.zeros(shape)) if config.router_rank else None
-            self.register_parameter(name, parameter)
+        self.router_query = self.router_key = None
+        if config.router_rank:
+            shape = (heads, config.router_rank, config.hidden_size // heads)
+            self.router_query = nn.Parameter(torch.zeros(shape))
+            self.router_key = nn.Parameter(torch.zeros(shape))
         self.register_buffer("strength", torch.zeros(()))
         self.register_buffer("top_p", torch.ones(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
@@ -178,7 +181,7 @@ class AdaptiveSelection(nn.Module):
             init.ones_(parameter)
         if self.global_direction is not None:
             init.zeros_(self.global_direction)
-        if self.router_query is not None:
+        if self.router_query is not None and self.router_key is not None:
             # One factor at 0 makes every score 0, and leaves the other one a gradient.
             init.normal_(self.router_query, std=self.router_query.shape[-1] ** -0.5)
             init.zeros_(self.router_key)
@@ -376,7 +379,7 @@ class AdaptiveSelection(nn.Module):
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
     ) -> ResidualScores | None:
-        if self.router_query is None:
+        if self.router_query is None or self.router_key is None:
             return None
         return residual_scores(
             query,

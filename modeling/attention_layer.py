@@ -124,7 +124,7 @@ class AdaptiveSparseAttention(nn.Module):
             "dropout_p": dropout_p,
             "dropout_seed": random_seed(query.device) if dropout_p else None,
         }
-        context = sparse_attention(
+        attended = sparse_attention(
             query,
             key,
             value,
@@ -134,13 +134,16 @@ class AdaptiveSparseAttention(nn.Module):
             **dropout,
             **where,
         )
-        tail_share = None
         masks = {"attention_mask": attention_mask, "global_mask": global_mask, "scale": self.scale}
-        if reads.tail is not None:
+        tail_share = None
+        if reads.tail is None:
+            assert isinstance(attended, torch.Tensor)  # return_lse=False
+            context = attended
+        else:
+            context, lse = attended
             context, tail_share = add_coarse_tail(
-                *context, query, key, value, reads.tail, **masks, **dropout
+                context, lse, query, key, value, reads.tail, **masks, **dropout
             )
-        assert isinstance(context, torch.Tensor)
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
