@@ -284,7 +284,7 @@ class AdaptiveSelection(nn.Module):
         )
         tail = None
         if self.config.coarse_tail:
-            tail = self._coarse_tail(selected, length, attention_mask)
+            tail = self._coarse_tail(read, length, attention_mask)
         return query, Reads(layout, self._entry_bias(selected, slots, residual), span, tail)
 
     def choose_next(
@@ -435,20 +435,16 @@ class AdaptiveSelection(nn.Module):
         return router_divergence(targets, self.router_query, self.router_key, self.global_direction)
 
     def _coarse_tail(
-        self, selected: SelectedBlocks, length: int, attention_mask: torch.Tensor | None
+        self, read: SelectedBlocks, length: int, attention_mask: torch.Tensor | None
     ) -> CoarseTail:
+        """The tail of what a layer reads as `read` says."""
+        options, limit = self.options, self.rank_limit()
+        nodes = coarse_tail_nodes(
+            read, self.window, length, options, rank_limit=limit, attention_mask=attention_mask
+        )
         is_open = (self.gate > 0) & (self.strength > 0)
-        shared_open = selected.global_open & is_open[:, None, None]
-        options = self.options
         return CoarseTail(
-            coarse_tail_nodes(
-                selected._replace(global_open=shared_open),
-                self.window,
-                length,
-                options,
-                rank_limit=self.rank_limit(),
-                attention_mask=attention_mask,
-            ),
+            nodes,
             self._head_bias().masked_fill(~is_open, -torch.inf),
             options.block_size,
             options.query_block_size,
