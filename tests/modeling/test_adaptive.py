@@ -48,7 +48,10 @@ def operations_of(model, inputs):
 def test_without_strength_it_is_the_source_bit_for_bit(length, separate, tmp_path):
     source = tiny_model(separate_global_projections=separate)
     source.save_pretrained(tmp_path)
-    model = AdaptiveSparseModel.from_pretrained(tmp_path, attention_pattern="adaptive").eval()
+    parts = {"router_rank": 2, "coarse_tail": True} if separate else {}
+    model = AdaptiveSparseModel.from_pretrained(
+        tmp_path, attention_pattern="adaptive", **parts
+    ).eval()
     source = AdaptiveSparseModel.from_pretrained(tmp_path).eval()
     inputs = tiny_inputs(source, length, padding="left" if length == 70 else "right")
     assert torch.equal(hidden_states_of(model, inputs), hidden_states_of(source, inputs))
