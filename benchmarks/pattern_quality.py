@@ -4,7 +4,7 @@
     python benchmarks/pattern_quality.py --preset full    # an hour or two on two cores
     python benchmarks/pattern_quality.py --preset gpu     # longer documents, a wider model
 
-A small model learns two tasks (see quality/tasks.py) with a window and the classification token, on
+A small model learns to recall (see quality/tasks.py) with a window and the classification token, on
 documents where everything that matters is near. That checkpoint is then taken over by every
 pattern, by its configuration alone, and asked about what is far: at once, and after the same short
 fine-tuning for all. Every number is the accuracy on documents that no training has seen.
@@ -13,6 +13,7 @@ Finished cells are lines of `pattern_quality.jsonl`; a run that was interrupted 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from quality.summary import write_summary
-from quality.tasks import TASKS
+from quality.tasks import TASKS, pretraining_of
 from quality.training import (
     accuracy,
     finetune,
@@ -56,13 +57,20 @@ PRESETS = {
         "patterns": FEW_PATTERNS,
         "parts": ["patterns"],
     },
-    "full": {"length": 1024, "tasks": TASKS, "seeds": [0, 1, 2]},
-    "gpu": {"length": 4096, "tasks": TASKS, "seeds": [0, 1, 2], "hidden_size": 256, "heads": 4},
+    "full": {"length": 1024, "seeds": [0, 1, 2]},
+    "gpu": {"length": 4096, "seeds": [0, 1, 2], "hidden_size": 256, "heads": 4},
 }
-PARTS = ("patterns", "ablations", "keys", "learned budgets")
+# What is run, and on which tasks.
+PARTS = {
+    "patterns": ("recall", "needles", "pairs", "bytes"),
+    "ablations": ("recall",),
+    "keys": ("recall",),
+    "learned budgets": ("recall", "nearby"),
+}
 DEFAULTS = {
     "patterns": tuple(PATTERNS),
-    "parts": PARTS,
+    "parts": tuple(PARTS),
+    "tasks": TASKS,
     "pretraining_steps": 300,
     "steps": 100,
     "hidden_size": 64,
@@ -74,7 +82,7 @@ STRENGTHS = (0.0, 0.01, 0.1, 0.3, 1.0)
 # Looked at more closely: at every length, and "adaptive" at every strength too.
 STUDIED = ("adaptive", "random_selection", "longformer")
 LENGTHS = (512, 1024, 2048)
-TARGET_DENSITY = 0.5
+TARGET_DENSITY = 0.35
 LEARNED = ("gate", "budget", "span")
 
 
@@ -104,16 +112,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def pretrained(args: argparse.Namespace, seed: int) -> Path:
+def pretrained(args: argparse.Namespace, task: str, seed: int) -> Path:
     """The folder of the model that a seed's variants start from; trains it if need be."""
+    pretraining = pretraining_of(task)
     name = (
-        f"{args.hidden_size}x{args.heads}-{args.pretraining_steps}-steps-of-"
+        f"{pretraining}-{args.hidden_size}x{args.heads}-{args.pretraining_steps}-steps-of-"
         f"{args.batch_size * args.length}-tokens-seed-{seed}"
     )
     folder = Path(args.results) / "pretrained" / name
     if folder.exists():
         return folder
-    print(f"seed {seed}: learning from what is near", file=sys.stderr)
+    print(f"seed {seed}: learning {pretraining} from what is near", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent)
     sizes = {
@@ -121,9 +130,10 @@ def pretrained(args: argparse.Namespace, seed: int) -> Path:
         "num_attention_heads": args.heads,
         "intermediate_size": 2 * args.hidden_size,
     }
-    model = new_model(seed, **sizes).to(args.device)
+    model = new_model(pretraining, seed, **sizes).to(args.device)
     pretrain(
         model,
+        pretraining,
         Path(scratch),
         steps=args.pretraining_steps,
         batch_size=args.batch_size,
@@ -143,7 +153,7 @@ def measure_variant(
     """Accuracy at once and after fine-tuning, keys per query, and what the selection finds."""
     where = {"length": args.length, "seed": seed}
     documents = {"num_documents": args.documents, "seed": seed}
-    model = load_variant(pretrained(args, seed), variant).to(args.device)
+    model = load_variant(pretrained(args, task, seed), variant).to(args.device)
     cell = {"zero_shot": accuracy(model, task, length=args.length, **documents)}
     begin = time.perf_counter()
     finetune(
@@ -191,16 +201,16 @@ def learn_budgets(args: argparse.Namespace, task: str, seed: int) -> dict:
     where = {"length": args.length, "seed": seed}
     documents = {**where, "num_documents": args.documents}
     model = load_variant(
-        pretrained(args, seed), PATTERNS["adaptive"], target_density=TARGET_DENSITY
+        pretrained(args, task, seed), PATTERNS["adaptive"], target_density=TARGET_DENSITY
     ).to(args.device)
     finetune(model, task, steps=args.steps, batch_size=args.batch_size, **where)
     parts = selections(model)
     cell = {
-        name: [getattr(part, name).detach().clamp(min=0.0).tolist() for part in parts]
-        for name in LEARNED
+        "target_density": TARGET_DENSITY,
+        "density": sum(part.density().item() for part in parts) / len(parts),
+        "most": [model.config.num_selected_blocks, parts[0].window.left],
+        "finetuned": accuracy(model, task, **documents),
     }
-    cell["density"] = sum(float(part.density()) for part in parts) / len(parts)
-    cell["finetuned"] = accuracy(model, task, **documents)
     learned = torch.stack(
         [torch.stack([getattr(part, name).detach() for part in parts]) for name in LEARNED]
     )  # [3, layers, heads]
@@ -208,8 +218,7 @@ def learn_budgets(args: argparse.Namespace, task: str, seed: int) -> dict:
     cell["shuffled"] = accuracy(model, task, **documents)
     _set_learned(parts, learned)
     calibration = calibrate(model, [study_inputs(model, task, **where)])
-    cell["keys_per_query"] = calibration.keys_per_query
-    cell["full_keys_per_query"] = calibration.full_keys_per_query
+    cell |= dataclasses.asdict(calibration)
     cell["calibrated"] = accuracy(model, task, **documents)
     return cell
 
@@ -230,7 +239,7 @@ def cells_to_run(args: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], 
     }
     for seed in args.seeds:
         for part in args.parts:
-            for task in args.tasks:
+            for task in (task for task in PARTS[part] if task in args.tasks):
                 where = {"part": part, "task": task, "seed": seed}
                 if part == "learned budgets":
                     yield where, lambda task=task, seed=seed: learn_budgets(args, task, seed)
@@ -299,11 +308,12 @@ def main() -> int:
 
 def _one_line(cell: dict) -> str:
     name = cell.get("variant", cell["part"])
-    after, before = cell["finetuned"], cell.get("zero_shot", {"near": 0.0, "far": 0.0})
-    return (
-        f"seed {cell['seed']} {cell['task']:>6} {name:<32} at once {before['near']:.2f} near "
-        f"{before['far']:.2f} far, fine-tuned {after['near']:.2f} near {after['far']:.2f} far"
-    )
+    line = f"seed {cell['seed']} {cell['task']:>6} {name:<32}"
+    for when, said in (("zero_shot", "at once"), ("finetuned", "fine-tuned")):
+        for where, value in cell.get(when, {}).items():
+            if value is not None and where in ("near", "far"):
+                line += f" {said} {value:.2f} {where}"
+    return line
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         coarse_tail: whether queries also read the mean key and the mean value of every run of
             blocks that nobody chose. For encoders only.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
-            that training should leave to a query; None: budgets and windows are not pressed.
+            that training should leave to a query, at least 2 keys; None: budgets and windows are
+            not pressed.
         head_budgets: for every layer the number of blocks that each head may choose, as written by
             `calibrate`; None: `num_selected_blocks`.
         head_windows: for every layer the number of tokens to either side that each head may see, as
@@ -445,6 +446,13 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                 f"num_selected_blocks is {self.num_selected_blocks}, at most {num_blocks} is "
                 f"allowed: the longest document of {self.max_sequence_length} tokens has no more "
                 f"blocks of {self.block_size}"
+            )
+        narrowest = min(_of_layer(self.attention_window, i) for i in range(self.num_hidden_layers))
+        full_budget = self.num_selected_blocks * self.block_size + narrowest
+        if self.target_density is not None and self.target_density * full_budget < 2:
+            raise ValueError(
+                f"target_density is {self.target_density}, at least {2 / full_budget:.2g} can be "
+                f"reached: 2 of the {full_budget} keys of the full budget"
             )
         dilations = self.attention_dilation
         if any(d != 1 for d in (dilations if isinstance(dilations, list) else [dilations])):

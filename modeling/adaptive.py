@@ -465,17 +465,21 @@ class AdaptiveSelection(nn.Module):
             return (reach.ceil() - 1).clamp(max=self.window.left).long()
 
     def density(self) -> torch.Tensor:
-        """The share of the keys of the full budget that a query may read, mean over heads.
+        """About the share of the keys of the full budget with a weight above 0, mean over heads.
 
-        A gate counts like a smaller budget, so that closing a head is a way to save as well.
+        1 where all are read, 0 where none is, linear in budgets and windows in between. A gate
+        makes a head's blocks weaker, not fewer, unless it closes.
         """
         assert self.window.right is not None
+        radius = self.window.left
         window = float(self.window.left + self.window.right)
         blocks = float(self.options.num_blocks * self.options.block_size)
-        gate, budget, span = (
-            parameter.clamp(min=0.0) for parameter in (self.gate, self.budget, self.span)
-        )
-        return ((gate * budget * blocks + span * window) / (blocks + window)).mean()
+        # Of the blocks at the end of a list, BUDGET_RAMP - 1 have less than their full weight.
+        ramp = (BUDGET_RAMP - 1.0) / self.options.num_blocks
+        blocks_left = ((self.budget + ramp) / (1.0 + ramp)).clamp(min=0.0) * (self.gate > 0)
+        ramp = WINDOW_RAMP / radius
+        window_left = ((self.span + ramp) / (1.0 + ramp)).clamp(min=1.0 / (radius + WINDOW_RAMP))
+        return ((blocks_left * blocks + window_left * window) / (blocks + window)).mean()
 
     def _rank_weight(self, num_blocks: int) -> torch.Tensor:
         """The budget's weight of the best, second best, ... block: [heads, num_blocks]."""
@@ -522,10 +526,10 @@ class AdaptiveSelection(nn.Module):
     def _span_length(self) -> torch.Tensor:
         """How many tokens to either side each head sees with its full weight: [heads].
 
-        Below 0 where a calibrated window is shorter than the ramp: it ends where it says.
+        Below 0 where a window is shorter than the ramp; a token always sees itself.
         """
         radius = self.window.left
-        length = self.span.clamp(min=0.0) * radius
+        length = (self.span * radius).clamp(min=1.0 - WINDOW_RAMP)
         # No weight is left one token beyond the calibrated window.
         longest = (self.head_windows + 1 - WINDOW_RAMP).to(length.dtype)
         is_open = (self.head_windows >= radius) | (length <= longest)

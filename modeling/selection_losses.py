@@ -12,10 +12,11 @@ PRICE_STEP = 0.01
 def density_loss(model: nn.Module, target: float) -> torch.Tensor:
     """What is added to a loss so that training ends at a density of `target`.
 
-    strength * max(0, price + excess) * excess for an excess of density - target, with gradients of
-    the last factor only (augmented Lagrangian). The price rises while the density is above the
-    target and falls, to 0 at the least, below it (dual ascent); every call in training mode moves
-    it. The strength lets the task be heard before anything is pruned.
+    strength * (price + excess) * excess for an excess of density - target, with gradients of the
+    last factor only (augmented Lagrangian); 0 below the target, where nothing need be pressed. The
+    price rises while the density is above the target and falls, to 0 at the least, below it (dual
+    ascent); every call in training mode moves it. The strength lets the task be heard before
+    anything is pruned.
 
     Args:
         model: a model with adaptive layers.
@@ -30,7 +31,7 @@ def density_loss(model: nn.Module, target: float) -> torch.Tensor:
             moved = (price + PRICE_STEP * parts[0].strength * excess).clamp(min=0.0)
             for part in parts:
                 part.price.copy_(moved)
-    return parts[0].strength.clone() * (price + excess.detach()).clamp(min=0.0) * excess
+    return parts[0].strength.clone() * (price + excess.detach()) * excess.clamp(min=0.0)
 
 
 def router_loss(model: nn.Module) -> torch.Tensor:

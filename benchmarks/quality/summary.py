@@ -1,6 +1,7 @@
 """A Markdown table with paired differences, and the figures."""
 
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from quality.tasks import CHANCE
 
 RESAMPLES = 10_000
 REFERENCE = "adaptive"
+WHERE = ("near", "far")
+LIMITS = ("head_budgets", "head_windows")
 
 
 def write_summary(folder: Path, name: str, cells: list[dict]) -> str:
@@ -32,8 +35,9 @@ def _head(cells: list[dict]) -> str:
     return (
         f"{settings['length']} tokens per document; {settings['pretraining_steps']} steps of "
         f"pretraining on what is near, {settings['steps']} steps of fine-tuning for every row; "
-        f"accuracy, mean over seeds; chance: {CHANCE:.3f}. Difference: to `{REFERENCE}` with the "
-        "same seed, fine-tuned, on what is far, with the 95 % bootstrap interval over the seeds. "
+        "accuracy, and bits per answer after fine-tuning, mean over seeds. Difference: to "
+        f"`{REFERENCE}` with the same seed, fine-tuned, on what is far, with the 95 % bootstrap "
+        "interval over the seeds. "
         f"{about['device']}, torch {about['torch']}."
     )
 
@@ -52,11 +56,12 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
     seeds = len({cell["seed"] for cell in cells})
     lines = [
         "",
-        f"### {cells[0]['part'].capitalize()}: {cells[0]['task']}, {seeds} seed(s)",
+        f"### {cells[0]['part'].capitalize()}: {cells[0]['task']}, {seeds} seed(s), "
+        f"chance {CHANCE[cells[0]['task']]:.3f}",
         "",
         "| | keys per query | at once: near | far | fine-tuned: near | far | difference |"
-        " router recall |",
-        "|---|---|---|---|---|---|---|---|",
+        " router recall | bits, near | bits, far |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in by_name.items():
         keys = group[0]["keys_per_query"]
@@ -68,11 +73,12 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
             f"`{name}`" if cells[0]["part"] == "patterns" else name,
             "-" if keys is None else f"{statistics.mean(c['keys_per_query'] for c in group):.0f}",
             *(
-                f"{statistics.mean(cell[when][where] for cell in group):.3f}"
-                for when, where in itertools.product(("zero_shot", "finetuned"), ("near", "far"))
+                _mean([cell[when][where] for cell in group])
+                for when, where in itertools.product(("zero_shot", "finetuned"), WHERE)
             ),
             _interval(pairs) if name != REFERENCE and pairs else "",
             f"{statistics.mean(recalls):.2f}" if recalls else "",
+            *(_mean([c["finetuned"].get(f"{where}_bits") for c in group]) for where in WHERE),
         ]
         lines.append("| " + " | ".join(row) + " |")
     return lines
@@ -80,6 +86,11 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
 
 def _far(cell: dict) -> float:
     return cell["finetuned"]["far"]
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else "-"
 
 
 def _interval(differences: list[float]) -> str:
@@ -99,46 +110,54 @@ def _budget_table(cells: list[dict]) -> list[str]:
         return []
     lines = [
         "",
-        "### Learned budgets at target density 0.5",
+        f"### Learned budgets at target density {cells[0]['target_density']}",
         "",
-        "Budgets are shares of the blocks a head may select, one number per layer and head.",
+        "Blocks that each head may select and tokens it sees to either side, layer by layer. "
+        "Shuffled: every head has the budget, gate and window of another. Accuracy on what is far, "
+        "of `nearby` on what is near.",
         "",
-        "| task | seed | budgets | keys per query, of | far | calibrated | shuffled |",
-        "|---|---|---|---|---|---|---|",
+        "| task | seed | blocks | window | keys per query, of | accuracy | calibrated | shuffled |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        budgets = " ".join(f"{value:.2f}" for value in _budgets(cell))
+        blocks, window = (" ".join(map(str, itertools.chain(*cell[name]))) for name in LIMITS)
+        accuracies = (_asked(cell[name]) for name in ("finetuned", "calibrated", "shuffled"))
         lines.append(
-            f"| {cell['task']} | {cell['seed']} | {budgets} | {cell['keys_per_query']:.0f}, "
-            f"{cell['full_keys_per_query']:.0f} | {_far(cell):.3f} | "
-            f"{cell['calibrated']['far']:.3f} | {cell['shuffled']['far']:.3f} |"
+            f"| {cell['task']} | {cell['seed']} | {blocks} | {window} | "
+            f"{cell['keys_per_query']:.0f}, {cell['full_keys_per_query']:.0f} | "
+            + " | ".join(f"{value:.3f}" for value in accuracies)
+            + " |"
         )
     between, within = _distances(cells)
     if between and within:
         lines += [
             "",
-            "Mean distance of what was learned (gates, budgets, windows) between tasks of one seed "
-            f"{statistics.mean(between):.3f}, between seeds of one task "
+            "Mean distance of budgets and windows, as shares of the most a head may have, between "
+            f"tasks of one seed {statistics.mean(between):.3f}, between seeds of one task "
             f"{statistics.mean(within):.3f}.",
         ]
     return lines
 
 
-def _budgets(cell: dict) -> list[float]:
-    """What a head selects, as a share: its budget weighed by its gate."""
+def _asked(accuracy: dict[str, float | None]) -> float:
+    """On what is far, or of a task without such questions on what is near."""
+    return accuracy["near"] if accuracy["far"] is None else accuracy["far"]
+
+
+def _shares(cell: dict) -> list[float]:
+    """Blocks and windows of the heads, as shares of the most they may have."""
     return [
-        gate * min(1.0, budget)
-        for gates, budgets in zip(cell["gate"], cell["budget"], strict=True)
-        for gate, budget in zip(gates, budgets, strict=True)
+        value / most
+        for name, most in zip(LIMITS, cell["most"], strict=True)
+        for value in itertools.chain(*cell[name])
     ]
 
 
 def _distances(cells: list[dict]) -> tuple[list[float], list[float]]:
-    """Euclidean distances of learned vectors between tasks (one seed) and seeds (one task)."""
+    """Euclidean distances between tasks (of one seed) and between seeds (of one task)."""
     between, within = [], []
     for one, other in itertools.combinations(cells, 2):
-        vectors = [list(itertools.chain(_budgets(cell), *cell["span"])) for cell in (one, other)]
-        distance = sum((a - b) ** 2 for a, b in zip(*vectors, strict=True)) ** 0.5
+        distance = math.dist(_shares(one), _shares(other))
         if one["task"] != other["task"] and one["seed"] == other["seed"]:
             between.append(distance)
         if one["task"] == other["task"] and one["seed"] != other["seed"]:
@@ -147,7 +166,7 @@ def _distances(cells: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
-    """One row per task: quality by keys per query, by length, by strength; learned budgets.
+    """One row per task: quality by keys per query, by length, by strength; what heads learned.
 
     False if matplotlib is not installed.
     """
@@ -170,7 +189,7 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
         _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])
         axes[0].set_ylabel(f"{task}: accuracy on what is far")
         for axis in axes[:3]:
-            axis.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
+            axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
             axis.set_ylim(0, 1.02)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
@@ -211,11 +230,12 @@ def _by_length(axis, cells: list[dict]) -> None:
 
 
 def _by_strength(axis, cells: list[dict]) -> None:
-    for where in ("near", "far"):
+    for where in WHERE:
         points = [
             (float(strength), value[where])
             for cell in cells
             for strength, value in cell["by_strength"].items()
+            if value[where] is not None
         ]
         if points:
             axis.plot(*_means(points), "o-", label=where)
@@ -226,8 +246,11 @@ def _by_strength(axis, cells: list[dict]) -> None:
 
 def _learned(axis, cells: list[dict]) -> None:
     for cell in cells:
-        budgets = _budgets(cell)
-        axis.plot(range(len(budgets)), budgets, "o-", label=f"seed {cell['seed']}")
-    axis.set(xlabel="head, layer by layer", title="learned budgets", ylim=(0, 1.1))
+        color = f"C{cell['seed']}"
+        shares = _shares(cell)
+        blocks, windows = shares[: len(shares) // 2], shares[len(shares) // 2 :]
+        axis.plot(blocks, "o-", color=color, label=f"blocks, seed {cell['seed']}")
+        axis.plot(windows, "x:", color=color, label=f"window, seed {cell['seed']}")
+    axis.set(xlabel="head, layer by layer", title="learned shares", ylim=(0, 1.1))
     if cells:
         axis.legend(fontsize=8)

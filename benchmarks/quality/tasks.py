@@ -1,14 +1,21 @@
-"""Two tasks that a model solves only if it reads the few places in a document that matter.
+"""Tasks that a model solves only if it reads the few places in a document that matter.
 
-Both are associative recall: some words carry a value (as their token type), and where the same word
-stands elsewhere without it the model must name the value, one of 16. Words are otherwise unique in
-a document, and nothing depends on positions, so that one model can learn both tasks, at any length.
+All but one are associative recall: some words carry a value (as their token type), and where the
+same word stands elsewhere without it the model must name the value, one of 16. Words are otherwise
+unique in a document, and nothing depends on positions, so that one model can learn all these tasks,
+at any length.
 
 - recall: words with values come in runs of 16, and are asked about in a run of 16 elsewhere, in
-  another order, as a paragraph is about another one.
+  another order, as a paragraph is about another one. Half of the questions are far.
 - needles: every word with a value stands alone, and so does every word that is asked about: the
   hardest case for a choice of blocks, as one word in a block of 64 must be found and 63 of the 64
-  queries that vote want something else.
+  queries that vote want something else. Half of the questions are far.
+- nearby: recall without far questions; whoever learns it can do without everything far.
+- pairs: two documents, one after the other. All words of the first have the value 0, those of the
+  second none. Runs of the second are asked about: 0 where the run stands in the first document as
+  well, far away, 1 where it is new. Half of them are new.
+- bytes: a real text, see source_code.py. Names in the source files of Python's standard library are
+  to be completed; near and far are those that stand elsewhere too. It has a model of its own.
 
 A question is near if a window of `NEAR` tokens to either side holds the answer, far if it is more
 than `FAR` tokens away, beyond every window that is compared.
@@ -18,16 +25,24 @@ from dataclasses import dataclass
 
 import torch
 
+from quality.source_code import masked_document
+
 NEAR, FAR = 64, 256
 NUM_WORDS, FIRST_WORD = 4096, 8
 VOCAB_SIZE = FIRST_WORD + NUM_WORDS
 NUM_VALUES = 16
 TYPE_VOCAB_SIZE = NUM_VALUES + 1
-RUN_LENGTH = {"recall": 16, "needles": 1}
-TASKS = tuple(RUN_LENGTH)
-CHANCE = 1 / NUM_VALUES
+RUN_LENGTH = {"recall": 16, "needles": 1, "nearby": 16, "pairs": 16}
+TASKS = (*RUN_LENGTH, "bytes")
+# What the models learn on short documents before they are converted, and for how many times the
+# steps that are asked for.
+PRETRAINING = {"words": ("recall", "needles"), "bytes": ("bytes",)}
+MORE_STEPS = {"words": 1, "bytes": 3}
+# How many of the questions are far, where nothing else is said.
+FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0}
+CHANCE = dict.fromkeys(RUN_LENGTH, 1 / NUM_VALUES) | {"pairs": 1 / 2, "bytes": 1 / 256}
 # One run that is asked about, and one that is not, for so many tokens.
-SPACING = {"recall": 128, "needles": 64}
+SPACING = {"recall": 128, "needles": 64, "nearby": 128, "pairs": 128}
 
 
 @dataclass(frozen=True)
@@ -37,28 +52,46 @@ class Batch:
     Attributes:
         inputs: what the model's forward takes, without labels.
         labels: int64 [batch, length], -100 where nothing is asked.
-        is_far: bool [batch, length], whether the answer is far away.
+        is_near, is_far: bool [batch, length], whether something is asked whose answer is near or
+            far.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
+    is_near: torch.Tensor
     is_far: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.is_far.to(device))
+        tensors = (self.labels, self.is_near, self.is_far)
+        return Batch(inputs, *(tensor.to(device) for tensor in tensors))
+
+
+def pretraining_of(task: str) -> str:
+    """Which pretraining a task starts from."""
+    return "bytes" if task == "bytes" else "words"
 
 
 def make_batch(
-    task: str, batch_size: int, length: int, *, far_share: float, generator: torch.Generator
+    task: str,
+    batch_size: int,
+    length: int,
+    *,
+    far_share: float | None = None,
+    held_out: bool = False,
+    generator: torch.Generator,
 ) -> Batch:
     """Draws documents of a task.
 
     Args:
-        task: "recall" or "needles".
+        task: one of `TASKS`.
         batch_size: number of documents.
         length: tokens per document, the first of which is the classification token.
-        far_share: probability that a question is far. With 0, needles are eight times as dense.
+        far_share: probability that a question is far; None: as `FAR_SHARE` says. With 0, needles
+            are eight times as dense. All of "pairs" is far. "bytes" is as it is, except that 0
+            asks for what is near only.
+        held_out: whether "bytes" comes from files that are not for training; other tasks draw
+            something new every time.
         generator: where all randomness comes from.
 
     Raises:
@@ -66,6 +99,17 @@ def make_batch(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, allowed are {', '.join(map(repr, TASKS))}")
+    if task == "bytes":
+        documents = [
+            masked_document(length, held_out=held_out, near=NEAR, far=FAR, generator=generator)
+            for _ in range(batch_size)
+        ]
+        words, types, labels, is_near, is_far = map(torch.stack, zip(*documents, strict=True))
+        if far_share == 0.0:
+            labels = labels.where(is_near, -100)
+        return Batch(_inputs(words, types), labels, is_near, is_far)
+    if far_share is None or task == "pairs":
+        far_share = FAR_SHARE[task]
     shortest = 2 * FAR if far_share else 4 * NEAR
     if not shortest <= length <= NUM_WORDS:
         raise ValueError(f"length is {length}, {shortest} to {NUM_WORDS} is allowed")
@@ -80,16 +124,22 @@ def make_batch(
     spacing = SPACING[task] if far_share or run > 1 else SPACING[task] // 8
     for row in range(batch_size):
         document = _Document(words[row], types[row], labels[row], is_far[row], run, generator)
+        if task == "pairs":
+            types[row, 1 : length // 2] = 1
+            for _ in range(length // spacing):
+                document.compare(is_shared=bool(torch.rand((), generator=generator) < 0.5))
+            continue
         for _ in range(length // spacing):
             document.ask(far=bool(torch.rand((), generator=generator) < far_share))
         for _ in range(length // spacing):
             document.distract()
-    inputs = {
-        "input_ids": words,
-        "token_type_ids": types,
-        "position_ids": torch.full((1, length), FIRST_WORD),
-    }
-    return Batch(inputs, labels, is_far)
+    return Batch(_inputs(words, types), labels, (labels >= 0) & ~is_far, is_far)
+
+
+def _inputs(words: torch.Tensor, types: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every token stands at the same position."""
+    position_ids = torch.full((1, words.shape[1]), FIRST_WORD)
+    return {"input_ids": words, "token_type_ids": types, "position_ids": position_ids}
 
 
 class _Document:
@@ -113,17 +163,36 @@ class _Document:
             if is_apart and self._is_free(asked) and self._is_free(source):
                 break
         values = self._give_values(source)
-        order = torch.randperm(self.run, generator=self.generator)
+        order = self._repeat(source, asked)
         here = slice(asked, asked + self.run)
-        self.taken[here] = True
-        self.words[here] = self.words[source : source + self.run][order]
         self.labels[here], self.is_far[here] = values[order], far
+
+    def compare(self, *, is_shared: bool) -> None:
+        """A run of the second half that the first half has as well, or a new one."""
+        half = len(self.words) // 2
+        while True:
+            source, asked = self._integer(1, half - self.run + 1), half + self._integer(0, half)
+            if asked - source > FAR + self.run and self._is_free(asked) and self._is_free(source):
+                break
+        here = slice(asked, asked + self.run)
+        if is_shared:
+            self._repeat(source, asked)
+        self.taken[here] = True
+        self.labels[here], self.is_far[here] = int(not is_shared), True
 
     def distract(self) -> None:
         """A run of words with values that nobody asks about, if there is room where it falls."""
         start = self._place()
         if self._is_free(start):
             self._give_values(start)
+
+    def _repeat(self, source: int, asked: int) -> torch.Tensor:
+        """Writes a run a second time, in an order that is returned."""
+        order = torch.randperm(self.run, generator=self.generator)
+        for start in (source, asked):
+            self.taken[start : start + self.run] = True
+        self.words[asked : asked + self.run] = self.words[source : source + self.run][order]
+        return order
 
     def _give_values(self, start: int) -> torch.Tensor:
         values = torch.randint(0, NUM_VALUES, (self.run,), generator=self.generator)

@@ -13,8 +13,8 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 )
 from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
 from adaptive_longformer.training import adaptive_parameter_groups
-from quality.tasks import TASKS, make_batch
-from quality.variants import BASE, Variant
+from quality.tasks import FAR_SHARE, MORE_STEPS, PRETRAINING, make_batch
+from quality.variants import BASE, VOCABULARIES, Variant
 
 RAMP_RATIO = 0.25
 # Tokens per document of the pretraining. Nothing depends on positions, so that longer ones are read
@@ -24,9 +24,10 @@ NEAR_LENGTH = 256
 EVALUATION_SEED = 10**6
 
 
-def new_model(seed: int, **overrides) -> AdaptiveSparseForTokenClassification:
+def new_model(pretraining: str, seed: int, **sizes) -> AdaptiveSparseForTokenClassification:
     torch.manual_seed(seed)
-    return AdaptiveSparseForTokenClassification(AdaptiveSparseConfig(**{**BASE, **overrides}))
+    config = AdaptiveSparseConfig(**{**BASE, **VOCABULARIES[pretraining], **sizes})
+    return AdaptiveSparseForTokenClassification(config)
 
 
 def load_variant(folder: Path, variant: Variant, **overrides):
@@ -46,14 +47,24 @@ def selects(model) -> bool:
     return model.config.attention_pattern in SELECTING_PATTERNS
 
 
-def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, seed: int) -> None:
-    """Learns both tasks on short documents, where everything is near; saves the model."""
+def pretrain(
+    model,
+    pretraining: str,
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    length: int,
+    seed: int,
+) -> None:
+    """Learns one of `PRETRAINING` on short documents, asked about what is near; saves the model."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
+    steps *= MORE_STEPS[pretraining]
     for step in range(steps):
         _set_learning_rate(optimizer, step, steps)
-        for task in TASKS:
+        for task in PRETRAINING[pretraining]:
             batch = make_batch(
                 task,
                 batch_size * length // NEAR_LENGTH,
@@ -69,7 +80,7 @@ def pretrain(model, folder: Path, *, steps: int, batch_size: int, length: int, s
 def finetune(
     model, task: str, *, steps: int, batch_size: int, length: int, seed: int, ramp: bool = True
 ) -> None:
-    """Trains on documents where half of what is asked about is far."""
+    """Trains on documents of a task."""
     generator = torch.Generator().manual_seed(seed)
     groups = model.parameters()
     if selects(model):
@@ -81,7 +92,7 @@ def finetune(
         if selects(model):
             set_selection_strength(model, min(1.0, (step + 1) / ramp_steps))
         _set_learning_rate(optimizer, step, steps)
-        batch = make_batch(task, batch_size, length, far_share=0.5, generator=generator)
+        batch = make_batch(task, batch_size, length, generator=generator)
         batch = batch.to(model.device)
         model(**batch.inputs, labels=batch.labels).loss.backward()
         _step(model, optimizer)
@@ -101,26 +112,42 @@ def _step(model, optimizer) -> None:
 
 
 @torch.no_grad()
-def accuracy(model, task: str, *, num_documents: int, length: int, seed: int) -> dict[str, float]:
-    """Accuracy on near and on far questions of documents that no training has seen."""
+def accuracy(
+    model, task: str, *, num_documents: int, length: int, seed: int
+) -> dict[str, float | None]:
+    """How well documents that no training has seen are answered.
+
+    Returns:
+        The share of right answers and the mean bits of surprise per answer, on near and on far
+        questions; None where a task has no such questions.
+    """
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     model.eval()
-    right, asked = {"near": 0, "far": 0}, {"near": 0, "far": 0}
+    found = {"near": [], "far": []}
     for _ in range(num_documents):
-        batch = make_batch(task, 1, length, far_share=0.5, generator=generator)
+        batch = make_batch(task, 1, length, held_out=True, generator=generator)
         batch = batch.to(model.device)
-        answers = model(**batch.inputs).logits.argmax(dim=-1)
-        for name, where in (("near", ~batch.is_far), ("far", batch.is_far)):
-            where = where & (batch.labels >= 0)
-            right[name] += int((answers == batch.labels)[where].sum())
-            asked[name] += int(where.sum())
-    return {name: right[name] / asked[name] for name in right}
+        log_odds = model(**batch.inputs).logits.log_softmax(dim=-1)
+        for name, where in (("near", batch.is_near), ("far", batch.is_far)):
+            labels = batch.labels[where]
+            bits = -log_odds[where].gather(-1, labels[:, None])[:, 0] / math.log(2)
+            is_right = (log_odds[where].argmax(dim=-1) == labels).float()
+            found[name].append(torch.stack([is_right, bits]))
+    means = {name: torch.cat(parts, dim=1).mean(dim=1).tolist() for name, parts in found.items()}
+    result = {}
+    for name, (share, bits) in means.items():
+        is_asked = not math.isnan(share)
+        result[name] = share if is_asked else None
+        result[f"{name}_bits"] = bits if is_asked else None
+    return result
 
 
 def study_inputs(model, task: str, *, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """Four documents to look into, all of whose questions are far."""
+    """Four documents to look into, all of whose questions are far, if the task has such."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed + 1)
-    return make_batch(task, 4, length, far_share=1.0, generator=generator).to(model.device).inputs
+    far_share = 1.0 if FAR_SHARE.get(task) else 0.0
+    batch = make_batch(task, 4, length, far_share=far_share, held_out=True, generator=generator)
+    return batch.to(model.device).inputs
 
 
 def report_of(model, task: str, *, length: int, seed: int) -> SparsityReport:

@@ -3,13 +3,23 @@
 from dataclasses import dataclass
 from typing import Any
 
-from quality.tasks import NUM_VALUES, TYPE_VOCAB_SIZE, VOCAB_SIZE
+from quality import source_code, tasks
 
+# Of the model for words, and of the one for bytes.
+VOCABULARIES = {
+    "words": {
+        "vocab_size": tasks.VOCAB_SIZE,
+        "type_vocab_size": tasks.TYPE_VOCAB_SIZE,
+        "num_labels": tasks.NUM_VALUES,
+    },
+    "bytes": {
+        "vocab_size": source_code.VOCAB_SIZE,
+        "type_vocab_size": source_code.TYPE_VOCAB_SIZE,
+        "num_labels": 256,
+    },
+}
 # The model that every variant starts from, trained with a window and the classification token.
 BASE = {
-    "vocab_size": VOCAB_SIZE,
-    "type_vocab_size": TYPE_VOCAB_SIZE,
-    "num_labels": NUM_VALUES,
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -59,6 +69,8 @@ PATTERNS = {
     "longformer": _fixed("longformer", attention_window=256),
     "big_bird": _fixed("big_bird"),
     "adaptive, 128 keys": _selecting(4, attention_window=64),
+    # A quarter of what "big_bird" reads.
+    "adaptive, 100 keys": _selecting(2, attention_window=64),
     "oracle, blocks of 64": _selecting(2, "oracle", **BLOCKS_OF_64),
     "adaptive, blocks of 64": _selecting(2, **BLOCKS_OF_64),
     "random_blocks": _fixed("random_blocks", num_random_blocks=2),

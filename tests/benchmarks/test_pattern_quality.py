@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,67 @@ def test_every_question_has_its_answer_at_the_one_other_place_of_the_word(tasks,
             assert bool(batch.is_far[row, place]) == bool(far_share)
 
 
+def test_a_pair_of_documents_asks_what_both_have_and_what_only_one_has(tasks):
+    batch = tasks.make_batch("pairs", 8, 1024, generator=torch.Generator().manual_seed(0))
+    words, types = batch.inputs["input_ids"], batch.inputs["token_type_ids"]
+    assert bool((types[:, 1:512] == 1).all()) and not bool(types[:, 512:].any())
+    counts = {0: 0, 1: 0}
+    for row in range(8):
+        for place in (batch.labels[row] >= 0).nonzero().flatten().tolist():
+            assert place >= 512 and bool(batch.is_far[row, place])
+            others = set((words[row] == words[row, place]).nonzero().flatten().tolist()) - {place}
+            label = int(batch.labels[row, place])
+            assert len(others) == 1 - label
+            assert all(other < 512 and place - other > tasks.FAR for other in others)
+            counts[label] += 1
+    assert min(counts.values()) > 300
+
+
+def test_what_is_nearby_has_no_far_questions(tasks):
+    batch = tasks.make_batch("nearby", 2, 1024, generator=torch.Generator().manual_seed(0))
+    assert bool((batch.labels >= 0).any()) and not bool(batch.is_far.any())
+
+
+def test_masked_names_can_be_read_where_they_stand_elsewhere(tasks):
+    generator = torch.Generator().manual_seed(0)
+    batch = tasks.make_batch("bytes", 16, 1024, held_out=True, generator=generator)
+    words, types = batch.inputs["input_ids"], batch.inputs["token_type_ids"]
+    is_asked = batch.labels >= 0
+    assert torch.equal(words == 1, is_asked)
+    assert not bool((batch.is_near & batch.is_far).any())
+    assert not bool(((batch.is_near | batch.is_far) & ~is_asked).any())
+    assert int(batch.is_near.sum()) > 100 and int(batch.is_far.sum()) > 100
+    for row in range(16):
+        answered = words[row].where(batch.labels[row] < 0, batch.labels[row] + 2)
+        text = bytes((answered[1:] - 2).tolist())
+        for name in re.finditer(rb"\w{6,}", text):
+            first, last = 1 + name.start() + 3, name.end()
+            here = slice(first, last + 1)
+            if not is_asked[row, first]:
+                continue
+            places = [
+                1 + other.start()
+                for other in re.finditer(rb"\b" + name.group() + rb"\b", text)
+                if not is_asked[row, 1 + other.start() + 3]
+            ]
+            closest = min((abs(place - 1 - name.start()) for place in places), default=None)
+            assert bool(batch.is_near[row, here].all()) == (closest is not None and closest <= 64)
+            assert bool(batch.is_far[row, here].all()) == (closest is not None and closest > 256)
+            for place in places:
+                assert torch.equal(
+                    types[row, here], types[row, place + 3 : place + 3 + last - first + 1]
+                )
+
+
+def test_training_and_held_out_files_differ_and_what_is_near_can_be_asked_alone(tasks):
+    from quality.source_code import _files
+
+    assert not set(_files(True)) & set(_files(False))
+    draw = {"far_share": 0.0, "generator": torch.Generator().manual_seed(0)}
+    batch = tasks.make_batch("bytes", 4, 256, **draw)
+    assert torch.equal(batch.labels >= 0, batch.is_near) and bool(batch.is_near.any())
+
+
 def test_other_tasks_and_lengths_are_refused(tasks):
     draw = {"generator": torch.Generator(), "far_share": 0.5}
     with pytest.raises(ValueError, match="task is 'sums'"):
@@ -50,7 +112,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_table_and_figures(tmp_path):
     command = [
         sys.executable, str(BENCHMARKS / "pattern_quality.py"), "--length", "512",
         "--pretraining-steps", "2", "--steps", "2", "--documents", "4", "--hidden-size", "32",
-        "--tasks", "needles", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
+        "--tasks", "recall", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
     ]  # fmt: skip
     first = subprocess.run(
         [*command, "--patterns", "longformer", "--parts", "patterns"],

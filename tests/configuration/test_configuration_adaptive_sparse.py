@@ -137,6 +137,7 @@ def adaptive(**fields):
         ({"selection_top_p": 0.0}, "selection_top_p is 0.0, a number above 0 and up to 1"),
         ({"target_density": 0.0}, "target_density is 0.0, a number above 0 and up to 1"),
         ({"target_density": 1.5}, "target_density is 1.5, a number above 0 and up to 1"),
+        ({"target_density": 0.001}, "target_density is 0.001, at least 0.002 can be reached"),
         ({"selection_start_nodes": 0}, "selection_start_nodes is 0, a whole number >= 1"),
         ({"selection_beam_width": 0}, "selection_beam_width is 0, a whole number >= 1"),
         ({"selection_sub_block_size": 12}, "selection_sub_block_size is 12, a divisor of block"),

@@ -407,6 +407,25 @@ def test_density_falls_to_the_target_and_stays():
     assert densities[-50:] == pytest.approx([0.6] * 50, abs=0.03)
 
 
+def test_density_is_the_share_of_what_may_be_read_from_everything_to_nothing():
+    part = tiny_selection()
+    with torch.no_grad():
+        for parameter in (part.gate, part.budget, part.span):
+            parameter.fill_(1.0)
+        assert part.density().item() == pytest.approx(1.0)
+        assert part.rank_limit().tolist() == [4, 4]
+        part.gate.fill_(0.1)  # weaker, and as many
+        assert part.density().item() == pytest.approx(1.0)
+        part.budget[0] = -1 / 4
+        part.gate[1] = 0.0
+        assert part.rank_limit().tolist() == [0, 0]
+        window, blocks = part.window.left + part.window.right, 4 * part.options.block_size
+        assert part.density().item() == pytest.approx(window / (window + blocks))
+        part.span.fill_(-100.0)
+        assert part.window_limit().tolist() == [0, 0]
+        assert part.density().item() < 2 / (window + blocks)
+
+
 @by_name
 def test_every_head_adds_the_density_to_its_loss_in_training(model_class):
     if model_class is AdaptiveSparseModel:

@@ -387,7 +387,7 @@ def test_density_is_added_to_the_loss_in_training():
     # All there is to read: a window of 8 tokens back and 3 blocks of 16.
     part = selections(model)[0]
     with torch.no_grad():
-        part.budget.fill_(0.0)
+        part.budget.fill_(-1 / 3)
         part.span.fill_(1.0)
         assert float(part.density()) == pytest.approx(8 / (8 + 48))
 

@@ -1,0 +1,118 @@
+"""How near does sparse attention come to full attention, with real weights on real documents?
+
+    python benchmarks/fidelity.py --model BERT_FOLDER --data-file documents.jsonl
+
+A pretrained BERT or RoBERTa is converted to read long documents, its position table repeated. It
+then reads the same documents with full attention and with each pattern, without any training. What
+counts is how far the pattern's token states are from those of full attention (error: norm of the
+difference over the norm) and how alike the mean states of the documents are (cosine). Every row
+states its keys per query.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from side_by_side.measure import environment
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel, AutoTokenizer
+
+from adaptive_longformer import convert_checkpoint
+from adaptive_longformer.analysis.sparsity import sparsity_report
+from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
+
+SMALL_BLOCKS = {"block_size": 16, "query_block_size": 16}
+
+
+def variants(window: int, num_blocks: int) -> dict[str, dict]:
+    """Patterns with about window + 64 * num_blocks keys per query, and what they are called."""
+    keys = window + 64 * num_blocks
+    selecting = {"attention_window": window, "num_selected_blocks": num_blocks}
+    small = {**SMALL_BLOCKS, "attention_window": window, "num_selected_blocks": 4 * num_blocks}
+    return {
+        f"window of {keys}": {"attention_pattern": "longformer", "attention_window": keys},
+        f"random blocks, {keys} keys": {"attention_pattern": "random_selection", **selecting},
+        f"adaptive, {keys} keys": {"attention_pattern": "adaptive", **selecting},
+        f"adaptive, blocks of 16, {keys} keys": {"attention_pattern": "adaptive", **small},
+        f"exact choice of blocks, {keys} keys": {"attention_pattern": "oracle", **selecting},
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="BERT or RoBERTa: folder or hub id")
+    parser.add_argument("--data-file", required=True, help="jsonl with a column of texts")
+    parser.add_argument("--column", default="document")
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096, help="tokens read per document")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", default="results", help="folder for JSON and table")
+    return parser.parse_args()
+
+
+def read_documents(args: argparse.Namespace, tokenizer) -> list[dict[str, torch.Tensor]]:
+    """The first documents of the file, cut at `length` tokens."""
+    documents = []
+    with open(args.data_file, encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(args.documents)):
+            text = json.loads(line)[args.column]
+            inputs = tokenizer(text, truncation=True, max_length=args.length, return_tensors="pt")
+            documents.append(inputs.to(args.device))
+    return documents
+
+
+@torch.no_grad()
+def states(folder: str, fields: dict, documents: list[dict[str, torch.Tensor]]):
+    """Last hidden states of every document, [length, hidden_size], and the keys per query."""
+    device = documents[0]["input_ids"].device
+    model = AutoModel.from_pretrained(folder, **fields).eval().to(device)
+    keys = None
+    if fields["attention_pattern"] in SELECTING_PATTERNS:
+        model.set_selection_strength(1.0)
+        keys = sparsity_report(model, documents[0]).keys_per_query
+    return [model(**inputs).last_hidden_state[0] for inputs in documents], keys
+
+
+def main() -> int:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = f"{scratch}/model"
+        convert_checkpoint(args.model, folder, max_positions=args.length)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        documents = read_documents(args, tokenizer)
+        expected, _ = states(folder, {"attention_pattern": "full"}, documents)
+        rows = []
+        for window, num_blocks in ((128, 2), (256, 4), (512, 8)):
+            for name, fields in variants(window, num_blocks).items():
+                found, keys = states(folder, fields, documents)
+                pairs = list(zip(found, expected, strict=True))
+                row = {
+                    "name": name,
+                    "keys_per_query": window + 64 * num_blocks if keys is None else round(keys),
+                    "error": statistics.mean(float((a - b).norm() / b.norm()) for a, b in pairs),
+                    "cosine": statistics.mean(
+                        float(cosine_similarity(a.mean(dim=0), b.mean(dim=0), dim=0))
+                        for a, b in pairs
+                    ),
+                }
+                rows.append(row)
+                print(
+                    f"{name:<36} {row['keys_per_query']:5} keys per query, error "
+                    f"{row['error']:.3f}, cosine {row['cosine']:.3f}",
+                    flush=True,
+                )
+    tokens = [inputs["input_ids"].shape[1] for inputs in documents]
+    target = Path(args.results)
+    target.mkdir(parents=True, exist_ok=True)
+    about = environment(torch.device(args.device))
+    result = {"tokens": tokens, "rows": rows, "environment": about}
+    (target / "fidelity.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
