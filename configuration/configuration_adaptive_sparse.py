@@ -126,6 +126,13 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             1 lets every query vote.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
+        router_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks and
+            moves them up or down in the choice; 0: there is none. For encoders only.
+        router_aux_loss_coef: weight of an auxiliary loss in training, the divergence of the scores
+            that rank blocks from exact attention; it trains what `router_rank` and
+            `num_learned_global_blocks` add. 0: there is none.
+        coarse_tail: whether queries also read the mean key and the mean value of every run of
+            blocks that nobody chose. For encoders only.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query, at least 2 keys; None: budgets and windows are
             not pressed.
@@ -199,6 +206,9 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     selection_sub_block_size: int = 0
     selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
+    router_rank: int = 0
+    router_aux_loss_coef: float | int = 0.0
+    coarse_tail: bool = False
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -357,6 +367,21 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         if not 0 <= self.num_learned_global_blocks <= 4:
             raise ValueError(
                 f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
+            )
+        head_dim = self.hidden_size // self.num_attention_heads
+        if not 0 <= self.router_rank <= head_dim:
+            raise ValueError(
+                f"router_rank is {self.router_rank}, 0 to hidden_size / num_attention_heads = "
+                f"{head_dim} is allowed"
+            )
+        if not 0 <= self.router_aux_loss_coef < float("inf"):
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, a number >= 0 is needed"
+            )
+        if self.router_aux_loss_coef and not (self.router_rank or self.num_learned_global_blocks):
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, 0 is needed without "
+                "router_rank or num_learned_global_blocks: it would train nothing"
             )
         known = {field.name for field in fields(self)}
         unknown = sorted(n for n in vars(self) if n.startswith("selection_") and n not in known)

@@ -51,6 +51,9 @@ ENCODER_ATTENTION_FIELDS = (
     "selection_sub_block_size",
     "selection_tokens_per_vote",
     "num_learned_global_blocks",
+    "router_rank",
+    "router_aux_loss_coef",
+    "coarse_tail",
     "target_density",
     "head_budgets",
     "head_windows",
@@ -95,9 +98,10 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
             attention_seed, num_hashes, query_block_size, num_selected_blocks, selection_strength,
             selection_top_p, selection_start_nodes, selection_beam_width, selection_sub_block_size,
-            selection_tokens_per_vote, num_learned_global_blocks, target_density, head_budgets,
-            head_windows, separate_global_projections, attention_backend, max_global_tokens,
-            zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
+            selection_tokens_per_vote, num_learned_global_blocks, router_rank, router_aux_loss_coef,
+            coarse_tail, target_density, head_budgets, head_windows, separate_global_projections,
+            attention_backend, max_global_tokens, zero_padded_rows: of the encoder, see
+            `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -162,6 +166,9 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     selection_sub_block_size: int = 0
     selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
+    router_rank: int = 0
+    router_aux_loss_coef: float | int = 0.0
+    coarse_tail: bool = False
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None

@@ -9,6 +9,16 @@ from torch import nn
 from transformers import initialization as init
 
 from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.coarse_tail import CoarseTail, coarse_tail_nodes
+from adaptive_longformer.attention.padding import ordinary_tokens
+from adaptive_longformer.attention.residual_router import (
+    ResidualScores,
+    RouterTargets,
+    residual_scores,
+    router_divergence,
+    router_targets,
+    sampled_blocks,
+)
 from adaptive_longformer.attention.routing import (
     RoutingOptions,
     SelectedBlocks,
@@ -33,8 +43,6 @@ SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p
 HEAD_LIMITS = ("head_budgets", "head_windows")
 # Of a head whose budget or window is not calibrated.
 NO_LIMIT = 2**31 - 1
-# How fast the price of density answers to a density above the target.
-PRICE_STEP = 0.01
 
 
 class Reads(NamedTuple):
@@ -43,6 +51,7 @@ class Reads(NamedTuple):
     pattern_or_layout: Pattern | BlockLayout
     entry_bias: torch.Tensor | None = None
     span: AttentionSpan | None = None
+    tail: CoarseTail | None = None
 
 
 class JoinParameters(torch.autograd.Function):
@@ -88,7 +97,9 @@ class AdaptiveSelection(nn.Module):
 
     as an additive logarithm, and leaves the list where that is 0. Blocks that a learned direction
     chooses for the whole document get strength * gate_h * exp(direction . mean key). A learned
-    window per head, `AttentionSpan`, narrows what the pattern's window reads.
+    window per head, `AttentionSpan`, narrows what the pattern's window reads. A residual router
+    corrects weights and ranks, see `residual_router`; a coarse tail reads the rest in summaries of
+    the weight strength * gate_h, see `coarse_tail`.
 
     gate, budget and span start at 1, where nothing is weakened or narrowed. strength is 0 in a
     converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
@@ -105,12 +116,15 @@ class AdaptiveSelection(nn.Module):
         gate, budget, span: [heads]. The budget is a share of `num_selected_blocks`, the span of the
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
+        router_query, router_key: [heads, router_rank, head_dim], if `router_rank` is not 0.
         strength, top_p: scalars, see `AdaptiveSparseConfig`.
         head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
             before that.
         head_windows: int64 [heads], tokens to either side that a head may see at most, see
             `calibrate`; very many before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
+        router_step: int64 scalar, how often the router's auxiliary loss was computed, if there is
+            something that it trains.
     """
 
     strength: torch.Tensor
@@ -118,6 +132,9 @@ class AdaptiveSelection(nn.Module):
     head_budgets: torch.Tensor
     head_windows: torch.Tensor
     price: torch.Tensor
+    router_step: torch.Tensor
+    router_query: nn.Parameter | None
+    router_key: nn.Parameter | None
 
     def __init__(
         self,
@@ -142,11 +159,19 @@ class AdaptiveSelection(nn.Module):
             self.global_direction = nn.Parameter(torch.zeros(heads, config.hidden_size // heads))
         else:
             self.register_parameter("global_direction", None)
+        self.router_query = self.router_key = None
+        if config.router_rank:
+            shape = (heads, config.router_rank, config.hidden_size // heads)
+            self.router_query = nn.Parameter(torch.zeros(shape))
+            self.router_key = nn.Parameter(torch.zeros(shape))
         self.register_buffer("strength", torch.zeros(()))
         self.register_buffer("top_p", torch.ones(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("price", torch.zeros(()))
+        if config.router_rank or config.num_learned_global_blocks:
+            self.register_buffer("router_step", torch.zeros((), dtype=torch.int64))
+        self._router_targets: RouterTargets | None = None
         self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
         self.reset_parameters()
 
@@ -156,6 +181,12 @@ class AdaptiveSelection(nn.Module):
             init.ones_(parameter)
         if self.global_direction is not None:
             init.zeros_(self.global_direction)
+        if self.router_query is not None and self.router_key is not None:
+            # One factor at 0 makes every score 0, and leaves the other one a gradient.
+            init.normal_(self.router_query, std=self.router_query.shape[-1] ** -0.5)
+            init.zeros_(self.router_key)
+        if "router_step" in self._buffers:
+            init.zeros_(self.router_step)
         init.constant_(self.strength, float(self.config.selection_strength))
         init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
@@ -211,6 +242,7 @@ class AdaptiveSelection(nn.Module):
         """
         if torch.is_grad_enabled():
             query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
+        self._router_targets = None
         if not self.is_active:
             return query, Reads(self.pattern)
         span = self.attention_span()
@@ -230,6 +262,7 @@ class AdaptiveSelection(nn.Module):
                 key_block_size=self.options.block_size,
             )
             return query, Reads(narrow, span=span)
+        residual = self._residual_scores(query, key, attention_mask, global_mask)
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
@@ -238,16 +271,21 @@ class AdaptiveSelection(nn.Module):
                 attention_mask,
                 global_mask,
                 options,
+                None if residual is None else residual.detach(),
                 validate=state is not None and state.validate,
             )
             if state is not None:
                 state.selected = selected
+            self._keep_router_targets(query, key, attention_mask, global_mask)
         is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
         read = selected._replace(global_open=selected.global_open & is_open)
         layout, slots = selection_layout(
             read, self.window, length, options, self.rank_limit(), reach
         )
-        return query, Reads(layout, self._entry_bias(selected, slots), span)
+        tail = None
+        if self.config.coarse_tail:
+            tail = self._coarse_tail(read, length, attention_mask)
+        return query, Reads(layout, self._entry_bias(selected, slots, residual), span, tail)
 
     def choose_next(
         self,
@@ -276,14 +314,17 @@ class AdaptiveSelection(nn.Module):
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
-        selected = self._select(query, key, attention_mask, global_mask, options, validate=validate)
+        selected = self._select(
+            query, key, attention_mask, global_mask, options, None, validate=validate
+        )
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
     def _routing_options(self) -> RoutingOptions | None:
         """The options, with no more blocks than the widest head may read; None: none are read."""
         num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
         num_blocks = min(num_blocks, self.options.num_blocks)
-        if num_blocks == 0 and self.options.num_global_blocks == 0:
+        # A coarse tail begins where the window and the lists end, so that it needs lists.
+        if num_blocks == 0 and self.options.num_global_blocks == 0 and not self.config.coarse_tail:
             return None
         return replace(self.options, num_blocks=max(num_blocks, 1))
 
@@ -294,6 +335,7 @@ class AdaptiveSelection(nn.Module):
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
         options: RoutingOptions,
+        residual: ResidualScores | None,
         *,
         validate: bool,
     ) -> SelectedBlocks:
@@ -326,7 +368,87 @@ class AdaptiveSelection(nn.Module):
             is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,
+            residual=residual,
             validate=validate,
+        )
+
+    def _residual_scores(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+    ) -> ResidualScores | None:
+        if self.router_query is None or self.router_key is None:
+            return None
+        return residual_scores(
+            query,
+            key,
+            self.router_query,
+            self.router_key,
+            query_block_size=self.options.query_block_size,
+            block_size=self.options.block_size,
+            members=ordinary_tokens(attention_mask, global_mask),
+        )
+
+    def _keep_router_targets(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+    ) -> None:
+        """Keeps what `router_loss` needs of this forward pass, if it is one of training.
+
+        The loss itself is computed outside of the layer, which may be a checkpointed one.
+        """
+        if not (self.training and self.config.router_aux_loss_coef):
+            return
+        batch, _, length, _ = query.shape
+        lengths = torch.full((batch,), length, device=query.device)
+        if attention_mask is not None:
+            slot = torch.arange(1, length + 1, device=query.device)
+            lengths = (attention_mask * slot).amax(dim=1)
+        size = self.options.query_block_size
+        self._router_targets = router_targets(
+            query.detach(),
+            key.detach(),
+            self.window,
+            sampled_blocks((lengths + size - 1) // size, self.router_step, self.layer_idx),
+            block_size=self.options.block_size,
+            query_block_size=size,
+            tokens_per_vote=self.options.tokens_per_vote,
+            sub_blocks=self.options.sub_blocks,
+            attention_mask=attention_mask,
+            global_mask=global_mask,
+        )
+
+    def router_loss(self) -> torch.Tensor | None:
+        """The auxiliary loss of the last forward pass in training, once; None if that had nothing
+        to choose. See `router_divergence`.
+        """
+        targets, self._router_targets = self._router_targets, None
+        if targets is None:
+            return None
+        with torch.no_grad():
+            self.router_step.add_(1)
+        return router_divergence(targets, self.router_query, self.router_key, self.global_direction)
+
+    def _coarse_tail(
+        self, read: SelectedBlocks, length: int, attention_mask: torch.Tensor | None
+    ) -> CoarseTail:
+        """The tail of what a layer reads as `read` says."""
+        options, limit = self.options, self.rank_limit()
+        nodes = coarse_tail_nodes(
+            read, self.window, length, options, rank_limit=limit, attention_mask=attention_mask
+        )
+        is_open = (self.gate > 0) & (self.strength > 0)
+        return CoarseTail(
+            nodes,
+            self._head_bias().masked_fill(~is_open, -torch.inf),
+            options.block_size,
+            options.query_block_size,
+            options.start_level(-(-length // options.block_size)),
         )
 
     def rank_limit(self) -> torch.Tensor:
@@ -374,14 +496,19 @@ class AdaptiveSelection(nn.Module):
         of_head = _precise(self.strength).clamp(min=MIN_WEIGHT).log()
         return of_head + _precise(self.gate).clamp(min=MIN_WEIGHT).log()
 
-    def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
+    def _entry_bias(
+        self, selected: SelectedBlocks, slots: torch.Tensor, residual: ResidualScores | None
+    ) -> torch.Tensor:
         """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
-        table = self.rank_bias(selected.key_blocks.shape[-1]).expand(slots.shape[0], -1, -1)
+        batch, _, rows, num_ranked = selected.key_blocks.shape
+        table = self.rank_bias(num_ranked)[:, None].expand(batch, -1, rows, -1)
+        if residual is not None:
+            table = table + residual.of_entries(selected.key_blocks)
         if self.global_direction is not None:
             direction = _precise(self.global_direction)[:, None]
             scores = (selected.global_means * direction).sum(dim=-1)
-            table = torch.cat([table, scores + self._head_bias()[:, None]], dim=-1)
-        table = table[:, :, None].expand(-1, -1, slots.shape[2], -1)
+            shared = (scores + self._head_bias()[:, None])[:, :, None]
+            table = torch.cat([table, shared.expand(-1, -1, rows, -1)], dim=-1)
         return table.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
 
     def attention_span(self) -> AttentionSpan | None:
@@ -478,28 +605,3 @@ def mirror_selection_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
         for name in HEAD_LIMITS:
             if getattr(part.config, name) != saved.get(name):
                 getattr(part, name).copy_(part.configured_limit(name))
-
-
-def density_loss(model: nn.Module, target: float) -> torch.Tensor:
-    """What is added to a loss so that training ends at a density of `target`.
-
-    strength * (price + excess) * excess for an excess of density - target, with gradients of the
-    last factor only (augmented Lagrangian); 0 below the target, where nothing need be pressed. The
-    price rises while the density is above the target and falls, to 0 at the least, below it (dual
-    ascent); every call in training mode moves it. The strength lets the task be heard before
-    anything is pruned.
-
-    Args:
-        model: a model with adaptive layers.
-        target: see `AdaptiveSparseConfig.target_density`.
-    """
-    parts = selections(model)
-    density = torch.stack([part.density() for part in parts]).mean()
-    excess = density - target
-    price = parts[0].price.clone()
-    if model.training:
-        with torch.no_grad():
-            moved = (price + PRICE_STEP * parts[0].strength * excess).clamp(min=0.0)
-            for part in parts:
-                part.price.copy_(moved)
-    return parts[0].strength.clone() * (price + excess.detach()) * excess.clamp(min=0.0)

@@ -5,6 +5,7 @@ from torch import nn
 
 from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
+from adaptive_longformer.attention.coarse_tail import add_coarse_tail, coarse_tail_probabilities
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
@@ -120,23 +121,39 @@ class AdaptiveSparseAttention(nn.Module):
             "entry_bias": reads.entry_bias,
             "span": reads.span,
         }
-        context = sparse_attention(
+        dropout = {
+            "dropout_p": dropout_p,
+            "dropout_seed": random_seed(query.device) if dropout_p else None,
+        }
+        attended = sparse_attention(
             query,
             key,
             value,
             reads.pattern_or_layout,
-            dropout_p=dropout_p,
-            dropout_seed=random_seed(query.device) if dropout_p else None,
+            return_lse=reads.tail is not None,
             backend=self.config.attention_backend,
+            **dropout,
             **where,
         )
-        assert isinstance(context, torch.Tensor)  # return_lse=False
+        masks = {"attention_mask": attention_mask, "global_mask": global_mask, "scale": self.scale}
+        tail_share = None
+        if reads.tail is None:
+            assert isinstance(attended, torch.Tensor)  # return_lse=False
+            context = attended
+        else:
+            context, lse = attended
+            context, tail_share = add_coarse_tail(
+                context, lse, query, key, value, reads.tail, **masks, **dropout
+            )
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
+            if reads.tail is not None and tail_share is not None:
+                coarse = coarse_tail_probabilities(query, key, reads.tail, **masks)
+                probabilities = torch.lerp(probabilities, coarse, tail_share[..., None])
         output = self.output(context)
         if shifts is not None:
             output = roll_rows(output, -shifts)

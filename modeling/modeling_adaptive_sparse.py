@@ -31,7 +31,6 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 from adaptive_longformer.modeling.adaptive import (
     AdaptiveSelection,
     SelectionState,
-    density_loss,
     mirror_selection_buffers,
     set_selection_strength,
 )
@@ -57,6 +56,7 @@ from adaptive_longformer.modeling.question_tokens import (
     mask_question,
     question_tokens,
 )
+from adaptive_longformer.modeling.selection_losses import density_loss, router_loss
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -334,16 +334,18 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """
         set_selection_strength(self, strength)
 
-    def add_density_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a head with what `config.target_density` adds to it in training."""
-        target = self.config.target_density
-        if (
-            target is None
-            or not self.training
-            or self.config.attention_pattern not in SELECTING_PATTERNS
-        ):
+    def add_selection_losses(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of a head with what `config.target_density` and `config.router_aux_loss_coef`
+        add to it in training.
+        """
+        config = self.config
+        if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
             return loss
-        return loss + density_loss(self, target)
+        if config.target_density is not None:
+            loss = loss + density_loss(self, config.target_density)
+        if config.router_aux_loss_coef:
+            loss = loss + config.router_aux_loss_coef * router_loss(self)
+        return loss
 
     def _selection_state(self, validate: bool) -> SelectionState | None:
         """What one layer remembers of this forward pass; None if nothing is to be remembered."""
@@ -546,7 +548,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return MaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -634,7 +636,7 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type)
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -691,7 +693,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
@@ -794,7 +796,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -886,7 +888,7 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
         logits = logits.view(batch_size, num_choices)
         loss = None
         if labels is not None:
-            loss = self.add_density_loss(choice_loss(logits, labels))
+            loss = self.add_selection_losses(choice_loss(logits, labels))
         return MultipleChoiceModelOutput(
             loss=loss,
             logits=logits,

@@ -85,8 +85,8 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         config: the configuration; it is not changed.
 
     Raises:
-        ValueError: the pattern is none for a causal model, or has separate global projections or
-            learned global blocks.
+        ValueError: the pattern is none for a causal model, or has separate global projections,
+            learned global blocks, a router or a coarse tail.
     """
 
     _can_record_outputs = {
@@ -110,6 +110,15 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             raise ValueError(
                 f"num_learned_global_blocks is {config.num_learned_global_blocks}, 0 is needed in "
                 "a causal model: blocks that all tokens read would tell the first about the last"
+            )
+        if config.attention_pattern == "adaptive" and config.router_rank:
+            raise ValueError(
+                f"router_rank is {config.router_rank}, 0 is needed in a causal model: the router "
+                "is for encoders"
+            )
+        if config.attention_pattern == "adaptive" and config.coarse_tail:
+            raise ValueError(
+                "coarse_tail is True, False is needed in a causal model: the tail is for encoders"
             )
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)
@@ -311,7 +320,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -719,7 +719,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         loss = None
         if labels is not None:
             loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return Seq2SeqLMOutput(loss=loss, logits=logits, **_beside_the_head(outputs))
 
     def _expand_inputs_for_generation(
@@ -818,7 +818,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start_logits, end_logits, start_positions, end_positions)
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return Seq2SeqQuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -908,7 +908,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type)
-            loss = self.add_density_loss(loss)
+            loss = self.add_selection_losses(loss)
         return Seq2SeqSequenceClassifierOutput(
             loss=loss, logits=logits, **_beside_the_head(outputs)
         )

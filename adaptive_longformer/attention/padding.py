@@ -28,3 +28,12 @@ def readable(
     padding = ~attention_mask[:, None, :, None]
     query = query.masked_fill(padding & ~query.isfinite(), 0.0)
     return query, key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+
+
+def ordinary_tokens(
+    attention_mask: torch.Tensor | None, global_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The tokens that are neither padding nor global, bool [batch, length]; None: all are."""
+    if global_mask is None:
+        return attention_mask
+    return ~global_mask if attention_mask is None else attention_mask & ~global_mask

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from adaptive_longformer.attention.compiled_vote import can_vote, vote
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
+from adaptive_longformer.attention.residual_router import ResidualScores
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,
@@ -151,6 +152,7 @@ def select_blocks(
     scale: float | None = None,
     top_p: float | torch.Tensor = 1.0,
     global_directions: torch.Tensor | None = None,
+    residual: ResidualScores | None = None,
     validate: bool = False,
 ) -> SelectedBlocks:
     """Chooses for every query block the key blocks with the largest soft mass.
@@ -176,6 +178,8 @@ def select_blocks(
         top_p: soft mass after which a row chooses no more blocks; 1 or more: no limit.
         global_directions: [heads, head_dim]; with `num_global_blocks` the blocks with the largest
             direction . mean key + log count are chosen for all query blocks of a row.
+        residual: learned scores of pairs of blocks. Where the search ends, blocks are ranked by
+            their soft mass times exp(score); what it dropped before is not ranked again.
         validate: raise on keys or queries that are not finite, which waits for the device.
 
     Raises:
@@ -186,6 +190,11 @@ def select_blocks(
         raise ValueError(
             f"num_global_blocks is {options.num_global_blocks}, 0 is needed with is_causal: "
             "which blocks a whole row reads would tell earlier tokens about later ones"
+        )
+    if residual is not None and is_causal:
+        raise ValueError(
+            "residual is given, None is needed with is_causal: the mean query of a block would "
+            "tell its first tokens about its last ones"
         )
     missing = key.shape[2] - query.shape[2]
     if missing < 0 or missing % options.query_block_size or (missing and not is_causal):
@@ -199,10 +208,12 @@ def select_blocks(
         top_p = torch.tensor(float(top_p), device=query.device)
     if global_directions is None:
         global_directions = query.new_zeros(query.shape[1], query.shape[3])
+    residual_query, residual_key = (None, None) if residual is None else residual
     assert window.right is not None
     return SelectedBlocks(
         *route_blocks(
             query, key, attention_mask, global_mask, top_p, global_directions,
+            residual_query, residual_key,
             window.left, window.right, is_causal,
             query.shape[3] ** -0.5 if scale is None else scale,
             options.num_blocks, options.block_size, options.query_block_size, options.start_nodes,
@@ -316,6 +327,8 @@ def route_blocks(
     global_mask: torch.Tensor | None,
     top_p: torch.Tensor,
     global_directions: torch.Tensor,
+    residual_query: torch.Tensor | None,
+    residual_key: torch.Tensor | None,
     left: int,
     right: int,
     is_causal: bool,
@@ -338,8 +351,8 @@ def route_blocks(
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         router = _Router(
-            query, key, attention_mask, global_mask, global_directions, left, right, is_causal,
-            scale, options,
+            query, key, attention_mask, global_mask, global_directions, residual_query,
+            residual_key, left, right, is_causal, scale, options,
         )  # fmt: skip
         selected = router.run(top_p)
     return (
@@ -356,6 +369,8 @@ def _(
     global_mask,
     top_p,
     global_directions,
+    residual_query,
+    residual_key,
     left,
     right,
     is_causal,
@@ -417,6 +432,8 @@ class _Router:
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
         global_directions: torch.Tensor,
+        residual_query: torch.Tensor | None,
+        residual_key: torch.Tensor | None,
         left: int,
         right: int,
         is_causal: bool,
@@ -461,6 +478,10 @@ class _Router:
                 picked = key.take_along_dim(index, dim=2).to(self.dtype)
                 self.global_keys = picked.repeat_interleave(self.heads // key.shape[1], dim=1)
         self.global_directions = global_directions.to(self.dtype)
+        self.residual = None
+        if residual_query is not None and residual_key is not None:
+            factors = (residual_query.to(self.dtype), residual_key.to(self.dtype))
+            self.residual = ResidualScores(*factors)
 
     def _repeat_heads(self, key_heads: int) -> None:
         if key_heads != self.heads:
@@ -517,6 +538,9 @@ class _Row:
             self.global_positions = router.global_positions[batch]
         self.result = SelectedBlocks(*(tensor[batch] for tensor in router.result))  # views
         self.global_blocks: torch.Tensor | None = None
+        self.residual: ResidualScores | None = None
+        if router.residual is not None:
+            self.residual = ResidualScores(*(factor[batch] for factor in router.residual))
 
     @property
     def covered_width(self) -> int:
@@ -605,9 +629,13 @@ class _Row:
             kept = search.keep(votes, candidates, is_open, level)
             level -= 1
             votes, candidates, is_open = search.vote_children(kept, level)
-        key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p)
-        found = key_blocks.shape[-1]
         rows = slice(start - self.router.first_row, end - self.router.first_row)
+        scores = None
+        if self.residual is not None:
+            scores = self.residual.of_candidates(rows, None if kept is None else candidates)
+            scores = scores[..., : candidates.shape[-1]]
+        key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p, scores)
+        found = key_blocks.shape[-1]
         self.result.key_blocks[:, rows, :found] = key_blocks
         self.result.counts[:, rows] = counts
         self.result.mass[:, rows, :found] = mass
@@ -619,6 +647,7 @@ class _Row:
         candidates: torch.Tensor,
         is_open: torch.Tensor,
         top_p: torch.Tensor,
+        residual_scores: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The best blocks, how many of them count, and their mass."""
         covered = votes.covered
@@ -629,10 +658,14 @@ class _Row:
         # NaN is not above 0, and a block without any mass is not worth reading.
         is_open = is_open & (votes.share > 0)
         share = votes.share.masked_fill(~is_open, 0.0)
-        mass, order = share.sort(dim=-1, descending=True, stable=True)
-        mass, order = mass[..., : self.options.num_blocks], order[..., : self.options.num_blocks]
+        ranked = share
+        if residual_scores is not None:
+            ranked = (share * residual_scores.exp()).masked_fill(~is_open, 0.0)
+        ranked, order = ranked.sort(dim=-1, descending=True, stable=True)
+        ranked, order = (found[..., : self.options.num_blocks] for found in (ranked, order))
+        mass = share.gather(-1, order)
         before = covered[..., None] + mass.cumsum(dim=-1) - mass
-        is_chosen = (mass > 0) & ((before < top_p) | (top_p >= 1))
+        is_chosen = (ranked > 0) & ((before < top_p) | (top_p >= 1))
         key_blocks = candidates.expand_as(share).gather(-1, order).where(is_chosen, 0)
         counts = is_chosen.sum(dim=-1)
         return key_blocks.int(), counts.int(), mass.masked_fill(~is_chosen, 0.0)

@@ -108,6 +108,9 @@ ABLATIONS = {
     ),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
+    "residual router": _selecting(8, router_rank=8),
+    "residual router, auxiliary loss": _selecting(8, router_rank=8, router_aux_loss_coef=0.1),
+    "coarse tail": _selecting(8, coarse_tail=True),
     "top-p 0.95 in place of fixed K": _selecting(8, selection_top_p=0.95),
 }
 

@@ -147,6 +147,17 @@ def adaptive(**fields):
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
         ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
         ({"num_learned_global_blocks": 5}, "num_learned_global_blocks is 5, 0 to 4"),
+        ({"router_rank": -1}, "router_rank is -1, 0 to hidden_size / num_attention_heads = 8"),
+        ({"router_rank": 9}, "router_rank is 9, 0 to hidden_size / num_attention_heads = 8"),
+        (
+            {"router_aux_loss_coef": 0.1},
+            "router_aux_loss_coef is 0.1, 0 is needed without router_r",
+        ),
+        (
+            {"router_rank": 2, "router_aux_loss_coef": -0.1},
+            "router_aux_loss_coef is -0.1, a number",
+        ),
+        ({"router_rank": 2, "router_aux_loss_coef": float("nan")}, "router_aux_loss_coef is nan"),
         ({"block_size": 30}, "block_size is 30, attention_pattern 'adaptive' needs a multiple"),
         ({"query_block_size": 256}, "query_block_size is 256, attention_pattern 'adaptive'"),
         ({"query_block_size": 48}, "query_block_size is 48 and block_size 64: one must be"),
@@ -175,6 +186,7 @@ def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
         selection_sub_block_size=4, selection_tokens_per_vote=2,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
         head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
+        router_rank=8, router_aux_loss_coef=0.1, coarse_tail=True,
     )  # fmt: skip
     options = config.routing_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)

@@ -9,7 +9,6 @@ from adaptive_longformer.modeling.adaptive import (
     BUDGET_RAMP,
     AdaptiveSelection,
     SelectionState,
-    density_loss,
     selections,
     set_selection_strength,
 )
@@ -19,6 +18,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
+from adaptive_longformer.modeling.selection_losses import density_loss
 from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
@@ -48,7 +48,10 @@ def operations_of(model, inputs):
 def test_without_strength_it_is_the_source_bit_for_bit(length, separate, tmp_path):
     source = tiny_model(separate_global_projections=separate)
     source.save_pretrained(tmp_path)
-    model = AdaptiveSparseModel.from_pretrained(tmp_path, attention_pattern="adaptive").eval()
+    parts = {"router_rank": 2, "coarse_tail": True} if separate else {}
+    model = AdaptiveSparseModel.from_pretrained(
+        tmp_path, attention_pattern="adaptive", **parts
+    ).eval()
     source = AdaptiveSparseModel.from_pretrained(tmp_path).eval()
     inputs = tiny_inputs(source, length, padding="left" if length == 70 else "right")
     assert torch.equal(hidden_states_of(model, inputs), hidden_states_of(source, inputs))
@@ -219,7 +222,7 @@ def test_gradients_are_those_of_the_weights_at_and_beside_the_kinks(budget, span
 
     def loss():
         _, reads = part(query, key, state=state)
-        layout, bias, attention_span = reads
+        layout, bias, attention_span, _ = reads
         output = sparse_attention(
             query, key, value, layout, entry_bias=bias, span=attention_span, backend="blocked"
         )
@@ -444,7 +447,7 @@ def test_a_calibrated_window_ends_where_it_says_and_leaves_the_list(budget):
     part = tiny_selection(head_budgets=[[budget] * 2] * 2, head_windows=[[0, 4]] * 2)
     query, key = torch.randn(2, 1, 2, 60, 4, dtype=torch.float64)
     with torch.no_grad():
-        _, (layout, entry_bias, span) = part(query, key)
+        _, (layout, entry_bias, span, _) = part(query, key)
     assert part.window_limit().tolist() == [0, 4]
     near = ((layout.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)
     assert near[0].tolist() == [[1] * 8, [2] + [3] * 6 + [2]]

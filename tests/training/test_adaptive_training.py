@@ -65,7 +65,7 @@ def test_ramps_out_of_range_are_refused(options):
 
 
 def test_adaptive_parameters_learn_faster_and_do_not_decay():
-    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification)
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, router_rank=2)
     groups = adaptive_parameter_groups(model, 1e-4, weight_decay=0.1, multiplier=30)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
     assert groups[2]["lr"] == pytest.approx(3e-3)
@@ -78,6 +78,14 @@ def test_adaptive_parameters_learn_faster_and_do_not_decay():
         adaptive_parameter_groups(tiny_model(), 1e-4)
 
 
+EVERYTHING = {
+    "num_learned_global_blocks": 1,
+    "router_rank": 2,
+    "router_aux_loss_coef": 0.5,
+    "coarse_tail": True,
+}
+
+
 def adapted(base, **options):
     from peft import LoraConfig, get_peft_model
 
@@ -86,17 +94,22 @@ def adapted(base, **options):
     )
 
 
-def test_an_adapter_brings_its_selection_to_a_fresh_base(tmp_path):
+@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "router and tail"])
+def test_an_adapter_brings_its_selection_to_a_fresh_base(fields, tmp_path):
     pytest.importorskip("peft")
     from peft import PeftModel
 
-    base = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, selection_strength=0.0)
+    base = tiny_adaptive_model(
+        AdaptiveSparseForSequenceClassification, selection_strength=0.0, **fields
+    )
     base.save_pretrained(tmp_path / "base")
     model = adapted(base)
     inputs = tiny_inputs(base, 300, with_labels=True)
     callback = SelectionRampCallback()
     trainer_of(model, tmp_path / "run", callback, 3).train()
     assert all(part.strength == 1.0 for part in selections(model))
+    if fields:
+        assert [int(part.router_step) for part in selections(model)] == [3, 3]
     model.eval()
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -116,8 +129,9 @@ def test_an_adapter_brings_its_selection_to_a_fresh_base(tmp_path):
 
 
 STEPS = {
-    "without strength": (0.0, [(100, 100), (100, 20)]),
-    "documents shorter than the window": (1.0, [(100, 10), (10, 10)]),
+    "without strength": (0.0, [(100, 100), (100, 20)], {}),
+    "documents shorter than the window": (1.0, [(100, 10), (10, 10)], {}),
+    "router and tail": (1.0, [(100, 10), (10, 100)], EVERYTHING),
 }
 
 
@@ -126,9 +140,9 @@ def _train(rank, meeting_point, results):
     distributed.init_process_group(
         "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2
     )
-    for name, (strength, lengths) in STEPS.items():
+    for name, (strength, lengths, fields) in STEPS.items():
         model = tiny_adaptive_model(
-            AdaptiveSparseForSequenceClassification, selection_strength=strength
+            AdaptiveSparseForSequenceClassification, selection_strength=strength, **fields
         ).train()
         replica = torch.nn.parallel.DistributedDataParallel(model)
         for length in lengths:  # the second step fails if the first one missed a gradient
