@@ -109,5 +109,6 @@ def test_limits_that_the_caller_changes_win_over_those_of_the_checkpoint(tmp_pat
     config.head_budgets, config.head_windows = None, [[5, 6, 7, 8]] * 2
     loaded = AdaptiveSparseModel.from_pretrained(tmp_path, config=config)
     for part in selections(loaded):
+        part.span.data.fill_(1.0)  # wide, so that the limit says where a window ends
         assert part.head_budgets.tolist() == [NO_LIMIT] * 4
         assert part.head_windows.tolist() == part.window_limit().tolist() == [5, 6, 7, 8]
