@@ -84,9 +84,6 @@ def test_tiles_of_flex_attention_are_those_that_its_block_mask_lists(benchmark, 
     from torch.nn.attention import flex_attention
 
     layout = benchmark.routed_layout(2048, torch.device("cpu"))
-    # The benchmark raises it for good.
-    limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
     made = []
     create = flex_attention.create_block_mask
 
