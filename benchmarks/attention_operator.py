@@ -176,10 +176,14 @@ def flex_attention_of(layout: BlockLayout):
         visible, None, None, layout.length, layout.length,
         device=str(routed.device), BLOCK_SIZE=TILE, _compile=True,
     )  # fmt: skip
-    # Every length and mode is compiled on its own; beyond the limit torch would not fuse any more.
-    torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+
+    def attend(query, key, value):
+        # Every length and mode is compiled on its own, more often than torch expects.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(query, key, value, block_mask=mask)
+
+    return attend
 
 
 def make_call_of(name: str, length: int, dropout: float, mode: str, args: argparse.Namespace):

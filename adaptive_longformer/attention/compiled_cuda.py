@@ -4,6 +4,7 @@ waiting for it, and fills their argument struct.
 
 import ctypes
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -20,7 +21,8 @@ from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.kernel_call import KernelCall, RowTensor, fields
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import OperatorArguments
-from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
+from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
+from adaptive_longformer.patterns.pattern import pattern_from_spec
 
 ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 96, 128)
@@ -120,6 +122,93 @@ def gradient_items(layout: BlockLayout, item_entries: int = _ITEM_ENTRIES) -> Gr
     )
 
 
+@dataclass(frozen=True)
+class _Lists:
+    """The lists of a call as the kernels read them.
+
+    Attributes:
+        layout: with the blocks of packed global keys at the head of every list.
+        num_packs: how many these are.
+        order: int32, all lists, the longest first.
+        known_items: what `items` gives, if it is known already.
+    """
+
+    layout: BlockLayout
+    num_packs: int
+    order: torch.Tensor
+    known_items: GradientItems | None = None
+
+    def items(self) -> GradientItems:
+        """The work of the gradients of keys and values."""
+        if self.known_items is not None:
+            return self.known_items
+        # The packed blocks lie behind the sequence, as if it were longer.
+        num_blocks = self.layout.num_key_blocks + self.num_packs
+        return gradient_items(replace(self.layout, length=num_blocks * KEY_BLOCK_SIZE))
+
+
+def _packed_lists(layout: BlockLayout, num_packs: int) -> _Lists:
+    layout = replace(
+        layout,
+        key_blocks=layout.key_blocks.int(),
+        counts=layout.counts.int(),
+        flags=layout.flags.expand(layout.key_blocks.shape).int(),
+    )
+    if num_packs > 0:
+        ids = layout.num_key_blocks + torch.arange(num_packs, device=layout.counts.device)
+        packs = ids.int().expand(*layout.counts.shape, num_packs)
+        flags = torch.full_like(packs, int(EntryFlag.GLOBAL_PACK))
+        layout = replace(
+            layout,
+            key_blocks=torch.cat([packs, layout.key_blocks], dim=-1),
+            flags=torch.cat([flags, layout.flags], dim=-1),
+            counts=layout.counts + num_packs,
+        )
+    order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
+    return _Lists(layout, num_packs, order.int())
+
+
+def _lists_of(inputs: OperatorArguments, num_packs: int) -> _Lists:
+    """The lists of a call. Those of a pattern are kept: they are the same in every layer and step,
+    and making them anew can take longer than the attention.
+    """
+    query = inputs.query
+    # What is made while a CUDA graph is captured belongs to the graph.
+    is_capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    if inputs.key_blocks is not None or is_capturing:
+        return _packed_lists(inputs.layout(), num_packs)
+    return _pattern_lists(
+        inputs.pattern, query.shape[2], inputs.query_block_size, query.shape[1], query.device,
+        num_packs,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _pattern_lists(
+    pattern: str,
+    length: int,
+    query_block_size: int,
+    heads: int,
+    device: torch.device,
+    num_packs: int,
+) -> _Lists:
+    layout = block_layout(
+        pattern_from_spec(pattern),
+        length,
+        query_block_size=query_block_size,
+        key_block_size=KEY_BLOCK_SIZE,
+        num_heads=heads,
+        device=device,
+    )
+    lists = _packed_lists(layout, num_packs)
+    # Waiting once for the number of slots saves the room for as many as there could be, and makes
+    # the lists ready for every stream.
+    items = lists.items()
+    items = replace(items, num_slots=int(items.column_slots.sum()))
+    return replace(lists, known_items=items)
+
+
 def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp."""
     call, query = _Call(arguments), arguments.query
@@ -173,15 +262,7 @@ class _Call(KernelCall):
         arguments.is_causal, arguments.scale = inputs.is_causal, inputs.scale
         self.set_rows(query=query, key=inputs.key, value=inputs.value)
 
-        layout = inputs.layout()
-        layout = replace(
-            layout,
-            key_blocks=layout.key_blocks.int(),
-            counts=layout.counts.int(),
-            flags=layout.flags.expand(layout.key_blocks.shape).int(),
-        )
-        self.set_window(layout.window)
-        self._set_lists(layout, inputs)
+        self._set_lists(inputs)
         if self.entry_bias is not None:
             padded = torch.nn.functional.pad(self.entry_bias.float(), (self.num_packs, 0))
             self.set_arrays(entry_bias=padded)
@@ -198,10 +279,10 @@ class _Call(KernelCall):
             arguments.has_dropout = 1
             self.set_dropout_words(inputs)
 
-    def _set_lists(self, layout: BlockLayout, inputs: OperatorArguments) -> None:
-        """Puts blocks of packed global keys at the head of every list, and marks the open keys."""
+    def _set_lists(self, inputs: OperatorArguments) -> None:
+        """Packs the global keys, marks the open keys, and sets the lists."""
         arguments, query, length = self.arguments, self.query, self.query.shape[2]
-        num_sequence_blocks = layout.num_key_blocks
+        num_sequence_blocks = -(-length // KEY_BLOCK_SIZE)
         padded = num_sequence_blocks * KEY_BLOCK_SIZE
         is_open = torch.arange(padded, device=query.device).expand(query.shape[0], -1) < length
         listed, global_mask = inputs.attention_mask, inputs.global_mask
@@ -217,39 +298,27 @@ class _Call(KernelCall):
             positions = torch.nn.functional.pad(positions, (0, missing), value=length)
             is_open = torch.cat([is_open, positions < length], dim=1)
             self.set_arrays(global_positions=positions.int())
-        if self.num_packs > 0:
-            shape = (*layout.counts.shape, self.num_packs)
-            ids = num_sequence_blocks + torch.arange(self.num_packs, device=query.device)
-            packs = ids.int().expand(shape)
-            flags = torch.full_like(packs, int(EntryFlag.GLOBAL_PACK))
-            layout = replace(
-                layout,
-                key_blocks=torch.cat([packs, layout.key_blocks], dim=-1),
-                flags=torch.cat([flags, layout.flags], dim=-1),
-                counts=layout.counts + self.num_packs,
-            )
-        # The packed blocks lie behind the sequence, as if it were longer.
         num_blocks = num_sequence_blocks + self.num_packs
-        self.layout = layout
-        self._long_layout = replace(layout, length=num_blocks * KEY_BLOCK_SIZE)
         arguments.num_sequence_blocks, arguments.num_blocks = num_sequence_blocks, num_blocks
+        self.lists = _lists_of(inputs, self.num_packs)
+        self.layout = layout = self.lists.layout
+        self.set_window(layout.window)
         arguments.list_batches, arguments.list_heads = layout.key_blocks.shape[:2]
         arguments.num_query_blocks, arguments.max_entries = layout.key_blocks.shape[2:]
         bits = is_open.view(-1, num_blocks, KEY_BLOCK_SIZE).long()
         bits = (bits << torch.arange(KEY_BLOCK_SIZE, device=query.device)).sum(dim=-1)
-        order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
         self.set_arrays(
             key_blocks=layout.key_blocks,
             counts=layout.counts,
             flags=layout.flags,
             open_keys=bits,
-            order=order.int(),
+            order=self.lists.order,
         )
 
     def set_gradient_items(self) -> None:
         """The transposed lists, and room for what the backward pass keeps between its kernels."""
         arguments, query = self.arguments, self.query
-        items = gradient_items(self._long_layout)
+        items = self.lists.items()
         arguments.num_items, arguments.num_slots = items.column.numel(), items.num_slots
         list_batches, list_heads = self.layout.key_blocks.shape[:2]
         parts = (

@@ -16,7 +16,7 @@
 #include <vector>
 
 #define DEVICE inline
-#define KERNEL(threads) void
+#define KERNEL(threads, blocks) void
 #define SHARED_MEMORY(name) unsigned char* name = ::adaptive::emulator::block().shared
 #define UNROLL
 #define NO_UNROLL
@@ -193,6 +193,7 @@ inline Word pack(float low, float high) {
 }
 
 inline float infinity() { return INFINITY; }
+inline float power_of_two(float exponent) { return std::exp2(exponent); }
 
 inline void synchronize_block() {
   emulator::wait_at(emulator::block().barrier, (int)emulator::block().threads.size());

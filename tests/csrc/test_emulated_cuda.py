@@ -252,3 +252,35 @@ def test_emulator_catches(mutant, tmp_path, monkeypatch):
         return
     is_correct = all(error <= TOLERANCE[torch.bfloat16] for error in results)
     assert is_correct == (mutant == "none"), results
+
+
+def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
+    """They give the bits that the same lists give as a layout, which are made for every call."""
+    pattern, length = SlidingWindow(50), 130
+    made, original = [], compiled_cuda.gradient_items
+
+    def counted(layout):
+        made.append(layout)
+        return original(layout, 2)  # the middle column is split
+
+    monkeypatch.setattr(compiled_cuda, "gradient_items", counted)
+    compiled_cuda._pattern_lists.cache_clear()
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 1, length, 32, dtype=torch.bfloat16) for _ in range(3)]
+    global_mask = torch.arange(length)[None] == 3
+    results = []
+    for lists in (pattern, pattern, block_layout(pattern, length)):
+        arguments = operator_arguments(make_call(*tensors, lists, global_mask=global_mask))
+        output, lse = compiled_cuda.forward(arguments)
+        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
+    compiled_cuda._pattern_lists.cache_clear()
+    assert len(made) == 2
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_a_pattern_without_split_columns_takes_no_room_for_their_sums(emulator):
+    tensors = [torch.randn(1, 1, 70, 32, dtype=torch.bfloat16) for _ in range(3)]
+    arguments = operator_arguments(make_call(*tensors, SlidingWindow(9)))
+    lists = compiled_cuda._lists_of(arguments, 0)
+    assert lists.items().num_slots == 0 and compiled_cuda._lists_of(arguments, 0) is lists

@@ -9,13 +9,13 @@ namespace adaptive {
 
 // Columns of scores that are in registers at a time: as many as leave room for the sums.
 template <int D>
-constexpr int CHUNK_COLUMNS = D <= 32 ? 64 : D <= 64 ? 32 : 16;
+constexpr int CHUNK_COLUMNS = D <= 64 ? 32 : 16;
 
 constexpr int ROW_SUM_WARPS = 4;
 
 // One warp per query row: row_lse and row_delta, also for the rows behind the end of the sequence.
 template <int TYPE>
-KERNEL(ROW_SUM_WARPS * 32) row_sums_kernel(const Arguments arguments) {
+KERNEL(ROW_SUM_WARPS * 32, 1) row_sums_kernel(const Arguments arguments) {
   const int lane = (int)threadIdx.x % 32;
   const int padded_length = arguments.num_query_blocks * arguments.query_block_size;
   const int query = (int)blockIdx.x * ROW_SUM_WARPS + (int)threadIdx.x / 32;
@@ -43,7 +43,7 @@ KERNEL(ROW_SUM_WARPS * 32) row_sums_kernel(const Arguments arguments) {
 }
 
 // Shared memory of grad_keys_kernel: a block of keys and of values, two stages of 64 queries and output gradients with
-// their row_lse, row_delta and dropout words.
+// their row_lse and row_delta.
 constexpr int QUERY_PART = 64;
 
 template <int D>
@@ -54,7 +54,7 @@ constexpr int grad_keys_shared_memory() {
 // A thread block adds up one item: a block of keys, and up to a fixed number of the entries that read it. Scores are
 // computed as keys x queries, so that weights and gradients of scores are in place for the second product.
 template <int TYPE, int D, int QUERY_BLOCK>
-KERNEL(128) grad_keys_kernel(const Arguments arguments) {
+KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   constexpr int CHUNK = CHUNK_COLUMNS<D>, PARTS = QUERY_BLOCK / QUERY_PART;
   SHARED_MEMORY(shared);
   Half* key_tile = (Half*)shared;
@@ -97,10 +97,8 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
   };
   const auto load_step = [&](int step, int stage) {
     const int first_query = first_query_of(step);
-    load_queries<D, QUERY_PART, 128>(query_tiles + stage * QUERY_PART * D, arguments.query, arguments, row_place,
-                                     first_query, row_lse + first_query);
-    load_queries<D, QUERY_PART, 128>(grad_tiles + stage * QUERY_PART * D, arguments.grad_output, arguments, row_place,
-                                     first_query, row_lse + first_query);
+    load_queries_and_grads<D, QUERY_PART, 128>(query_tiles + stage * QUERY_PART * D, grad_tiles + stage * QUERY_PART * D,
+                                               arguments, row_place, first_query, row_lse + first_query);
     float* rows = row_values + stage * 2 * QUERY_PART;
     const int i = (int)threadIdx.x % (QUERY_PART / 4) * 4;
     if (threadIdx.x < QUERY_PART / 4)
@@ -153,7 +151,8 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
         hide(weights, visible, start, lane);
       }
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++) weights[n][j] = exp2f(weights[n][j] - rows[fragment_column(lane, n, j)]);
+        UNROLL for (int j = 0; j < 4; j++)
+          weights[n][j] = power_of_two(weights[n][j] - rows[fragment_column(lane, n, j)]);
       if (!arguments.has_dropout) {
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
@@ -206,7 +205,7 @@ KERNEL(128) grad_keys_kernel(const Arguments arguments) {
 
 // Adds the parts of a column that was split, in their order.
 template <int TYPE>
-KERNEL(128) add_parts_kernel(const Arguments arguments) {
+KERNEL(128, 1) add_parts_kernel(const Arguments arguments) {
   const int column_of_lists = blockIdx.x, slots = arguments.column_slots[column_of_lists];
   if (slots == 0) return;
   const Place place(arguments, column_of_lists / arguments.num_blocks * arguments.num_query_blocks, blockIdx.y,
@@ -243,7 +242,7 @@ constexpr int grad_queries_shared_memory() {
 
 // A thread block computes the gradient of one query block, and the entries' sums of gradients of scores.
 template <int TYPE, int D, int QUERY_BLOCK>
-KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
+KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kernel(const Arguments arguments) {
   constexpr int THREADS = QUERY_BLOCK * 2, WARPS = QUERY_BLOCK / 16, CHUNK = CHUNK_COLUMNS<D>;
   SHARED_MEMORY(shared);
   Half* query_tile = (Half*)shared;
@@ -255,9 +254,9 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
   const Place place(arguments, arguments.order[blockIdx.x], blockIdx.y, blockIdx.z);
   const int first_query = place.query_block * QUERY_BLOCK;
   const int count = arguments.counts[place.list];
-  const long long head_row = (long long)place.batch * arguments.heads + place.head;
-  const long long first_padded_row = head_row * arguments.num_query_blocks * QUERY_BLOCK + first_query;
-  const long long own_list = head_row * arguments.num_query_blocks + place.query_block;
+  const int head_row = place.batch * arguments.heads + place.head;
+  const long long first_padded_row = (long long)head_row * arguments.num_query_blocks * QUERY_BLOCK + first_query;
+  const auto own_list = [&] { return (long long)head_row * arguments.num_query_blocks + place.query_block; };
 
   const auto key_block = [&](int entry) {
     return KeyBlock(arguments, place.batch, arguments.key_blocks[place.list * arguments.max_entries + entry]);
@@ -275,27 +274,25 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;
-  load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments.query, arguments, place, first_query, block_lse);
-  load_queries<D, QUERY_BLOCK, THREADS>(grad_tile, arguments.grad_output, arguments, place, first_query, block_lse);
+  load_queries_and_grads<D, QUERY_BLOCK, THREADS>(query_tile, grad_tile, arguments, place, first_query, block_lse);
   int entry = next_entry(0);
   if (entry < count) load_entry(entry, 0);
   commit_copies();
 
-  int query[2], row_word[2];
+  // Computed where they are needed, as the keys of grad_keys_kernel.
+  const auto query = [&](int h) { return first_query + warp * 16 + fragment_row(lane, 2 * h); };
+  const auto row_word_of = [&](int h) {
+    return query(h) < arguments.length ? arguments.row_words[(long long)head_row * arguments.length + query(h)] : 0;
+  };
   float lse[2], delta[2];
   UNROLL for (int h = 0; h < 2; h++) {
     const int row = warp * 16 + fragment_row(lane, 2 * h);
-    query[h] = first_query + row;
     lse[h] = block_lse[row];
     delta[h] = arguments.row_delta[first_padded_row + row];
-    row_word[h] = arguments.has_dropout && query[h] < arguments.length
-                      ? arguments.row_words[head_row * arguments.length + query[h]]
-                      : 0;
   }
   float sum[D / 8][4];
   set_zero(sum);
   float span_sum = 0.0f;
-  const float scale = arguments.scale * LOG2_E;
 
   for (int stage = 0; entry < count; stage ^= 1) {
     const int following = next_entry(entry + 1);
@@ -314,18 +311,19 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
       set_zero(grads);
       multiply_transposed<TYPE, D, CHUNK>(scores, query_tile, key_tile, grads, grad_tile, value_tile, warp * 16, lane);
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++) scores[n][j] = scores[n][j] * scale + mask.bias;
+        UNROLL for (int j = 0; j < 4; j++) scores[n][j] = scores[n][j] * (arguments.scale * LOG2_E) + mask.bias;
       if (mask.has_span) {
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
             scores[n][j] += span_log2(span_weight(
-                arguments, place.head, keys.first + start + fragment_column(lane, n, j) - query[j / 2]));
+                arguments, place.head, keys.first + start + fragment_column(lane, n, j) - query(j / 2)));
       }
       if (mask.is_masked) {
-        const Bits visible[2] = {mask.visible_keys(keys, query[0]), mask.visible_keys(keys, query[1])};
+        const Bits visible[2] = {mask.visible_keys(keys, query(0)), mask.visible_keys(keys, query(1))};
         hide(scores, visible, start, lane);
       }
       if (arguments.has_dropout) {
+        const int row_word[2] = {row_word_of(0), row_word_of(1)};
         UNROLL for (int n = 0; n < CHUNK / 8; n++) {
           UNROLL for (int side = 0; side < 2; side++) {
             const int column = start + fragment_column(lane, n, side);
@@ -337,7 +335,7 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
       }
       UNROLL for (int n = 0; n < CHUNK / 8; n++) {
         UNROLL for (int j = 0; j < 4; j++) {
-          grads[n][j] = exp2f(scores[n][j] - lse[j / 2]) * (grads[n][j] - delta[j / 2]);
+          grads[n][j] = power_of_two(scores[n][j] - lse[j / 2]) * (grads[n][j] - delta[j / 2]);
           entry_sum += grads[n][j];
         }
       }
@@ -347,7 +345,7 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
             span_sum += grads[n][j] * span_slope(arguments, span_weight(arguments, place.head,
                                                                         keys.first + start +
                                                                             fragment_column(lane, n, j) -
-                                                                            query[j / 2]));
+                                                                            query(j / 2)));
       }
       multiply_registers<TYPE, D, CHUNK>(sum, grads, key_tile, lane);
     }
@@ -360,14 +358,14 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
     if (arguments.grad_entry_bias != nullptr && threadIdx.x == 0 && !(flags & (WINDOW | GLOBAL_PACK))) {
       float total = 0.0f;
       for (int i = 0; i < WARPS; i++) total += warp_sums[i];
-      arguments.grad_entry_bias[own_list * arguments.max_entries + entry] = total;
+      arguments.grad_entry_bias[own_list() * arguments.max_entries + entry] = total;
     }
     entry = following;
   }
 
   UNROLL for (int h = 0; h < 2; h++)
-    if (query[h] < arguments.length)
-      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_query, place.batch, place.head, query[h]), sum, h,
+    if (query(h) < arguments.length)
+      store_row_half<TYPE, D>((Half*)row_at(arguments.grad_query, place.batch, place.head, query(h)), sum, h,
                               arguments.scale, lane);
   if (arguments.grad_span == nullptr) return;
   UNROLL for (int distance = 16; distance > 0; distance /= 2) span_sum += shuffle_xor(span_sum, distance);
@@ -378,7 +376,7 @@ KERNEL(QUERY_BLOCK * 2) grad_queries_kernel(const Arguments arguments) {
   if (threadIdx.x != 0) return;
   float total = 0.0f;
   for (int i = 0; i < WARPS; i++) total += warp_sums[i];
-  arguments.grad_span[own_list] = total;
+  arguments.grad_span[own_list()] = total;
 }
 
 }  // namespace adaptive

@@ -19,7 +19,9 @@ enum ElementType { BFLOAT16 = 1, FLOAT16 = 2 };
 #ifdef COMPILES_FOR_CUDA
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// A kernel for blocks of so many threads, and the least number of blocks that a processor has to hold: more of them hide
+// more waiting, and as many are asked for as there are registers for without spilling any.
+#define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
@@ -73,6 +75,12 @@ DEVICE void wait_for_copies() {
 
 // NVRTC has no header that defines INFINITY.
 DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
+// exp2f would spend more instructions on denormal results, which no sum of weights can see.
+DEVICE float power_of_two(float exponent) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(result) : "f"(exponent));
+  return result;
+}
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 DEVICE void synchronize_block() { __syncthreads(); }
 

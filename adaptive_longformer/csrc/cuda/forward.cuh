@@ -13,7 +13,7 @@ constexpr int forward_shared_memory() {
 }
 
 template <int TYPE, int D, int QUERY_BLOCK>
-KERNEL(QUERY_BLOCK * 2) forward_kernel(const Arguments arguments) {
+KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) forward_kernel(const Arguments arguments) {
   constexpr int THREADS = QUERY_BLOCK * 2;
   SHARED_MEMORY(shared);
   Half* query_tile = (Half*)shared;
@@ -40,7 +40,7 @@ KERNEL(QUERY_BLOCK * 2) forward_kernel(const Arguments arguments) {
     load_keys<D, THREADS>(value_tiles + stage * KEY_BLOCK * D, arguments.value, place, keys);
   };
 
-  load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments.query, arguments, place, first_query, nullptr);
+  load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments, place, first_query);
   int entry = next_entry(0);
   if (entry < count) load_entry(entry, 0);
   commit_copies();
@@ -101,7 +101,7 @@ KERNEL(QUERY_BLOCK * 2) forward_kernel(const Arguments arguments) {
       new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
       new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
       const float shift = new_max == -infinity() ? 0.0f : new_max;
-      const float decay = exp2f(row_max[h] - shift);
+      const float decay = power_of_two(row_max[h] - shift);
       row_max[h] = new_max;
       row_total[h] *= decay;
       UNROLL for (int i = 0; i < D / 8; i++) {
@@ -110,7 +110,7 @@ KERNEL(QUERY_BLOCK * 2) forward_kernel(const Arguments arguments) {
       }
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++) {
         UNROLL for (int j = 2 * h; j < 2 * h + 2; j++) {
-          scores[n][j] = exp2f(scores[n][j] - shift);
+          scores[n][j] = power_of_two(scores[n][j] - shift);
           row_total[h] += scores[n][j];
         }
       }

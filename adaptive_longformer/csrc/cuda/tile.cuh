@@ -158,10 +158,11 @@ DEVICE bool is_kept(const Arguments& arguments, int row_word, int column_word) {
   return ((int)word >> 1) >= arguments.dropout_threshold;
 }
 
-// Starts copying the keys or values of a block; hidden rows become zeros, since 0 * NaN is NaN.
+// Starts copying the keys or values of a block; hidden rows become zeros, since 0 * NaN is NaN. Not unrolled, as the
+// other copies: the addresses of all chunks at once would cost the registers of a third thread block per processor.
 template <int D, int THREADS>
 DEVICE void load_keys(Half* tile, const RowTensor& source, const Place& place, const KeyBlock& keys) {
-  for (int i = (int)threadIdx.x; i < KEY_BLOCK * D / 8; i += THREADS) {
+  NO_UNROLL for (int i = (int)threadIdx.x; i < KEY_BLOCK * D / 8; i += THREADS) {
     const int row = i / (D / 8), chunk = i % (D / 8);
     const bool is_open = keys.is_open(row);
     const int position = is_open ? keys.position(row) : 0;
@@ -169,16 +170,28 @@ DEVICE void load_keys(Half* tile, const RowTensor& source, const Place& place, c
   }
 }
 
-// Starts copying ROWS rows of queries; rows behind the end become zeros, and with row_lse those without weights.
+// Starts copying ROWS rows of queries; rows behind the end become zeros.
 template <int D, int ROWS, int THREADS>
-DEVICE void load_queries(Half* tile, const RowTensor& source, const Arguments& arguments, const Place& place,
-                         int first_query, const float* row_lse) {
-  for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-    const int row = i / (D / 8), chunk = i % (D / 8);
-    bool is_used = first_query + row < arguments.length;
+DEVICE void load_queries(Half* tile, const Arguments& arguments, const Place& place, int first_query) {
+  NO_UNROLL for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
+    const int row = i / (D / 8), chunk = i % (D / 8), position = first_query + row;
+    const bool is_used = position < arguments.length;
+    const Half* source = row_at(arguments.query, place.batch, place.head, is_used ? position : 0);
+    copy_async(tile + swizzled<D>(row, chunk), source + chunk * 8, is_used);
+  }
+}
+
+// Starts copying ROWS rows of queries and of the output's gradients; those without weights become zeros, and so do all
+// behind the end.
+template <int D, int ROWS, int THREADS>
+DEVICE void load_queries_and_grads(Half* query_tile, Half* grad_tile, const Arguments& arguments, const Place& place,
+                                   int first_query, const float* row_lse) {
+  NO_UNROLL for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
+    const int row = i / (D / 8), chunk = i % (D / 8), target = swizzled<D>(row, chunk);
+    const bool is_used = row_lse[row] < infinity();
     const int position = is_used ? first_query + row : 0;
-    if (row_lse != nullptr) is_used = row_lse[row] < infinity();
-    copy_async(tile + swizzled<D>(row, chunk), row_at(source, place.batch, place.head, position) + chunk * 8, is_used);
+    copy_async(query_tile + target, row_at(arguments.query, place.batch, place.head, position) + chunk * 8, is_used);
+    copy_async(grad_tile + target, row_at(arguments.grad_output, place.batch, place.head, position) + chunk * 8, is_used);
   }
 }
 
