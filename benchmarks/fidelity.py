@@ -26,6 +26,9 @@ from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 
 SMALL_BLOCKS = {"block_size": 16, "query_block_size": 16}
+# Window and blocks of 64.
+BUDGETS = ((128, 2), (256, 4), (512, 8))
+SHORTEST = 1024
 
 
 def variants(window: int, num_blocks: int) -> dict[str, dict]:
@@ -50,8 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096, help="tokens read per document")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", default="results", help="folder for JSON and table")
-    return parser.parse_args()
+    parser.add_argument("--results", default="results", help="folder for the JSON")
+    args = parser.parse_args()
+    if args.length < SHORTEST:
+        parser.error(f"--length is {args.length}, at least {SHORTEST} is needed")
+    return args
 
 
 def read_documents(args: argparse.Namespace, tokenizer) -> list[dict[str, torch.Tensor]]:
@@ -86,7 +92,7 @@ def main() -> int:
         documents = read_documents(args, tokenizer)
         expected, _ = states(folder, {"attention_pattern": "full"}, documents)
         rows = []
-        for window, num_blocks in ((128, 2), (256, 4), (512, 8)):
+        for window, num_blocks in BUDGETS:
             for name, fields in variants(window, num_blocks).items():
                 found, keys = states(folder, fields, documents)
                 pairs = list(zip(found, expected, strict=True))
