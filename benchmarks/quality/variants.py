@@ -103,6 +103,9 @@ ABLATIONS = {
     "blocks of 64": PATTERNS["adaptive, blocks of 64"],
     "blocks of 64, sub-blocks of 8": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=8),
     "blocks of 64, sub-blocks of 4": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=4),
+    "blocks of 64, sub-blocks of 8, every query": _selecting(
+        2, **BLOCKS_OF_64, selection_sub_block_size=8, selection_tokens_per_vote=1
+    ),
     "blocks of 64, every query and key": _selecting(
         2, **BLOCKS_OF_64, selection_sub_block_size=1, selection_tokens_per_vote=1
     ),
