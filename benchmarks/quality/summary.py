@@ -196,11 +196,12 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
     return True
 
 
-def _means(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Mean of y for every x, in the order of x."""
+def _means(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
+    """Mean of y for every x, in the order of x; where y is None there is no point."""
     found: dict[float, list[float]] = {}
     for x, y in points:
-        found.setdefault(x, []).append(y)
+        if y is not None:
+            found.setdefault(x, []).append(y)
     order = sorted(found)
     return order, [statistics.mean(found[x]) for x in order]
 
@@ -235,7 +236,6 @@ def _by_strength(axis, cells: list[dict]) -> None:
             (float(strength), value[where])
             for cell in cells
             for strength, value in cell["by_strength"].items()
-            if value[where] is not None
         ]
         if points:
             axis.plot(*_means(points), "o-", label=where)
