@@ -222,6 +222,27 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
+def hidden_states_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states of a model without head, [batch, length, hidden_size], no gradients."""
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state
+
+
+def assert_padding_changes_nothing(
+    model: AdaptiveSparseModel, length: int, left: int, right: int
+) -> None:
+    """Compares texts of `length` tokens with the same behind `left` and before `right` pads."""
+    inputs = tiny_inputs(model, length, padding="none")
+    expected = hidden_states_of(model, inputs)
+    pad = model.config.pad_token_id
+    padded = {
+        "input_ids": nn.functional.pad(inputs["input_ids"], (left, right), value=pad),
+        "attention_mask": nn.functional.pad(inputs["attention_mask"], (left, right)),
+    }
+    actual = hidden_states_of(model, padded)[:, left : left + length]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def tiny_seq2seq_config(**overrides: Any) -> AdaptiveSparseSeq2SeqConfig:
     """Two layers of width 32 on each side with a window of 32 tokens, without dropout.
 

@@ -22,6 +22,8 @@ from adaptive_longformer.modeling.selection_losses import density_loss
 from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
+    assert_padding_changes_nothing,
+    hidden_states_of,
     loss_of,
     tiny_adaptive_model,
     tiny_config,
@@ -30,11 +32,6 @@ from adaptive_longformer.testing import (
 )
 
 by_name = pytest.mark.parametrize("model_class", MODEL_CLASSES, ids=lambda cls: cls.__name__)
-
-
-def hidden_states_of(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).last_hidden_state
 
 
 def operations_of(model, inputs):
@@ -166,15 +163,7 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
 @pytest.mark.parametrize("start_nodes", [256, 2])
 def test_padding_changes_nothing(length, left, right, start_nodes):
     model = tiny_adaptive_model(selection_start_nodes=start_nodes, selection_beam_width=2)
-    inputs = tiny_inputs(model, length, padding="none")
-    expected = hidden_states_of(model, inputs)
-    pad = model.config.pad_token_id
-    padded = {
-        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (left, right), value=pad),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (left, right)),
-    }
-    actual = hidden_states_of(model, padded)[:, left : left + length]
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert_padding_changes_nothing(model, length, left, right)
 
 
 def test_strength_matters_and_choice_reaches_far():

@@ -15,6 +15,8 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
 )
 from adaptive_longformer.testing import (
+    assert_padding_changes_nothing,
+    hidden_states_of,
     loss_of,
     tiny_adaptive_model,
     tiny_config,
@@ -26,11 +28,6 @@ from adaptive_longformer.testing import (
 from adaptive_longformer.training.calibration import calibrate
 
 BEAM = {"selection_start_nodes": 3, "selection_beam_width": 2}
-
-
-def hidden_states_of(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).last_hidden_state
 
 
 def test_without_strength_it_is_the_source_bit_for_bit(tmp_path):
@@ -82,15 +79,7 @@ def test_everything_is_read_so_that_a_far_token_reaches_all(pattern):
 @pytest.mark.parametrize("beam", [{}, BEAM], ids=["exact", "beam"])
 def test_padding_changes_nothing(left, right, beam):
     model = tiny_adaptive_model(coarse_tail=True, **beam)
-    inputs = tiny_inputs(model, 300, padding="none")
-    expected = hidden_states_of(model, inputs)
-    pad = model.config.pad_token_id
-    padded = {
-        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (left, right), value=pad),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (left, right)),
-    }
-    actual = hidden_states_of(model, padded)[:, left : left + 300]
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert_padding_changes_nothing(model, 300, left, right)
 
 
 def test_attention_probabilities_spread_a_summary_over_its_tokens():

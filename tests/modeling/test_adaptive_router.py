@@ -17,6 +17,8 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
 from adaptive_longformer.modeling.selection_losses import router_loss
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
+    assert_padding_changes_nothing,
+    hidden_states_of,
     loss_of,
     tiny_adaptive_model,
     tiny_config,
@@ -26,11 +28,6 @@ from adaptive_longformer.testing import (
 )
 
 TRAINED = {"router_rank": 4, "router_aux_loss_coef": 0.5, "num_learned_global_blocks": 1}
-
-
-def hidden_states_of(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).last_hidden_state
 
 
 def stronger_router(model):
@@ -79,15 +76,7 @@ def test_padding_changes_nothing(left, right, start_nodes):
             router_rank=4, selection_start_nodes=start_nodes, selection_beam_width=2
         )
     )
-    inputs = tiny_inputs(model, 300, padding="none")
-    expected = hidden_states_of(model, inputs)
-    pad = model.config.pad_token_id
-    padded = {
-        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (left, right), value=pad),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (left, right)),
-    }
-    actual = hidden_states_of(model, padded)[:, left : left + 300]
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert_padding_changes_nothing(model, 300, left, right)
 
 
 def test_gradients_through_the_weights_are_those_of_the_scores():
