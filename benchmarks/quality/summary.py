@@ -187,10 +187,14 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
         _by_length(axes[1], studied)
         _by_strength(axes[2], [cell for cell in studied if "by_strength" in cell])
         _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])
-        axes[0].set_ylabel(f"{task}: accuracy on what is far")
         for axis in axes[:3]:
             axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
-            axis.set_ylim(0, 1.02)
+            axis.set(ylim=(0, 1.02), ylabel="accuracy on what is far")
+        axes[2].set_ylabel("accuracy")
+        for axis in axes:
+            axis.set_title(f"{task}: {axis.get_title()}")
+            if axis.get_legend() is None:  # nothing was measured
+                axis.set_visible(False)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
@@ -208,9 +212,13 @@ def _means(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], l
 
 def _by_keys(axis, cells: list[dict]) -> None:
     for name in dict.fromkeys(cell["variant"].split(",")[0] for cell in cells):
-        group = [cell for cell in cells if cell["variant"].split(",")[0] == name]
-        points = [(round(cell["keys_per_query"]), _far(cell)) for cell in group]
-        axis.plot(*_means(points), "o-", label=name)
+        groups: dict[str, list[dict]] = {}
+        for cell in cells:
+            if cell["variant"].split(",")[0] == name:
+                groups.setdefault(cell["variant"], []).append(cell)
+        keys = [statistics.mean(c["keys_per_query"] for c in group) for group in groups.values()]
+        quality = [statistics.mean(map(_far, group)) for group in groups.values()]
+        axis.plot(keys, quality, "o-", label=name)
     axis.set(xlabel="keys per query", title="by keys per query")
     if cells:
         axis.legend(fontsize=8)
@@ -237,8 +245,9 @@ def _by_strength(axis, cells: list[dict]) -> None:
             for cell in cells
             for strength, value in cell["by_strength"].items()
         ]
-        if points:
-            axis.plot(*_means(points), "o-", label=where)
+        strengths, means = _means(points)
+        if means:
+            axis.plot(strengths, means, "o-", label=where)
     axis.set(xlabel="selection strength", title="fine-tuned, by strength")
     if cells:
         axis.legend(fontsize=8)
@@ -249,8 +258,14 @@ def _learned(axis, cells: list[dict]) -> None:
         color = f"C{cell['seed']}"
         shares = _shares(cell)
         blocks, windows = shares[: len(shares) // 2], shares[len(shares) // 2 :]
-        axis.plot(blocks, "o-", color=color, label=f"blocks, seed {cell['seed']}")
-        axis.plot(windows, "x:", color=color, label=f"window, seed {cell['seed']}")
-    axis.set(xlabel="head, layer by layer", title="learned shares", ylim=(0, 1.1))
+        accuracies = f"{_asked(cell['finetuned']):.2f}, shuffled {_asked(cell['shuffled']):.2f}"
+        axis.plot(blocks, "o-", color=color, label=f"seed {cell['seed']}: {accuracies}")
+        axis.plot(windows, "x:", color=color)
+    axis.set(
+        xlabel="head, layer by layer",
+        title="learned shares of blocks (-) and window (:)",
+        xticks=range(len(_shares(cells[0])) // 2 if cells else 1),
+        ylim=(0, 1.1),
+    )
     if cells:
         axis.legend(fontsize=8)
