@@ -283,4 +283,5 @@ def test_a_cuda_graph_holds_an_adaptive_layer():
         graph.replay()
         replayed = [tensor.clone() for tensor in captured]
         for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
-            assert torch.equal(actual, expected), f"result {index} with {number}"
+            # The gradient of the router's scores is a sum in no fixed order.
+            torch.testing.assert_close(actual, expected, msg=f"result {index} with {number}")
