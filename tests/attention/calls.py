@@ -231,7 +231,12 @@ def assert_half_precision(pattern, backend, dtype, device, **options):
     expected = value_and_gradients(pattern, *exact, "reference")
     assert all(result.isfinite().all() for result in actual)
     errors = relative_errors(actual, expected)
-    assert all(error <= TOLERANCE[dtype] for error in errors), errors
+    limits = [TOLERANCE[dtype]] * len(errors)
+    if backend != "blocked":
+        # Sums that cancel, as the gradient of a span may, lose digits in any such computation.
+        other = relative_errors(value_and_gradients(pattern, *half, "blocked"), expected)
+        limits = [max(limit, 2 * error) for limit, error in zip(limits, other, strict=True)]
+    assert all(a <= limit for a, limit in zip(errors, limits, strict=True)), (errors, limits)
     has_bias = isinstance(pattern, BlockLayout) and pattern.bias is not None
     if has_bias or {"dropout_seed", "span", "entry_bias", "global_qkv"} & set(call[1]):
         return
