@@ -12,7 +12,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVAL
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest lint format gpu clean
+.PHONY: help quickstart test test-all test-oldest lint format gpu gpu-all clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -64,10 +64,20 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 	.venv/bin/ruff check --fix $(SOURCES)
 	.venv/bin/ruff format $(SOURCES)
 
-gpu:  ## GPU tests and benchmarks with the current Python (torch, transformers, pytest installed)
-	$(OFFLINE) PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
-	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/attention_speed.py
-	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/model_throughput.py
+# With the current Python: torch, transformers and pytest are enough, so that only the files with
+# GPU tests are read. The first run also compiles the kernels. The benchmark runs whatever the tests
+# say: it names what is wrong and times the rest.
+ON_GPU := $(OFFLINE) PYTHONPATH=. $(PYTHON)
+gpu:  ## GPU tests and a short benchmark (minutes), results in benchmarks/results
+	$(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
+		$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests); tested=$$?; \
+	$(ON_GPU) benchmarks/attention_operator.py --lengths 4096 16384 --dropout 0 --no-memory \
+		--results benchmarks/results && exit $$tested
+
+gpu-all: gpu  ## As gpu, and all benchmarks (long)
+	$(ON_GPU) benchmarks/attention_operator.py --preset long --results benchmarks/results
+	$(ON_GPU) benchmarks/attention_speed.py --results benchmarks/results
+	$(ON_GPU) benchmarks/model_throughput.py --results benchmarks/results
 
 clean:  ## Remove the environments, caches and build outputs
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

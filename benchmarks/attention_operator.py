@@ -28,7 +28,7 @@ from side_by_side.measure import (
     peak_memory_in_child,
     print_peak_memory,
 )
-from side_by_side.report import Verdicts, notes, plot, text_table, write_json
+from side_by_side.report import Verdicts, notes, plot, text_table, write_json, write_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--names", nargs="+", help="default: all contestants of the device")
-    parser.add_argument("--results", default="results", help="folder for the JSON and the plot")
+    parser.add_argument("--results", default="results", help="folder for JSON, table and plot")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument(
@@ -395,6 +395,7 @@ def main() -> int:
     print(notes(cells))
     about = environment(torch.device(args.device))
     folder = Path(args.results)
+    write_table(folder / f"attention_operator_{args.kind}.txt", about, cells, tuple(args.names))
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"attention_window": WINDOW, "selected_blocks": NUM_SELECTED, "block_size": BLOCK}
     write_json(

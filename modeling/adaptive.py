@@ -365,6 +365,7 @@ class AdaptiveSelection(nn.Module):
             options,
             attention_mask=attention_mask,
             global_mask=global_mask,
+            max_global_tokens=self.config.max_global_tokens,
             is_causal=self.is_causal,
             top_p=self.top_p,
             global_directions=self.global_direction,

@@ -277,6 +277,7 @@ def _attend(
             routing,
             attention_mask=attention_mask,
             global_mask=global_mask,
+            max_global_tokens=options.num_global_tokens,
             is_causal=is_causal,
             scale=scale,
             top_p=options.top_p,

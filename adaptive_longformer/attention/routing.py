@@ -12,13 +12,14 @@ the same queries and keys, and that trains it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from adaptive_longformer.attention.compiled_vote import can_vote, vote
-from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.global_rows import limit_global_tokens, pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
 from adaptive_longformer.attention.residual_router import ResidualScores
 from adaptive_longformer.patterns.block_layout import (
@@ -148,6 +149,7 @@ def select_blocks(
     *,
     attention_mask: torch.Tensor | None = None,
     global_mask: torch.Tensor | None = None,
+    max_global_tokens: int | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     top_p: float | torch.Tensor = 1.0,
@@ -172,6 +174,10 @@ def select_blocks(
         attention_mask: bool [batch, length], True for a real token. The first token of each row
             must be real for a result that does not depend on padding, see `alignment`.
         global_mask: bool [batch, length]: global tokens, which neither vote nor are chosen.
+        max_global_tokens: at most this many tokens of a sequence are global, the first ones. On a
+            GPU nothing is then read back from it, which CUDA graphs need: padded rows start their
+            search at the level of the length with the padding, and only where that has more than
+            `start_nodes` blocks can this change what they choose. None: no limit.
         is_causal: a block is chosen only if it ends before the query block begins, and by the
             queries of the query block before.
         scale: factor of the scores; None: head_dim**-0.5.
@@ -205,10 +211,16 @@ def select_blocks(
     if validate:
         _check_finite(query, key, attention_mask)
     if not isinstance(top_p, torch.Tensor):
-        top_p = torch.tensor(float(top_p), device=query.device)
+        top_p = torch.full((), float(top_p), device=query.device)
     if global_directions is None:
         global_directions = query.new_zeros(query.shape[1], query.shape[3])
     residual_query, residual_key = (None, None) if residual is None else residual
+    if max_global_tokens is not None and global_mask is not None:
+        if attention_mask is not None:
+            global_mask = global_mask & attention_mask
+        global_mask = limit_global_tokens(global_mask, max_global_tokens)
+    if query.device.type == "cpu":
+        max_global_tokens = None  # nobody waits for a CPU, and short rows save time there
     assert window.right is not None
     return SelectedBlocks(
         *route_blocks(
@@ -218,7 +230,7 @@ def select_blocks(
             query.shape[3] ** -0.5 if scale is None else scale,
             options.num_blocks, options.block_size, options.query_block_size, options.start_nodes,
             options.beam_width, options.tokens_per_vote, options.num_global_blocks,
-            options.sub_block_size,
+            options.sub_block_size, max_global_tokens,
         )
     )  # fmt: skip
 
@@ -341,6 +353,7 @@ def route_blocks(
     tokens_per_vote: int,
     num_global_blocks: int,
     sub_block_size: int,
+    max_global_tokens: int | None,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
@@ -352,7 +365,7 @@ def route_blocks(
     with torch.autocast(query.device.type, enabled=False):
         router = _Router(
             query, key, attention_mask, global_mask, global_directions, residual_query,
-            residual_key, left, right, is_causal, scale, options,
+            residual_key, left, right, is_causal, scale, options, max_global_tokens,
         )  # fmt: skip
         selected = router.run(top_p)
     return (
@@ -383,6 +396,7 @@ def _(
     tokens_per_vote,
     num_global_blocks,
     sub_block_size,
+    max_global_tokens,
 ):
     return tuple(_empty_result(query, query_block_size, num_blocks, num_global_blocks))
 
@@ -439,6 +453,7 @@ class _Router:
         is_causal: bool,
         scale: float,
         options: RoutingOptions,
+        max_global_tokens: int | None,
     ) -> None:
         self.batch, self.heads, _, self.head_dim = query.shape
         self.length = key.shape[2]
@@ -456,10 +471,13 @@ class _Router:
         members = attention_mask
         if global_mask is not None:
             members = ~global_mask if members is None else members & ~global_mask
-        self.lengths = [self.length] * self.batch
+        # Where every row ends, and the length that its search is made for.
+        self.ends = self.lengths = [self.length] * self.batch
         if attention_mask is not None and not is_causal:
             slot = torch.arange(1, self.length + 1, device=self.device)
-            self.lengths = (attention_mask * slot).amax(dim=1).tolist()
+            self.ends = (attention_mask * slot).amax(dim=1)
+            if max_global_tokens is None:
+                self.ends = self.lengths = self.ends.tolist()
         longest = max(self.lengths, default=0)
         num_levels = options.start_level(_ceil_div(longest, options.block_size))
         num_levels = max(num_levels, 2 if options.num_global_blocks else 1)
@@ -471,7 +489,8 @@ class _Router:
         self.queries = queries * scale
         self.global_positions = None
         if global_mask is not None:
-            positions = pack_global_tokens(global_mask)  # [batch, G], `length` as filling
+            # [batch, G], `length` as filling
+            positions = pack_global_tokens(global_mask, max_global_tokens)
             if positions.shape[1]:
                 self.global_positions = positions
                 index = positions.clamp(max=self.length - 1)[:, None, :, None]
@@ -523,7 +542,7 @@ class _Row:
 
     def __init__(self, router: _Router, batch: int) -> None:
         self.router, self.options = router, router.options
-        self.length = router.lengths[batch]
+        self.length, self.end = router.lengths[batch], router.ends[batch]
         self.num_blocks = _ceil_div(self.length, self.options.block_size)
         pyramid = router.pyramid
         self.means = [mean[batch] for mean in pyramid.means]  # each [heads, nodes, head_dim]
@@ -558,11 +577,9 @@ class _Row:
             # Before the query block only, and whatever the length, for cached decoding.
             last = start // size - 1
         else:
-            end = end.clamp(max=self.length - 1)
+            end = end.clamp(max=self.end - 1)
             reach = start + self.router.right
-            last = torch.where(
-                reach >= self.length - 1, self.num_blocks - 1, (reach + 1) // size - 1
-            )
+            last = torch.where(reach >= self.end - 1, self.num_blocks - 1, (reach + 1) // size - 1)
         first = ((end - self.router.left).clamp(min=0) + size - 1) // size
         return first, last
 
@@ -573,14 +590,19 @@ class _Row:
         first, last = self.covered(rows)
         return torch.minimum(first, last + 1).clamp(min=0)
 
+    @cached_property
+    def limits(self) -> list[int]:
+        """The same for all query blocks, without the device."""
+        num_rows = _ceil_div(self.length, self.options.query_block_size)
+        if not self.router.is_causal:
+            return [self.num_blocks] * num_rows
+        return self.limit(torch.arange(num_rows)).tolist()
+
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """Runs of query blocks [start, end) that begin their search at the same level."""
         options = self.options
         num_rows = _ceil_div(self.length, options.query_block_size)
-        if self.router.is_causal:
-            limits = self.limit(torch.arange(num_rows)).tolist()
-        else:
-            limits = [self.num_blocks] * num_rows
+        limits = self.limits
         # Under causality nobody votes for the first of the query blocks.
         start = self.router.first_row + int(self.router.is_causal)
         while start < num_rows:
@@ -609,7 +631,7 @@ class _Row:
             return
         means, log_counts = self.means[1], self.log_counts[1]
         scores = (means @ self.router.global_directions[:, :, None])[..., 0] + log_counts
-        scores = scores.nan_to_num(nan=-torch.inf)
+        scores = scores.masked_fill(scores.isnan(), -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
         is_block = scores.gather(-1, order) > -torch.inf  # [heads, wanted]
         found = order.shape[-1]
@@ -683,7 +705,7 @@ class _Search:
         is_voter = row.is_voter[given].to(self.queries.dtype)
         # A sub-query's weight in the mean, [rows, votes].
         self.voter_weight = is_voter / is_voter.sum(dim=-1, keepdim=True).clamp(min=1.0)
-        self.limit = row.limit(rows)
+        self.limit, self.last_limit = row.limit(rows), row.limits[end - 1]
         self.first_covered, self.last_covered = row.covered(rows)
         self.log_covered = self._log_covered()  # [heads, rows, votes]
         self.log_dropped = torch.full_like(self.log_covered, -torch.inf)
@@ -741,7 +763,7 @@ class _Search:
         span = FAN_OUT ** (level - 1)
         num_nodes = _ceil_div(self.row.num_blocks, span)
         if self.is_causal:
-            num_nodes = min(num_nodes, _ceil_div(int(self.limit[-1]), span))
+            num_nodes = min(num_nodes, _ceil_div(self.last_limit, span))
         num_nodes = max(num_nodes, 1)
         candidates = torch.arange(num_nodes, device=self.rows.device).view(1, 1, -1)
         children = slice(0, num_nodes * self.row.options.fan_out(level))

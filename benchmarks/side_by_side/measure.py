@@ -3,11 +3,13 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -18,13 +20,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def environment(device: torch.device) -> dict:
     """What a result depends on beside the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
@@ -32,8 +27,23 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit or "unknown",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """What is checked out, or "unknown" outside of git."""
+    if shutil.which("git") is None:
+        return "unknown"
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -54,6 +54,14 @@ def write_json(file: Path, **content: object) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_table(file: Path, environment: dict, cells: list[dict], names: tuple[str, ...]) -> None:
+    """What `text_table` and `notes` say of the cells, below a line about the environment."""
+    about = ", ".join(f"{name} {value}" for name, value in environment.items())
+    parts = (about, text_table(cells, names), notes(cells))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(part for part in parts if part) + "\n")
+
+
 def plot(file: Path, cells: list[dict], names: tuple[str, ...], title: str) -> bool:
     """Time by length, one panel for each mode and dropout; False if matplotlib is not installed."""
     try:

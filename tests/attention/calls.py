@@ -1,9 +1,76 @@
-"""Random calls of the operator, shared by the tests of its backends."""
+"""Random calls of the operator and grids of options, shared by the tests of its backends."""
+
+import itertools
+import random
+from dataclasses import replace
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
-from adaptive_longformer.patterns import BlockLayout
+from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.reference import dense_mask
+from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, block_layout
+
+# Relative errors of a correct kernel are well below these.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Of so many combinations a grid is made; of more, a sample.
+_MOST_COMBINATIONS = 1000
+
+
+def pairwise(options):
+    """A greedy set of combinations in which every pair of values of two options occurs."""
+    names = list(options)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(options[a]))
+        for y in range(len(options[b]))
+    }
+    everything = list(itertools.product(*(range(len(options[name])) for name in names)))
+    if len(everything) > _MOST_COMBINATIONS:
+        everything = random.Random(0).sample(everything, _MOST_COMBINATIONS)
+    while missing:
+        best = max(
+            everything,
+            key=lambda row: sum(
+                pair in missing for pair in itertools.combinations(zip(names, row, strict=True), 2)
+            ),
+        )
+        found = set(itertools.combinations(zip(names, best, strict=True), 2))
+        assert missing & found, "the sample lacks a pair"
+        missing -= found
+        yield {name: options[name][index] for name, index in zip(names, best, strict=True)}
+
+
+def readable(value):
+    """The id of a test's parameter."""
+    if isinstance(value, dict):
+        return "-".join(f"{name}={item}" for name, item in value.items())
+    return getattr(value, "spec", str(value))
+
+
+def routed_layout(length=300, query_block=64, key_block=64, batch=1, heads=1, window=None):
+    """Random ROUTED entries besides a window, whose edge they overlap; with a bias."""
+    window = window or SlidingWindow(40, 20)
+    generator = torch.Generator().manual_seed(0)
+    base = block_layout(window, length, query_block_size=query_block, key_block_size=key_block)
+    shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
+    routed = torch.rand(shape, generator=generator) < 0.3
+    used = base.used.expand(*shape[:3], -1)
+    ids = torch.arange(shape[3], dtype=torch.int32).expand(shape)
+    layout = replace(
+        base,
+        key_blocks=torch.cat([base.key_blocks.expand_as(used), ids], dim=-1),
+        flags=torch.cat(
+            [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)],
+            dim=-1,
+        ),
+        counts=torch.full(shape[:3], used.shape[-1] + shape[3], dtype=torch.int32),
+    )
+    layout = layout.select(layout.flags != 0)
+    bias = torch.randn(layout.key_blocks.shape, generator=generator, dtype=torch.float64)
+    return replace(layout, bias=bias)
 
 
 def random_call(
@@ -11,6 +78,7 @@ def random_call(
     *,
     batch=2,
     heads=2,
+    key_heads=None,
     length=70,
     head_dim=8,
     dtype=torch.float64,
@@ -25,6 +93,7 @@ def random_call(
 ):
     """Tensors, options and leaves (what gets gradients) of a call.
 
+    key_heads: None for as many as heads.
     padding: None, "left" (row 0), "right" (last row) or "all" (row 0 is nothing but padding).
     global_tokens: None, "none" (a mask without any), "few" or "many".
     global_qkv: None, "explicit" or "absorbed".
@@ -35,7 +104,8 @@ def random_call(
         tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
         return tensor.to(dtype).requires_grad_()
 
-    tensors = [leaf(batch, heads, length, head_dim) for _ in range(3)]
+    key_heads = key_heads or heads
+    tensors = [leaf(batch, count, length, head_dim) for count in (heads, key_heads, key_heads)]
     leaves = list(tensors)
     options = {"is_causal": is_causal, "dropout_p": dropout_p}
     if dropout_p > 0:
@@ -112,3 +182,87 @@ def assert_backend_matches(pattern, backend, *, tolerance, exact_dtype=torch.flo
             bound = tolerance * max(1.0, float(e.abs().max()))
             error = float((a.double() - e.double()).abs().max())
             assert error <= bound, f"result {index}: error {error:.2e} above {bound:.2e}"
+
+
+def to_device(call, device, dtype):
+    """The same call on a device, with its leaves in another type."""
+    tensors, options, leaves = call
+    moved = {id(leaf): leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves}
+    options = dict(options)
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):
+            options[name] = moved[id(value)] if id(value) in moved else value.to(device)
+        elif isinstance(value, tuple):
+            parts = [moved.get(id(part), part) for part in value]
+            options[name] = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return [moved[id(tensor)] for tensor in tensors], options, list(moved.values())
+
+
+def layout_to(layout, device):
+    """The same layout on a device, its bias in float32."""
+    return replace(
+        layout,
+        key_blocks=layout.key_blocks.to(device),
+        counts=layout.counts.to(device),
+        flags=layout.flags.to(device),
+        bias=None if layout.bias is None else layout.bias.to(device, torch.float32),
+    )
+
+
+def relative_errors(actual, expected):
+    """Of each result, in the norm of all its elements; absolute where that is below 1."""
+    return [
+        float((a.double() - e.double()).norm() / max(float(e.double().norm()), 1.0))
+        for a, e in zip(actual, expected, strict=True)
+    ]
+
+
+def assert_half_precision(pattern, backend, dtype, device, **options):
+    """A backend in half precision is near float64 in value and in every gradient; and where dense
+    attention with a mask can compute the same, at most twice as far from it as that.
+    """
+    call = random_call(pattern, **options)
+    for leaf in call[2]:  # the same rounded numbers on both sides
+        leaf.data = leaf.data.to(dtype).double()
+    if isinstance(pattern, BlockLayout):
+        pattern = layout_to(pattern, device)
+    half, exact = (to_device(call, device, wanted) for wanted in (dtype, torch.float64))
+    actual = value_and_gradients(pattern, *half, backend)
+    expected = value_and_gradients(pattern, *exact, "reference")
+    assert all(result.isfinite().all() for result in actual)
+    errors = relative_errors(actual, expected)
+    limits = [TOLERANCE[dtype]] * len(errors)
+    if backend != "blocked":
+        # Sums that cancel, as the gradient of a span may, lose digits in any such computation.
+        other = relative_errors(value_and_gradients(pattern, *half, "blocked"), expected)
+        limits = [max(limit, 2 * error) for limit, error in zip(limits, other, strict=True)]
+    assert all(a <= limit for a, limit in zip(errors, limits, strict=True)), (errors, limits)
+    has_bias = isinstance(pattern, BlockLayout) and pattern.bias is not None
+    if has_bias or {"dropout_seed", "span", "entry_bias", "global_qkv"} & set(call[1]):
+        return
+    results = []
+    for (tensors, arguments, _), run in ((half, backend), (half, None), (exact, "reference")):
+        if run is None:
+            output = masked_dense_attention(*tensors, pattern, **arguments)
+        else:
+            output = sparse_attention(*tensors, pattern, backend=run, **arguments)
+        generator = torch.Generator().manual_seed(98)
+        upstream = torch.randn(output.shape, generator=generator).to(device, dtype)
+        grads = torch.autograd.grad(output, tensors, upstream.to(output.dtype))
+        results.append([output.detach(), *grads])
+    ours, dense = (relative_errors(result, results[2]) for result in results[:2])
+    # Dense attention may be exact by chance, with one visible key: less than one rounding is free.
+    floor = torch.finfo(dtype).eps / 4
+    for name, a, b in zip(("output", "query", "key", "value"), ours, dense, strict=True):
+        assert a <= 2 * b + floor, f"{name}: error {a:.2e}, that of dense attention is {b:.2e}"
+
+
+def masked_dense_attention(query, key, value, pattern, **options):
+    """torch's attention in the type of its tensors, with the visible pairs as a dense mask."""
+    call = make_call(query, key, value, pattern, **options)
+    mask = dense_mask(call)
+    is_empty = ~mask.any(dim=-1, keepdim=True)
+    output = scaled_dot_product_attention(
+        call.query, call.key, call.value, attn_mask=mask | is_empty, scale=call.scale
+    )
+    return output.masked_fill(is_empty, 0.0)

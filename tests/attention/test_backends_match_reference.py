@@ -1,9 +1,18 @@
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from calls import assert_backend_matches, random_call, value_and_gradients
+from calls import (
+    assert_backend_matches,
+    assert_half_precision,
+    pairwise,
+    random_call,
+    readable,
+    routed_layout,
+    value_and_gradients,
+)
 
 from adaptive_longformer.attention import explain_backends, sparse_attention
 from adaptive_longformer.patterns import (
@@ -41,38 +50,11 @@ OPTIONS = {
 FULL_GRID = os.environ.get("ADAPTIVE_LONGFORMER_FULL_GRID") == "1"
 
 
-def pairwise(options):
-    """A greedy set of combinations in which every pair of values of two options occurs."""
-    names = list(options)
-    missing = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in range(len(options[a]))
-        for y in range(len(options[b]))
-    }
-    everything = list(itertools.product(*(range(len(options[name])) for name in names)))
-    while missing:
-        best = max(
-            everything,
-            key=lambda row: sum(
-                pair in missing for pair in itertools.combinations(zip(names, row, strict=True), 2)
-            ),
-        )
-        missing -= set(itertools.combinations(zip(names, best, strict=True), 2))
-        yield {name: options[name][index] for name, index in zip(names, best, strict=True)}
-
-
 def grid(options):
     if FULL_GRID:
         rows = itertools.product(*options.values())
         return [dict(zip(options, row, strict=True)) for row in rows]
     return list(pairwise(options))
-
-
-def readable(value):
-    if isinstance(value, dict):
-        return "-".join(f"{name}={item}" for name, item in value.items())
-    return getattr(value, "spec", str(value))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -151,6 +133,22 @@ def test_blocked_is_as_exact_as_its_type(dtype, tolerance):
             length=131,
             **options,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": "all", "is_causal": True, "key_heads": 1},
+        {"padding": "left", "global_tokens": "few", "head_dim": 32},
+        {"padding": "right", "dropout_p": 0.1, "span": True, "entry_bias": True},
+    ],
+    ids=readable,
+)
+def test_blocked_is_as_exact_in_half_precision_as_dense_attention(options, dtype):
+    layout = replace(routed_layout(300, 128), bias=None)
+    assert_half_precision(layout, "blocked", dtype, "cpu", length=300, **options)
 
 
 @pytest.mark.parametrize("padding", OPTIONS["padding"])

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import random_call
+from calls import random_call, routed_layout
 
 from adaptive_longformer.attention import backends, explain_backends, flex, sparse_attention
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.patterns import (
-    EntryFlag,
     Full,
     RandomBlocks,
     SlidingWindow,
@@ -23,29 +22,6 @@ def _fresh_compiler():
     """What is compiled for one test does not count against the limit of the next."""
     yield
     torch.compiler.reset()
-
-
-def routed_layout(length=300, query_block=64, key_block=64, batch=1, heads=1, window=None):
-    """Random ROUTED entries besides a window, whose edge they overlap; with a bias."""
-    window = window or SlidingWindow(40, 20)
-    generator = torch.Generator().manual_seed(0)
-    base = block_layout(window, length, query_block_size=query_block, key_block_size=key_block)
-    shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
-    routed = torch.rand(shape, generator=generator) < 0.3
-    used = base.used.expand(*shape[:3], -1)
-    ids = torch.arange(shape[3], dtype=torch.int32).expand(shape)
-    layout = replace(
-        base,
-        key_blocks=torch.cat([base.key_blocks.expand_as(used), ids], dim=-1),
-        flags=torch.cat(
-            [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)],
-            dim=-1,
-        ),
-        counts=torch.full(shape[:3], used.shape[-1] + shape[3], dtype=torch.int32),
-    )
-    layout = layout.select(layout.flags != 0)
-    bias = torch.randn(layout.key_blocks.shape, generator=generator, dtype=torch.float64)
-    return replace(layout, bias=bias)
 
 
 def assert_equals_reference(pattern, **options):

@@ -236,6 +236,56 @@ def test_padding_on_the_right_changes_no_choice(amount, start_nodes, is_causal):
     torch.testing.assert_close(padded.mass[:, :, :rows], expected.mass)
 
 
+def fix_sizes(monkeypatch, max_global_tokens):
+    """Makes `select_blocks` look nothing up, as with max_global_tokens on a GPU."""
+    original = routing.route_blocks
+
+    def route_blocks(*arguments):
+        return original(*arguments[:-1], max_global_tokens)
+
+    monkeypatch.setattr(routing, "route_blocks", route_blocks)
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holes", "global", "both", "all"])
+@pytest.mark.parametrize("num_global_blocks", [0, 2])
+def test_nothing_that_is_looked_up_changes_a_choice(kind, num_global_blocks, monkeypatch):
+    query, key = random_keys(331)
+    mask, is_global = masks_of("right" if kind == "all" else kind, 2, 331)
+    if kind == "all":
+        assert mask is not None
+        mask[0] = False
+    options = replace(SMALL, num_global_blocks=num_global_blocks)
+    directions = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).double()
+    results = []
+    for looks_up in (True, False):
+        if not looks_up:
+            fix_sizes(monkeypatch, 30)
+        results.append(
+            select_blocks(
+                query, key, SlidingWindow(20), options, attention_mask=mask,
+                global_mask=is_global, max_global_tokens=30, top_p=0.9,
+                global_directions=directions,
+            )
+        )  # fmt: skip
+    assert results[0].counts.any()
+    for name, expected, actual in zip(results[0]._fields, *results, strict=True):
+        torch.testing.assert_close(actual, expected, msg=name)
+
+
+def test_tokens_beyond_the_limit_of_global_ones_are_ordinary():
+    query, key = random_keys(200)
+    _, is_global = masks_of("global", 2, 200)
+    assert is_global is not None
+    first = is_global & (is_global.cumsum(dim=1) <= 3)
+    assert not torch.equal(first, is_global)
+    limited, expected = (
+        select_blocks(query, key, SlidingWindow(8), SMALL, global_mask=mask, max_global_tokens=most)
+        for mask, most in ((is_global, 3), (first, None))
+    )
+    for actual, wanted in zip(limited, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 @pytest.mark.parametrize("token", [0, 100, 333, 470, 511])
 @pytest.mark.parametrize("start_nodes", [256, 3])
 def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, start_nodes):
@@ -345,6 +395,17 @@ def test_blocks_for_the_whole_row_follow_the_direction():
     far = (layout.flags[0, 1, 20] & EntryFlag.ROUTED) != 0
     assert layout.key_blocks[0, 1, 20][far][-2:].tolist() == selected.global_blocks[0, 1].tolist()
     assert slots[0, 1, 20][far].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_row_has_no_more_blocks_for_the_whole_row_than_blocks():
+    query, key = random_keys(40, batch=1)
+    options = RoutingOptions(1, 16, 16, num_global_blocks=4)
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[:, 16:32] = False  # an empty block
+    selected = select_blocks(query, key, SlidingWindow(2), options, attention_mask=mask)
+    assert selected.global_blocks[0, 0].tolist() == [0, 2, 0, 0]
+    assert not selected.global_open[..., 2:].any()
+    selection_layout(selected, SlidingWindow(2), 40, options)[0].validate()
 
 
 def test_rank_limit_shortens_the_lists():

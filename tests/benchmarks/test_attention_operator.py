@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import json
+from datetime import date, datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,20 @@ def test_tiles_of_flex_attention_are_those_that_its_block_mask_lists(benchmark, 
     assert benchmark.executed_tiles(benchmark.FLEX, layout, 3) == 3 * 4 * listed
     # Smaller tiles than FlexAttention's hold less that nobody reads.
     assert benchmark.executed_tiles("cuda", layout, 3) < 3 * 4 * listed
+
+
+def test_a_run_leaves_a_table_that_says_where_and_when(benchmark, tmp_path, monkeypatch):
+    cell = {"name": "blocked", "length": 2048, "dropout": 0.0, "mode": "forward", "seconds": 0.5}
+    missing = {**cell, "name": "flex-compiled", "why_not": "no kernel"}
+    del missing["seconds"]
+    monkeypatch.setattr(benchmark, "verify", lambda args: {})
+    monkeypatch.setattr(benchmark, "time_cells", lambda *arguments: [cell, missing])
+    monkeypatch.setattr(
+        "sys.argv", ["", "--device", "cpu", "--dtype", "float32", "--results", str(tmp_path)]
+    )
+    assert benchmark.main() == 0
+    about = json.loads((tmp_path / "attention_operator_cpu.json").read_text())["environment"]
+    assert date.fromisoformat(about["date"]) <= datetime.now(timezone.utc).date()
+    heading, *rest = (tmp_path / "attention_operator_cpu.txt").read_text().splitlines()
+    assert all(about[name] in heading for name in ("device", "date", "commit"))
+    assert "500 ms" in "".join(rest) and "flex-compiled: no kernel" in rest[-1]

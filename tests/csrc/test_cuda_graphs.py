@@ -13,10 +13,16 @@ from adaptive_longformer.attention import (
     GlobalProjections,
     compiled,
     compiled_cuda,
+    routing,
     sparse_attention,
 )
 from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling import attention_layer
+from adaptive_longformer.modeling import masks as model_masks
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.patterns import SlidingWindow, block_layout
+from adaptive_longformer.testing import randomize_all_parameters
 
 # What reads a value back from the device, copies one there, or gives a size that depends on values.
 WAITING = {
@@ -37,7 +43,8 @@ class NoWaiting(TorchDispatchMode):
         assert name.rstrip("_") not in WAITING, f"{function} waits for the device"
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             assert all(index is None or index.dtype == torch.int64 for index in args[1])
-        assert name != "repeat_interleave" or "output_size" in kwargs
+        if name == "repeat_interleave" and function._overloadname != "self_int":
+            assert "output_size" in kwargs
         return function(*args, **kwargs)
 
 
@@ -87,6 +94,118 @@ def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch
         run_call(None, global_qkv)
 
 
+def capture(step):
+    """A CUDA graph of a function, and the tensors that it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
+def adaptive_layer(**options):
+    """A layer that chooses, narrows its windows, and has a router, in bfloat16."""
+    config = AdaptiveSparseConfig(
+        **{
+            "hidden_size": 32,
+            "num_attention_heads": 1,
+            "attention_window": 20,
+            "attention_pattern": "adaptive",
+            "num_selected_blocks": 2,
+            "num_learned_global_blocks": 1,
+            "router_rank": 2,
+            "router_aux_loss_coef": 0.1,
+            "selection_strength": 1.0,
+            "selection_top_p": 0.9,
+            "max_global_tokens": 3,
+            **options,
+        }
+    )
+    layer = randomize_all_parameters(AdaptiveSparseAttention(config, 0))
+    assert layer.adaptive is not None
+    layer.adaptive.reset_parameters()
+    with torch.no_grad():
+        layer.adaptive.span.fill_(0.7)
+    return layer.bfloat16().train()
+
+
+def on_a_gpu(monkeypatch, max_global_tokens):
+    """Makes a layer do on tensors of the CPU what it does on those of a GPU."""
+    route_blocks = routing.route_blocks
+
+    def run_call(*tensors, return_lse, backend, **options):
+        assert not return_lse
+        call = make_call(*tensors, **options)
+        return compiled.run_compiled(replace(call, max_global_tokens=max_global_tokens))[0]
+
+    def no_list(tensor):
+        raise AssertionError("tolist waits for the device")
+
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
+    monkeypatch.setattr(
+        routing, "route_blocks", lambda *given: route_blocks(*given[:-1], max_global_tokens)
+    )
+    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    monkeypatch.setattr(model_masks, "can_read_values", lambda tensor, validate: validate)
+    monkeypatch.setattr(torch.Tensor, "tolist", no_list)
+
+
+@pytest.mark.parametrize("max_global_tokens", [3, None])
+def test_an_adaptive_layer_does_not_wait_for_the_device(emulator, monkeypatch, max_global_tokens):
+    length = 200
+    layer = adaptive_layer(max_global_tokens=max_global_tokens)
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(1, length, 32, generator=generator).bfloat16().requires_grad_()
+    position = torch.arange(length)[None]
+    where = ((position >= 5) & (position < 190), (position == 5) | (position == 60))
+    chosen = []
+    original = attention_layer.AdaptiveSelection._select
+
+    def select(*arguments, **options):
+        chosen.append(original(*arguments, **options))
+        return chosen[-1]
+
+    monkeypatch.setattr(attention_layer.AdaptiveSelection, "_select", select)
+    with torch.no_grad():
+        layer(hidden_states, *where)  # what is read once, as before a capture
+    on_a_gpu(monkeypatch, max_global_tokens)
+    leaves = [hidden_states, *layer.parameters()]
+    upstream = torch.ones_like(hidden_states)
+    with NoWaiting():
+        if max_global_tokens is None:
+            with pytest.raises(AssertionError, match="waits for the device"):
+                layer(hidden_states, *where)
+            return
+        output, _ = layer(hidden_states, *where)
+        loss = layer.adaptive.router_loss()
+        grads = torch.autograd.grad([output, loss], leaves, [upstream, torch.ones_like(loss)])
+    assert all(grad.isfinite().all() for grad in grads)
+    assert chosen[1].counts.sum() > 0 and chosen[1].global_open.any()
+
+
+@pytest.mark.parametrize("start_nodes", [256, 3])
+def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, start_nodes):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 400, 8, generator=generator)
+    options = routing.RoutingOptions(2, 16, 16, start_nodes=start_nodes, beam_width=2)
+    route_blocks, top_p = routing.route_blocks, torch.tensor(0.9)
+    monkeypatch.setattr(routing, "route_blocks", lambda *given: route_blocks(*given[:-1], 2))
+    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    global_mask = torch.arange(400)[None] < 2
+    with NoWaiting():
+        selected = routing.select_blocks(
+            query, key, SlidingWindow(20, 0), options, global_mask=global_mask, is_causal=True,
+            top_p=top_p,
+        )  # fmt: skip
+    assert selected.counts.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 @pytest.mark.parametrize("has_layout", [False, True], ids=["pattern", "layout"])
@@ -121,15 +240,7 @@ def test_a_cuda_graph_replays_what_is_computed_without_it(global_qkv, has_layout
         output = sparse_attention(*leaves[:3], pattern, **options)
         return [output, *torch.autograd.grad(output, leaves, upstream)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for number_of_global_tokens in (1, 3, 0):
         with torch.no_grad():
             for leaf in leaves:
@@ -142,3 +253,35 @@ def test_a_cuda_graph_replays_what_is_computed_without_it(global_qkv, has_layout
         replayed = [tensor.clone() for tensor in captured]
         for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
             assert torch.equal(actual, expected), f"result {index} with {number_of_global_tokens}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_a_cuda_graph_holds_an_adaptive_layer():
+    batch, length = 2, 1000
+    layer = adaptive_layer(
+        hidden_size=128, num_attention_heads=2, attention_window=128, attention_backend="cuda",
+        attention_probs_dropout_prob=0.0, router_aux_loss_coef=0.0,
+    ).cuda()  # fmt: skip
+    hidden_states = torch.randn(batch, length, 128, device="cuda", dtype=torch.bfloat16)
+    hidden_states.requires_grad_()
+    upstream = torch.randn_like(hidden_states)
+    position = torch.arange(length, device="cuda").expand(batch, -1)
+    attention_mask, global_mask = position < length - 100, position == 0
+    leaves = [hidden_states, *layer.parameters()]
+
+    def step():
+        output, _ = layer(hidden_states, attention_mask, global_mask)
+        return [output, *torch.autograd.grad(output, leaves, upstream)]
+
+    graph, captured = capture(step)
+    for number in (1, 3):
+        with torch.no_grad():
+            hidden_states.normal_()
+            attention_mask.copy_((position >= number) & (position < length - 10 * number))
+            global_mask.copy_((position % 50 == 7) & (position < 50 * number))
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
+            # The gradient of the router's scores is a sum in no fixed order.
+            torch.testing.assert_close(actual, expected, msg=f"result {index} with {number}")
