@@ -53,15 +53,14 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
     by_name: dict[str, list[dict]] = {}
     for cell in cells:
         by_name.setdefault(cell["variant"], []).append(cell)
-    seeds = len({cell["seed"] for cell in cells})
     lines = [
         "",
-        f"### {cells[0]['part'].capitalize()}: {cells[0]['task']}, {seeds} seed(s), "
+        f"### {cells[0]['part'].capitalize()}: {cells[0]['task']}, "
         f"chance {CHANCE[cells[0]['task']]:.3f}",
         "",
-        "| | keys per query | at once: near | far | fine-tuned: near | far | difference |"
+        "| | seeds | keys per query | at once: near | far | fine-tuned: near | far | difference |"
         " router recall | bits, near | bits, far |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in by_name.items():
         keys = group[0]["keys_per_query"]
@@ -71,6 +70,7 @@ def _table(cells: list[dict], reference: dict[int, float]) -> list[str]:
         recalls = [cell["router_recall"] for cell in group if "router_recall" in cell]
         row = [
             f"`{name}`" if cells[0]["part"] == "patterns" else name,
+            str(len(group)),
             "-" if keys is None else f"{statistics.mean(c['keys_per_query'] for c in group):.0f}",
             *(
                 _mean([cell[when][where] for cell in group])
