@@ -1,10 +1,12 @@
-"""Makers of tiny models and inputs, shared by tests."""
+"""Makers of tiny models and inputs, and other pieces that tests share."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from transformers.cache_utils import Cache
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
@@ -241,6 +243,29 @@ def assert_padding_changes_nothing(
     }
     actual = hidden_states_of(model, padded)[:, left : left + length]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def run_two_processes(function: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Calls `function(rank, folder, *args)` in two new processes, ranks 0 and 1 of a gloo group.
+
+    Args:
+        function: of a module's top level; leaves its results in the folder.
+        folder: an empty one.
+        args: what can be pickled.
+    """
+    finished = multiprocessing.get_context("spawn").Barrier(2)
+    multiprocessing.spawn(_as_member, (function, finished, folder, *args), nprocs=2)
+
+
+def _as_member(rank: int, function: Callable[..., None], finished, folder: Path, *args) -> None:
+    torch.set_num_threads(1)
+    meeting_point = f"file://{folder}/meeting_point"
+    distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
+    function(rank, folder, *args)
+    finished.wait()
+    # Not by destroying the group: its destructor holds the GIL while it waits for a thread that may
+    # be waiting for the GIL.
+    os._exit(0)
 
 
 def tiny_seq2seq_config(**overrides: Any) -> AdaptiveSparseSeq2SeqConfig:

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from adaptive_longformer.attention import GlobalProjections, sparse_attention
 from adaptive_longformer.patterns import SlidingWindow
+from adaptive_longformer.testing import run_two_processes
 
 HEADS, SIZE, LENGTH = 2, 16, 70
 
@@ -61,23 +62,17 @@ def gradients(module, ranks):
 
 
 def _train(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting_point", rank=rank, world_size=2
-    )
     replica = nn.parallel.DistributedDataParallel(Twice())
     for _ in range(2):  # the second step fails if the first one missed a gradient
         replica.zero_grad()
         grads = gradients(replica, [rank])
     torch.save(grads, folder / f"{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="starts processes that talk over gloo")
 def test_a_layer_used_twice_gets_the_gradients_of_the_whole_batch(tmp_path):
-    multiprocessing.spawn(_train, (tmp_path,), nprocs=2)
+    run_two_processes(_train, tmp_path)
     expected = gradients(Twice(), [0, 1])
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
