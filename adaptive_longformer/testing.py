@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.multiprocessing.spawn import spawn
 from transformers.cache_utils import Cache
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
@@ -254,7 +255,7 @@ def run_two_processes(function: Callable[..., None], folder: Path, *args: Any) -
         args: what can be pickled.
     """
     finished = multiprocessing.get_context("spawn").Barrier(2)
-    multiprocessing.spawn(_as_member, (function, finished, folder, *args), nprocs=2)
+    spawn(_as_member, (function, finished, folder, *args), nprocs=2)
 
 
 def _as_member(rank: int, function: Callable[..., None], finished, folder: Path, *args) -> None:
