@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from side_by_side.measure import environment
+from side_by_side.report import write_json
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
@@ -112,11 +113,12 @@ def main() -> int:
                     flush=True,
                 )
     tokens = [inputs["input_ids"].shape[1] for inputs in documents]
-    target = Path(args.results)
-    target.mkdir(parents=True, exist_ok=True)
-    about = environment(torch.device(args.device))
-    result = {"tokens": tokens, "rows": rows, "environment": about}
-    (target / "fidelity.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(
+        Path(args.results) / "fidelity.json",
+        tokens=tokens,
+        rows=rows,
+        environment=environment(torch.device(args.device)),
+    )
     return 0
 
 

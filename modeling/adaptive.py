@@ -279,12 +279,11 @@ class AdaptiveSelection(nn.Module):
             self._keep_router_targets(query, key, attention_mask, global_mask)
         is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
         read = selected._replace(global_open=selected.global_open & is_open)
-        layout, slots = selection_layout(
-            read, self.window, length, options, self.rank_limit(), reach
-        )
+        limit = self.rank_limit()
+        layout, slots = selection_layout(read, self.window, length, options, limit, reach)
         tail = None
         if self.config.coarse_tail:
-            tail = self._coarse_tail(read, length, attention_mask)
+            tail = self._coarse_tail(read, length, limit, attention_mask)
         return query, Reads(layout, self._entry_bias(selected, slots, residual), span, tail)
 
     def choose_next(
@@ -436,10 +435,14 @@ class AdaptiveSelection(nn.Module):
         return router_divergence(targets, self.router_query, self.router_key, self.global_direction)
 
     def _coarse_tail(
-        self, read: SelectedBlocks, length: int, attention_mask: torch.Tensor | None
+        self,
+        read: SelectedBlocks,
+        length: int,
+        limit: torch.Tensor,
+        attention_mask: torch.Tensor | None,
     ) -> CoarseTail:
-        """The tail of what a layer reads as `read` says."""
-        options, limit = self.options, self.rank_limit()
+        """The tail of what a layer reads as `read` and the rank limit of its heads say."""
+        options = self.options
         nodes = coarse_tail_nodes(
             read, self.window, length, options, rank_limit=limit, attention_mask=attention_mask
         )

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from adaptive_longformer.training.source_code_documents import NOT_THE_LIBRARY
+
 CLASSIFICATION, MASK, FIRST_BYTE = 0, 1, 2
 VOCAB_SIZE = FIRST_BYTE + 256
 TYPE_VOCAB_SIZE = 4096
@@ -20,7 +22,7 @@ MASKED_SHARE = 0.3
 VISIBLE_BYTES = 3
 LONGEST_DOCUMENT = 4096
 _NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{5,}")
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+_LEFT_OUT = NOT_THE_LIBRARY | {"test", "tests"}
 
 
 @cache
