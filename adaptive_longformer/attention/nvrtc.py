@@ -10,7 +10,8 @@ import torch
 
 from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
 
-OPTIONS = ("-std=c++17",)
+# Functions that say nothing are of the device: for NVRTC there is no host.
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
 
 
 class CompiledProgram:
@@ -121,6 +122,9 @@ def find_nvrtc(cuda_version: str | None) -> Nvrtc:
     major = None if cuda_version is None else cuda_version.split(".")[0]
     for path in _candidates(major):
         try:
+            # NVRTC opens its builtins by name, which the loader does not look for beside it.
+            for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so*")):
+                ctypes.CDLL(str(builtins))
             return Nvrtc(ctypes.CDLL(path), path)
         except OSError:
             continue
