@@ -286,33 +286,35 @@ def _cached_layout(
     num_heads: int,
     device: torch.device,
 ) -> BlockLayout:
-    window, rest = split_window(pattern_from_spec(spec))
-    sizes = (length, query_block_size, key_block_size)
-    pieces = []
-    if rest is not None:
-        pieces.append(
-            _pattern_entries(rest, window, *sizes, num_heads if rest.varies_by_head else 1)
+    # Built on the CPU, whatever the caller's default device is.
+    with torch.device("cpu"):
+        window, rest = split_window(pattern_from_spec(spec))
+        sizes = (length, query_block_size, key_block_size)
+        pieces = []
+        if rest is not None:
+            pieces.append(
+                _pattern_entries(rest, window, *sizes, num_heads if rest.varies_by_head else 1)
+            )
+        if window is not None:
+            pieces.append(window_entries(window, *sizes))
+        if not pieces:
+            raise ValueError(
+                f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the lists"
+            )
+        heads = max(blocks.shape[0] for blocks, _ in pieces)
+        blocks = torch.cat([blocks.expand(heads, -1, -1) for blocks, _ in pieces], dim=-1)
+        flags = torch.cat([flags.expand(heads, -1, -1) for _, flags in pieces], dim=-1)
+        merged = BlockLayout(
+            key_blocks=blocks[None],
+            counts=torch.full((1, *blocks.shape[:2]), blocks.shape[2], dtype=torch.int32),
+            flags=flags[None],
+            query_block_size=query_block_size,
+            key_block_size=key_block_size,
+            length=length,
+            window=window,
+            pattern=rest,
         )
-    if window is not None:
-        pieces.append(window_entries(window, *sizes))
-    if not pieces:
-        raise ValueError(
-            f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the lists"
-        )
-    heads = max(blocks.shape[0] for blocks, _ in pieces)
-    blocks = torch.cat([blocks.expand(heads, -1, -1) for blocks, _ in pieces], dim=-1)
-    flags = torch.cat([flags.expand(heads, -1, -1) for _, flags in pieces], dim=-1)
-    merged = BlockLayout(
-        key_blocks=blocks[None],
-        counts=torch.full((1, *blocks.shape[:2]), blocks.shape[2], dtype=torch.int32),
-        flags=flags[None],
-        query_block_size=query_block_size,
-        key_block_size=key_block_size,
-        length=length,
-        window=window,
-        pattern=rest,
-    )
-    merged = merged.select(merged.flags != 0)
+        merged = merged.select(merged.flags != 0)
     moved = replace(
         merged,
         key_blocks=merged.key_blocks.to(device),
