@@ -270,6 +270,16 @@ def _check_cuda_compiler(cuda_home: str | None) -> None:
         raise ExtensionUnavailableError(f"nvcc is of {found}, torch of CUDA {major}")
 
 
+def _link_flags(nvcc: Path) -> list[str]:
+    """Where nvcc says that its libraries are. What is found as nvcc may be a script that starts one
+    elsewhere, and cpp_extension looks only beside the script.
+    """
+    command = [str(nvcc), "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    line = next((line for line in said.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    return re.findall(r'"(-L[^"]+)"', line)
+
+
 def _processor() -> str:
     """What -march=native depends on: a cache in a shared home serves machines of several kinds."""
     with contextlib.suppress(OSError):
@@ -288,6 +298,10 @@ def _build(kind: str, folder: Path) -> None:
     # Imported here: it is slow, and needed only by the process that builds.
     from torch.utils import cpp_extension
 
+    link_flags = []
+    if kind == "cuda":
+        assert cpp_extension.CUDA_HOME is not None
+        link_flags = _link_flags(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
     # cpp_extension builds one name only once per process, so every attempt has its own.
     name = f"adaptive_longformer_{kind}_{next(_attempts)}"
     with _ninja_on_path():
@@ -297,6 +311,7 @@ def _build(kind: str, folder: Path) -> None:
                 [str(path) for path in sorted((SOURCES / kind).glob(_PATTERNS[kind]))],
                 extra_cflags=_compile_flags(),
                 extra_cuda_cflags=_CUDA_FLAGS,
+                extra_ldflags=link_flags,
                 build_directory=str(folder),
                 is_python_module=False,
                 verbose=os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1",

@@ -173,6 +173,14 @@ def test_a_toolkit_without_a_fitting_nvcc_is_named(tmp_path, monkeypatch):
             extension._check_cuda_compiler(str(tmp_path))
 
 
+def test_libraries_are_looked_for_where_nvcc_says_they_are(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    said = '#$ TOP=/far/bin/..\n#$ LIBRARIES=  "-L/far/lib/stubs" "-L/far/lib"\n'
+    nvcc.write_text(f"#!/bin/sh\necho '{said}' >&2\n")
+    nvcc.chmod(0o700)
+    assert extension._link_flags(nvcc) == ["-L/far/lib/stubs", "-L/far/lib"]
+
+
 def test_nothing_is_built_at_import(sandbox):
     subprocess.run([sys.executable, "-c", "import adaptive_longformer.attention"], check=True)
     assert not (sandbox / "cache").exists()

@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import pytest
 from emulation import CUDA_SOURCES
+
+from adaptive_longformer.attention import extension
 
 KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
 
@@ -57,3 +60,11 @@ def test_kernels_do_not_spill(architecture, head_dim, query_block, tmp_path):
         spills[kernel] = max(int(stores), int(loads))
     assert set(spills) == set(KERNELS)
     assert not any(spills.values()), spills
+
+
+def test_the_runtime_library_is_found_where_nvcc_says():
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    folders = [flag.removeprefix("-L") for flag in extension._link_flags(Path(nvcc))]
+    assert any(list(Path(folder).glob("libcudart.so*")) for folder in folders), folders
