@@ -113,9 +113,7 @@ class PretendedGpu(TorchDispatchMode):
                 for tensor in tensors
                 if not isinstance(tensor, GpuTensor) and (tensor.dim() > 0 or name == "cat")
             ]
-            if strangers and not (
-                name in ("index", "index_put", "index_put_") and on_gpu[0] is args[0]
-            ):
+            if strangers and not (name in ("index", "index_put", "index_put_") and on_gpu[0] is args[0]):
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device: {function} of tensors on cuda:0 "
                     f"and cpu, of shapes {[tuple(tensor.shape) for tensor in tensors]}"
