@@ -299,7 +299,8 @@ def _cached_layout(
             pieces.append(window_entries(window, *sizes))
         if not pieces:
             raise ValueError(
-                f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the lists"
+                f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the "
+                "lists"
             )
         heads = max(blocks.shape[0] for blocks, _ in pieces)
         blocks = torch.cat([blocks.expand(heads, -1, -1) for blocks, _ in pieces], dim=-1)

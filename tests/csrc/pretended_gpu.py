@@ -1,7 +1,7 @@
 """A GPU that is pretended: tensors that say they are on "cuda" and are computed on the CPU.
 
-What code gets wrong only on a GPU shows on them: an operation on tensors of two devices, a mask made
-on the CPU, a NumPy view. The CUDA kernels run in the emulator, at the addresses of the CPU.
+What code gets wrong only on a GPU shows on them: an operation on tensors of two devices, a mask
+made on the CPU, a NumPy view. The CUDA kernels run in the emulator, at the addresses of the CPU.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ class GpuTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, elements: torch.Tensor) -> "GpuTensor":
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, elements.shape, strides=elements.stride(), storage_offset=elements.storage_offset(),
-            dtype=elements.dtype, device=_INSIDE, requires_grad=False,
+            cls, elements.shape, strides=elements.stride(), dtype=elements.dtype, device=_INSIDE,
+            storage_offset=elements.storage_offset(), requires_grad=False,
         )  # fmt: skip
         tensor.elements = elements
         return tensor
@@ -99,39 +99,49 @@ class PretendedGpu(TorchDispatchMode):
         if function.namespace == "adaptive_longformer":
             with self:
                 return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
-        name = function._schema.name.removeprefix("aten::")
         leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        on_gpu = [leaf for leaf in tensors if isinstance(leaf, GpuTensor)]
-        gives_gpu = bool(on_gpu)
+        on_gpu = [leaf for leaf in leaves if isinstance(leaf, GpuTensor)]
         if kwargs.get("device") is not None:
             gives_gpu = kwargs["device"] == _INSIDE
-        elif on_gpu and name not in ("copy_", "_to_copy"):
-            # torch lets a number of the CPU take part, and an index.
-            strangers = [
-                tensor
-                for tensor in tensors
-                if not isinstance(tensor, GpuTensor) and (tensor.dim() > 0 or name == "cat")
-            ]
-            if strangers and not (name in ("index", "index_put", "index_put_") and on_gpu[0] is args[0]):
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device: {function} of tensors on cuda:0 "
-                    f"and cpu, of shapes {[tuple(tensor.shape) for tensor in tensors]}"
-                )
-        plain = [leaf.elements if isinstance(leaf, GpuTensor) else leaf for leaf in leaves]
-        plain = [torch.device("cpu") if isinstance(leaf, torch.device) else leaf for leaf in plain]
-        plain_args, plain_kwargs = tree_unflatten(plain, structure)
-        result = function(*plain_args, **plain_kwargs)
+        else:
+            gives_gpu = bool(on_gpu)
+            _check_devices(function, args, leaves)
+        args, kwargs = tree_unflatten([_on_cpu(leaf) for leaf in leaves], structure)
+        result = function(*args, **kwargs)
         if not gives_gpu:
             return result
         known = {id(tensor.elements): tensor for tensor in on_gpu}
 
-        def wrapped(value):
+        def wrapped(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            return known.get(id(value)) if id(value) in known else GpuTensor(value)
+            # What was changed in place stays the same tensor.
+            return known[id(value)] if id(value) in known else GpuTensor(value)
 
         return tree_map(wrapped, result)
+
+
+def _check_devices(function: Any, args: tuple, leaves: list) -> None:
+    """Raises if tensors are on two devices; a number of the CPU may take part, and an index."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
+    name = function._schema.name.removeprefix("aten::")
+    if len(strangers) in (0, len(tensors)) or name == "copy_":
+        return
+    is_index = name in ("index", "index_put", "index_put_") and isinstance(args[0], GpuTensor)
+    if is_index or (name != "cat" and all(tensor.dim() == 0 for tensor in strangers)):
+        return
+    raise RuntimeError(
+        f"Expected all tensors to be on the same device: {function} of tensors on cuda:0 and cpu, "
+        f"of shapes {[tuple(tensor.shape) for tensor in tensors]}"
+    )
+
+
+def _on_cpu(value: Any) -> Any:
+    """The elements of a tensor of the GPU; the CPU in place of a device."""
+    if isinstance(value, GpuTensor):
+        return value.elements
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _inside(value: Any) -> Any:

@@ -162,3 +162,11 @@ def test_a_head_that_sees_less_of_the_window_has_a_shorter_list(sizes):
             assert listed.tolist() == (keys.flatten() // key_size).unique().tolist()
     whole = block_layout(window, length, query_block_size=query_size, key_block_size=key_size)
     assert torch.equal(layout.counts[0, 3], whole.counts[0, 0])
+
+
+def test_the_default_device_is_not_asked():
+    pattern = SlidingWindow(30)
+    with torch.device("meta"):
+        layout = block_layout(pattern, 321)
+    assert layout.key_blocks.device.type == layout.counts.device.type == "cpu"
+    assert layout.counts.sum() > 0

@@ -1,0 +1,176 @@
+"""Models on a pretended GPU: they train and generate through the CUDA kernels, run in the emulator,
+and no operation gets tensors of two devices.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretended_gpu import GpuTensor, PretendedGpu
+
+from adaptive_longformer import (
+    AdaptiveSparseConfig,
+    AdaptiveSparseForCausalLM,
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseSeq2SeqConfig,
+)
+from adaptive_longformer.attention import backends, compiled, compiled_cuda
+from adaptive_longformer.testing import randomize_all_parameters
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 64,
+    "attention_window": 64,
+    "max_position_embeddings": 400,
+    "pad_token_id": 1,
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+}
+ADAPTIVE = {
+    "attention_pattern": "adaptive",
+    "selection_strength": 1.0,
+    "num_selected_blocks": 2,
+}
+
+
+@pytest.fixture
+def gpu(emulator, monkeypatch):
+    """A GPU with the kernels of the emulator; gives a list of those that were launched."""
+    properties = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    # Short documents are for the kernel too, or nothing would be seen of it.
+    monkeypatch.setattr(backends, "DENSE_CROSSOVER", {})
+    launched, run = [], compiled_cuda._Call.run
+
+    def counted(call, launches):
+        launched.extend(launch.name for launch in launches)
+        run(call, launches)
+
+    monkeypatch.setattr(compiled_cuda._Call, "run", counted)
+    compiled._check_cuda_kernel.cache_clear()
+    compiled_cuda._pattern_lists.cache_clear()
+    with PretendedGpu():
+        yield launched
+    compiled._check_cuda_kernel.cache_clear()
+    compiled_cuda._pattern_lists.cache_clear()
+
+
+def on_gpu(model, inputs):
+    """A copy of a model on the GPU, and the inputs there."""
+    twin = type(model)(model.config).to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    # torch keeps ties only where it can replace the elements of a parameter.
+    twin.cuda().tie_weights()
+    return twin.train(model.training), {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+def documents(length=140):
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(5, 50, (2, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, length - 60 :] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def gradients(model, inputs):
+    """The loss of a training step and all gradients."""
+    loss = model(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
+
+
+def test_tensors_of_two_devices_are_refused(gpu):
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2, device="cuda") + torch.ones(2)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2)[torch.zeros(2, dtype=torch.long, device="cuda")]
+    with pytest.raises(TypeError, match="numpy"):
+        torch.ones(2, device="cuda").numpy()
+    total = (torch.arange(3.0, device="cuda") * torch.tensor(2.0)).sum()
+    assert isinstance(total, GpuTensor) and total.is_cuda and total.item() == 6.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_pattern": "big_bird"},
+        {"attention_pattern": "strided"},
+        {"attention_pattern": "lsh"},
+        {"attention_pattern": "window_linear"},
+        ADAPTIVE,
+        {**ADAPTIVE, "num_learned_global_blocks": 1, "selection_top_p": 0.9},
+        {**ADAPTIVE, "router_rank": 2, "router_aux_loss_coef": 0.1, "target_density": 0.3},
+        {**ADAPTIVE, "coarse_tail": True, "max_global_tokens": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "longformer",
+)
+def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu, options):
+    config = AdaptiveSparseConfig(**{**SIZES, **options})
+    torch.manual_seed(0)
+    model = AdaptiveSparseForMaskedLM(config).bfloat16()
+    inputs = documents()
+    inputs["labels"] = inputs["input_ids"]
+    twin, moved = on_gpu(model, inputs)
+    expected, actual = gradients(model, inputs), gradients(twin, moved)
+    has_own_kernel = config.attention_pattern not in ("strided", "lsh")
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu) or not has_own_kernel
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None, name
+            continue
+        difference = actual[name].cpu().float() - value.float()
+        assert difference.norm() <= 0.05 * value.float().norm() + 1e-3, name
+
+
+def generated(model, inputs, **options):
+    model.eval()
+    return model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, **options)
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["window", "adaptive"])
+def test_a_causal_model_trains_and_generates_on_a_gpu(gpu, options):
+    torch.manual_seed(0)
+    config = AdaptiveSparseConfig(**{**SIZES, **options}, is_decoder=True)
+    model = randomize_all_parameters(AdaptiveSparseForCausalLM(config)).bfloat16()
+    inputs = documents(150)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)  # generation pads on the left
+    twin, moved = on_gpu(model, inputs)
+    twin(**moved, labels=moved["input_ids"]).loss.backward()
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu)
+    assert all(parameter.grad is None or parameter.grad.is_cuda for parameter in twin.parameters())
+    answer = generated(twin, moved)
+    assert answer.is_cuda and answer.shape == (2, 153)
+    assert torch.equal(answer.cpu()[:, :150], inputs["input_ids"])
+
+
+def test_an_encoder_decoder_trains_and_generates_on_a_gpu(gpu):
+    torch.manual_seed(0)
+    config = AdaptiveSparseSeq2SeqConfig(
+        vocab_size=50, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, attention_window=64,
+        max_encoder_position_embeddings=400, max_decoder_position_embeddings=40, pad_token_id=1,
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    model = AdaptiveSparseForConditionalGeneration(config).bfloat16()
+    inputs = documents(150)
+    twin, moved = on_gpu(model, inputs)
+    step = {**inputs, "labels": inputs["input_ids"][:, :7]}
+    expected = gradients(model, step)
+    actual = gradients(twin, {name: tensor.cuda() for name, tensor in step.items()})
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu)
+    assert torch.allclose(actual["loss"].cpu(), expected["loss"], atol=0.05)
+    assert all(grad is None or grad.is_cuda for grad in actual.values())
+    answer = generated(twin, moved, num_beams=2, use_cache=True)
+    assert answer.is_cuda and len(answer) == 2
