@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from side_by_side.measure import (
     environment,
+    first_line,
     interleaved_medians,
     peak_memory_in_child,
     print_peak_memory,
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=LENGTHS, default="quick")
     parser.add_argument("--lengths", type=int, nargs="+", help="multiples of 64, at least 2048")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="default: 3 on a CPU, 20 on a GPU")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--heads", type=int, help="default: 2 on a CPU, 12 on a GPU")
     parser.add_argument("--head-dim", type=int, default=64)
@@ -87,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     on_gpu = args.device.startswith("cuda")
     args.kind = "cuda" if on_gpu else "cpu"
     args.lengths = args.lengths or LENGTHS[args.preset]
+    args.repeats = args.repeats or (20 if on_gpu else 3)
     args.heads = args.heads or (12 if on_gpu else 2)
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.names = args.names or contestants(args.kind)
@@ -221,10 +223,6 @@ def why_not(name: str, length: int, dropout: float, args: argparse.Namespace) ->
         1, 1, length, args.head_dim, dtype=getattr(torch, args.dtype), device=device
     )
     return BACKENDS[name].unsupported(make_call(probe, probe, probe, routed_layout(length, device)))
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def verify(args: argparse.Namespace) -> dict[str, str]:
@@ -390,20 +388,24 @@ def main() -> int:
         return int(bool(problems))
     if args.check:
         return check(args, problems)
-    cells = time_cells(args, (FORWARD, FORWARD_BACKWARD), problems)
-    print(text_table(cells, tuple(args.names)))
-    print(notes(cells))
     about = environment(torch.device(args.device))
     folder = Path(args.results)
-    write_table(folder / f"attention_operator_{args.kind}.txt", about, cells, tuple(args.names))
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"attention_window": WINDOW, "selected_blocks": NUM_SELECTED, "block_size": BLOCK}
-    write_json(
-        folder / f"attention_operator_{args.kind}.json",
-        environment=about,
-        settings=settings,
-        cells=cells,
-    )
+    cells, lengths = [], args.lengths
+    for length in lengths:
+        # What is written survives a GPU that fails, or whose time is up.
+        args.lengths = [length]
+        cells += time_cells(args, (FORWARD, FORWARD_BACKWARD), problems)
+        write_table(folder / f"attention_operator_{args.kind}.txt", about, cells, tuple(args.names))
+        write_json(
+            folder / f"attention_operator_{args.kind}.json",
+            environment=about,
+            settings=settings,
+            cells=cells,
+        )
+    print(text_table(cells, tuple(args.names)))
+    print(notes(cells))
     plot(
         folder / f"attention_operator_{args.kind}.png",
         cells,

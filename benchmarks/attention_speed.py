@@ -3,9 +3,10 @@
     python benchmarks/attention_speed.py --preset quick
     python benchmarks/attention_speed.py --check          # only the claimed ratios
 
-Window 512 and one global token where the model has such things; float32; backward from random
-gradients. Our layer is first compared with Longformer's on the same weights. Times are medians of
-rounds in which every layer runs once; memory is the peak of a process of its own, above idle.
+Window 512 and one global token where the model has such things; float32, on a GPU autocast to
+bfloat16; backward from random gradients. Our layer is first compared with Longformer's on the same
+weights, in float32. Times are medians of rounds in which every layer runs once; memory is the peak
+of a process of its own, above idle. A contestant that fails is named with its reason.
 """
 
 import argparse
@@ -24,7 +25,10 @@ from side_by_side.contestants import (
     why_not,
 )
 from side_by_side.measure import (
+    autocast_to,
+    default_dtype,
     environment,
+    first_line,
     interleaved_medians,
     peak_memory_in_child,
     print_peak_memory,
@@ -49,19 +53,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--names", nargs="+", choices=LAYER_NAMES, default=LAYER_NAMES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="by autocast; default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--results", default="results", help="folder for the JSON and the plot")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument("--memory-cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.lengths = args.lengths or PRESETS[args.preset]["lengths"]
+    args.dtype = args.dtype or default_dtype(args.device)
     args.repeats = args.repeats or PRESETS[args.preset]["repeats"]
     if any(length < 512 or length % 512 for length in args.lengths):
         parser.error(f"--lengths is {args.lengths}, multiples of 512 are needed")
     return args
 
 
-def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.device):
+def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.device, dtype: str):
     """A function of no argument that runs the layer once."""
     torch.manual_seed(0)
     layer, call = build_layer(name, shape, dropout, device)
@@ -70,12 +76,14 @@ def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.
     gradient = torch.randn_like(hidden)
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_to(device, dtype):
             call(hidden)
 
     def forward_backward() -> None:
         leaf = hidden.detach().requires_grad_()
-        call(leaf).backward(gradient)
+        with autocast_to(device, dtype):
+            output = call(leaf)
+        output.backward(gradient.to(output.dtype))
         layer.zero_grad()
 
     return forward if mode == FORWARD else forward_backward
@@ -96,11 +104,17 @@ def time_cells(
                 where = {"length": length, "mode": mode, "dropout": dropout}
                 reasons = {name: why_not(name, shape, dropout, device) for name in names}
                 calls = {
-                    name: make_call(name, shape, dropout, mode, device)
+                    name: make_call(name, shape, dropout, mode, device, args.dtype)
                     for name in names
                     if reasons[name] is None
                 }
-                medians = interleaved_medians(calls, device, args.repeats)
+
+                def drop(name: str, error: Exception, reasons=reasons) -> None:
+                    reasons[name] = first_line(error)
+
+                medians = interleaved_medians(
+                    calls, device, args.repeats, None if args.check else drop
+                )
                 for name in names:
                     cell = {"name": name, **where}
                     if reasons[name] is not None:
@@ -108,10 +122,9 @@ def time_cells(
                     else:
                         cell["seconds"] = medians[name]
                         if mode == FORWARD_BACKWARD and not args.no_memory:
-                            settings = {"hidden_size": args.hidden_size, "heads": args.heads}
-                            cell["memory"] = peak_memory_in_child(
-                                __file__, {**cell, **settings, "device": args.device}
-                            )
+                            fields = ("hidden_size", "heads", "device", "dtype")
+                            settings = {field: getattr(args, field) for field in fields}
+                            cell["memory"] = peak_memory_in_child(__file__, {**cell, **settings})
                     cells.append(cell)
     return cells
 
@@ -119,9 +132,8 @@ def time_cells(
 def run_memory_cell(cell: dict) -> None:
     device = torch.device(cell["device"])
     shape = Shape(cell["length"], hidden_size=cell["hidden_size"], num_heads=cell["heads"])
-    print_peak_memory(
-        device, lambda: make_call(cell["name"], shape, cell["dropout"], cell["mode"], device)()
-    )
+    where = (cell["dropout"], cell["mode"], device, cell["dtype"])
+    print_peak_memory(device, lambda: make_call(cell["name"], shape, *where)())
 
 
 def growth(args: argparse.Namespace, dropout: float) -> float:
@@ -130,7 +142,7 @@ def growth(args: argparse.Namespace, dropout: float) -> float:
     calls = {}
     for length in (4096, 16384):
         shape = Shape(length, hidden_size=args.hidden_size, num_heads=args.heads)
-        calls[str(length)] = make_call(OURS, shape, dropout, FORWARD_BACKWARD, device)
+        calls[str(length)] = make_call(OURS, shape, dropout, FORWARD_BACKWARD, device, args.dtype)
     medians = interleaved_medians(calls, device, args.repeats)
     return medians["16384"] / medians["4096"]
 
@@ -166,7 +178,8 @@ def main() -> int:
     names = tuple(args.names)
     about = environment(torch.device(args.device))
     folder = Path(args.results)
-    settings = {"hidden_size": args.hidden_size, "heads": args.heads, "attention_window": 512}
+    settings = {name: getattr(args, name) for name in ("hidden_size", "heads", "dtype")}
+    settings["attention_window"] = 512
     cells = []
     for length in args.lengths:
         cells += time_cells(args, names, [length], MODES)

@@ -3,10 +3,11 @@
     python benchmarks/model_throughput.py --preset quick
     python benchmarks/model_throughput.py --check          # only the claimed ratios
 
-Random weights, the same width and depth, float32, one document at a time; backward from random
-gradients; a training step adds AdamW. Our model is first compared with the Longformer it is
-converted from. Times are medians of rounds in which every model runs once; memory is the peak of a
-process of its own, weights included, above the idle process.
+Random weights, the same width and depth, float32, on a GPU autocast to bfloat16, one document at a
+time; backward from random gradients; a training step adds AdamW. Our model is first compared with
+the Longformer it is converted from, in float32. Times are medians of rounds in which every model
+runs once; memory is the peak of a process of its own, weights included, above the idle process. A
+contestant that fails is named with its reason.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from side_by_side.contestants import (
     why_not,
 )
 from side_by_side.measure import (
+    autocast_to,
+    default_dtype,
     environment,
+    first_line,
     interleaved_medians,
     peak_memory_in_child,
     print_peak_memory,
@@ -81,11 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[FORWARD, FORWARD_BACKWARD])
     parser.add_argument("--names", nargs="+", choices=ALL_NAMES, default=NAMES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="by autocast; default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--results", default="results", help="folder for the JSON and the plot")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument("--memory-cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtype = args.dtype or default_dtype(args.device)
     for name, value in PRESETS[args.preset or ("base" if args.check else "quick")].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -98,7 +104,7 @@ def shape_of(args: argparse.Namespace, length: int) -> Shape:
     return Shape(length, hidden_size=args.hidden_size, num_heads=args.heads, num_layers=args.layers)
 
 
-def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.device):
+def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.device, dtype: str):
     """A function of no argument that runs the model once."""
     torch.manual_seed(0)
     model = build_model(name, shape, dropout).to(device)
@@ -108,11 +114,13 @@ def make_call(name: str, shape: Shape, dropout: float, mode: str, device: torch.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if mode == TRAINING_STEP else None
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_to(device, dtype):
             model(**inputs)
 
     def forward_backward() -> None:
-        model(**inputs).last_hidden_state.backward(gradient)
+        with autocast_to(device, dtype):
+            output = model(**inputs).last_hidden_state
+        output.backward(gradient.to(output.dtype))
         if optimizer is not None:
             optimizer.step()
         model.zero_grad()
@@ -138,11 +146,17 @@ def time_cells(
             for dropout in args.dropout if mode != FORWARD else args.dropout[:1]:
                 reasons = {name: why_not(name, shape, dropout, device) for name in names}
                 calls = {
-                    name: make_call(name, shape, dropout, mode, device)
+                    name: make_call(name, shape, dropout, mode, device, args.dtype)
                     for name in names
                     if reasons[name] is None
                 }
-                medians = interleaved_medians(calls, device, args.repeats)
+
+                def drop(name: str, error: Exception, reasons=reasons) -> None:
+                    reasons[name] = first_line(error)
+
+                medians = interleaved_medians(
+                    calls, device, args.repeats, None if args.check else drop
+                )
                 del calls
                 for name in names:
                     cell = {"name": name, "length": length, "mode": mode, "dropout": dropout}
@@ -158,16 +172,16 @@ def time_cells(
 
 
 def memory_of(args: argparse.Namespace, cell: dict) -> int | None:
-    size = {name: getattr(args, name) for name in ("hidden_size", "heads", "layers", "device")}
-    return peak_memory_in_child(__file__, {**cell, **size})
+    fields = ("hidden_size", "heads", "layers", "device", "dtype")
+    settings = {name: getattr(args, name) for name in fields}
+    return peak_memory_in_child(__file__, {**cell, **settings})
 
 
 def run_memory_cell(cell: dict) -> None:
     args = argparse.Namespace(**cell)
     device, shape = torch.device(args.device), shape_of(args, args.length)
-    print_peak_memory(
-        device, lambda: make_call(args.name, shape, args.dropout, args.mode, device)()
-    )
+    where = (args.dropout, args.mode, device, args.dtype)
+    print_peak_memory(device, lambda: make_call(args.name, shape, *where)())
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -185,7 +199,9 @@ def growth(args: argparse.Namespace, dropout: float) -> float:
     """Time of our training step at 16384 tokens over that at 4096, both in the same rounds."""
     device = torch.device(args.device)
     calls = {
-        str(length): make_call(OURS, shape_of(args, length), dropout, TRAINING_STEP, device)
+        str(length): make_call(
+            OURS, shape_of(args, length), dropout, TRAINING_STEP, device, args.dtype
+        )
         for length in (4096, 16384)
     }
     medians = interleaved_medians(calls, device, args.repeats)
@@ -262,6 +278,7 @@ def main() -> int:
         "hidden_size": args.hidden_size,
         "heads": args.heads,
         "layers": args.layers,
+        "dtype": args.dtype,
         "attention_window": 512,
         "batch_size": 1,
     }

@@ -3,10 +3,11 @@
     python benchmarks/selection_speed.py              # 16384 tokens
     python benchmarks/selection_speed.py --check      # 16384 and 65536, asserts the claims
 
-Window 512, one global token, 8 chosen blocks of 64, 12 heads of 64; float32; a document whose keys
-share topics with their neighbours. "selection" is the search and the list, "adaptive" the attention
-over window, global token and chosen blocks, forward and backward, gradients of the weights of the
-entries and of the window included. "window" is the same attention without chosen blocks.
+Window 512, one global token, 8 chosen blocks of 64, 12 heads of 64; float32, bfloat16 on a GPU; a
+document whose keys share topics with their neighbours. "selection" is the search and the list,
+"adaptive" the attention over window, global token and chosen blocks, forward and backward,
+gradients of the weights of the entries and of the window included. "window" is the same attention
+without chosen blocks.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from router_recall import SCALES
-from side_by_side.measure import environment, interleaved_medians
+from side_by_side.measure import default_dtype, environment, interleaved_medians
 from side_by_side.report import Verdicts, write_json
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
@@ -25,21 +26,22 @@ from adaptive_longformer.patterns import SlidingWindow
 WINDOW, OPTIONS = SlidingWindow(256), RoutingOptions()
 
 
-def document(length: int, heads: int, head_dim: int, device: torch.device):
+def document(length: int, args: argparse.Namespace, device: torch.device):
     """Queries, keys and values of a document, [1, heads, length, head_dim]."""
-    generator = torch.Generator().manual_seed(length)
+    generator, heads, head_dim = torch.Generator().manual_seed(length), args.heads, args.head_dim
     topic = torch.zeros(heads, length, head_dim)
     for scale in SCALES:
         drawn = torch.randn(heads, -(-length // scale), head_dim, generator=generator) * 0.5
         topic += drawn.repeat_interleave(scale, dim=1)[:, :length]
     noise = torch.randn(3, heads, length, head_dim, generator=generator)
     query, key, value = noise[0] + 0.5 * topic, topic + 0.5 * noise[1], noise[2]
-    return [tensor[None].to(device).requires_grad_() for tensor in (query, key, value)]
+    dtype = getattr(torch, args.dtype)
+    return [tensor[None].to(device, dtype).requires_grad_() for tensor in (query, key, value)]
 
 
 def calls_of(length: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Functions of no argument, by name."""
-    query, key, value = document(length, args.heads, args.head_dim, device)
+    query, key, value = document(length, args, device)
     gradient = torch.randn_like(query)
     global_mask = torch.zeros(1, length, dtype=torch.bool, device=device)
     global_mask[:, 0] = True
@@ -73,9 +75,11 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--results", default="results", help="folder for the JSON")
     parser.add_argument("--check", action="store_true", help="assert the claims at 16k and 64k")
     args = parser.parse_args()
+    args.dtype = args.dtype or default_dtype(args.device)
     lengths = [16384, 65536] if args.check else args.lengths
     device = torch.device(args.device)
     calls = {
@@ -94,7 +98,8 @@ def main() -> int:
             f"{cell['window']:.3f} s"
         )
     about = environment(device)
-    settings = {"heads": args.heads, "head_dim": args.head_dim, "window": 512, "num_blocks": 8}
+    settings = {name: getattr(args, name) for name in ("heads", "head_dim", "dtype")}
+    settings |= {"window": 512, "num_blocks": 8}
     path = Path(args.results) / "selection_speed.json"
     write_json(path, environment=about, settings=settings, cells=cells)
     if not args.check:

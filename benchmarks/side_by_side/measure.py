@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict:
     """What a result depends on beside the code."""
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -69,7 +69,8 @@ def interleaved_medians(
     """Median seconds of every call: one round to warm up, then rounds in which each runs once.
 
     Taking turns exposes all of them to the same disturbances of the machine. Rounds of more than a
-    minute are disturbed little: one is enough.
+    minute are disturbed little: one is enough. The first round does not tell how long one is, for
+    it may compile.
 
     Args:
         calls: By name.
@@ -91,10 +92,26 @@ def interleaved_medians(
                 on_failure(name, error)
 
     run_round()
-    warm_up = sum(first for (first,) in samples.values())
-    for _ in range(repeats if warm_up < 60 else 1):
-        run_round()
+    run_round()
+    if sum(values[-1] for values in samples.values()) < 60:
+        for _ in range(repeats - 1):
+            run_round()
     return {name: statistics.median(values[1:]) for name, values in samples.items()}
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def default_dtype(device: str) -> str:
+    """What models are usually trained in on a device."""
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
+def autocast_to(device: torch.device, dtype: str) -> torch.autocast:
+    """A context in which float32 models compute in a type, as under a Trainer."""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def peak_memory_in_child(script: str, cell: dict) -> int | None:

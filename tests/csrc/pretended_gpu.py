@@ -16,6 +16,9 @@ GPU = torch.device("cuda", 0)
 # What torch itself takes the tensors for: it asks a device of this type for nothing.
 _INSIDE = torch.device("meta")
 
+# What autocast computes in its own type on a GPU: the most frequent of these functions.
+_CAST = ("linear", "matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention")
+
 
 class GpuTensor(torch.Tensor):
     """A tensor that says it is on the GPU, and whose elements are those of a tensor of the CPU."""
@@ -68,6 +71,8 @@ class _Devices(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         args, kwargs = tree_map(_inside, (list(args), dict(kwargs or {})))
+        if torch.is_autocast_enabled("cuda") and name in _CAST:
+            args, kwargs = tree_map(_autocast, (args, kwargs))
         if name == "cuda":
             return args[0].to(_INSIDE)
         if name == "cpu":
@@ -142,6 +147,13 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, GpuTensor):
         return value.elements
     return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _autocast(value: Any) -> Any:
+    """A tensor of the GPU in the type of autocast, if it is one of numbers."""
+    if isinstance(value, GpuTensor) and value.is_floating_point():
+        return value.to(torch.get_autocast_dtype("cuda"))
+    return value
 
 
 def _inside(value: Any) -> Any:
