@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.source import locate
+from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training.collator import GlobalAttentionCollator
 from adaptive_longformer.training.labelled_documents import (
     load_labelled_documents,
@@ -305,7 +306,8 @@ def time_both(
 ) -> Timing:
     """Time the source and the converted model on the longest held-out documents, in turns.
 
-    BERT and RoBERTa are timed on as many tokens as they can read. The median of the repeats counts,
+    BERT and RoBERTa are timed on as many tokens as they can read; on a GPU both by autocast to
+    bfloat16, if it computes in it. The median of the repeats counts,
     after one run of each to warm up, on which the memory is measured (only where the system can
     tell, that is on Linux).
     """
@@ -341,7 +343,7 @@ def time_both(
     length = max(len(example["input_ids"]) for example in examples)
     measured = all(memory.values())
     return Timing(
-        what=f"{len(examples)} documents of up to {length} tokens",
+        what=f"{len(examples)} documents of up to {length} tokens{_where()}",
         forward=(median["source forward"], median["ours forward"]),
         training_step=(median["source step"], median["ours step"]),
         training_memory=(memory["source"], memory["ours"]) if measured else None,
@@ -350,6 +352,18 @@ def time_both(
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _where() -> str:
+    """The GPU and the type of autocast there; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return ""
+    return f" on {torch.cuda.get_device_name()}" + (", bfloat16" if has_bfloat16_gpu() else "")
+
+
+def _autocast() -> torch.autocast:
+    """Computes as the Trainer does here."""
+    return torch.autocast(_device().type, torch.bfloat16, enabled=has_bfloat16_gpu())
 
 
 def _max_length(model: PreTrainedModel) -> int:
@@ -363,13 +377,15 @@ def _max_length(model: PreTrainedModel) -> int:
 
 def _forward(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _autocast():
         model(**batch)
 
 
 def _training_step(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     model.train()
-    model(**batch).loss.backward()
+    with _autocast():
+        loss = model(**batch).loss
+    loss.backward()
     model.zero_grad()
 
 
@@ -479,6 +495,7 @@ def fine_tune(
             report_to="none",
             disable_tqdm=False,
             seed=seed,
+            bf16=has_bfloat16_gpu(),
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
@@ -512,7 +529,8 @@ def reload_difference(
         name: tensor.to(device)
         for name, tensor in GlobalAttentionCollator(tokenizer)(examples).items()
     }
-    with torch.no_grad():
+    # A model that was trained in bfloat16 keeps its autocast.
+    with torch.no_grad(), _autocast():
         model.eval()
         difference = model(**batch).logits - reloaded(**batch).logits
     return float(difference.abs().max())

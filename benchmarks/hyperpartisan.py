@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from adaptive_longformer import convert_checkpoint
+from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training import (
     GlobalAttentionCollator,
     classification_metrics,
@@ -106,6 +107,7 @@ def fine_tune(
                 logging_steps=10,
                 report_to="none",
                 seed=seed,
+                bf16=not args.cpu and has_bfloat16_gpu(),
                 use_cpu=args.cpu,
             ),
             data_collator=collate,
@@ -189,6 +191,7 @@ def main() -> None:
             "split_seed",
         )
     }
+    on_gpu = not args.cpu and torch.cuda.is_available()
     documents = stratified_split(load_labelled_documents(args.data_file), seed=args.split_seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     lengths = [
@@ -205,7 +208,8 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": "cpu" if args.cpu or not torch.cuda.is_available() else "cuda",
+            "device": "cpu" if not on_gpu else torch.cuda.get_device_name(),
+            "dtype": "bfloat16" if on_gpu and has_bfloat16_gpu() else "float32",
         },
         "arms": {},
     }

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training import (
     GlobalAttentionCollator,
     classification_metrics,
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logging_steps=10,
         report_to="none",
         seed=args.seed,
+        bf16=not args.cpu and has_bfloat16_gpu(),
         use_cpu=args.cpu,
     )
 

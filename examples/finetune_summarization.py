@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training.document_pairs import DocumentPair, load_document_pairs
 from adaptive_longformer.training.take_over import take_over_checkpoint
 from adaptive_longformer.training.text_metrics import rouge_metrics
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         remove_unused_columns=False,
         report_to="none",
         seed=args.seed,
+        bf16=not args.cpu and has_bfloat16_gpu(),
         use_cpu=args.cpu,
     )
 

@@ -17,6 +17,7 @@ LINKED = ("configuration", "modeling")
 LAYERS = {
     "patterns": 0,
     "progress_line": 0,
+    "gpu": 0,
     "attention": 1,
     "configuration": 2,
     "modeling": 3,

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from adaptive_longformer.analysis.reading_map import reading_maps, save_reading_maps
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.modeling.adaptive import set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 
@@ -33,6 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
     parser.add_argument("--figure", metavar="PATH", help="also draw who reads whom, as PNG")
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.strength is not None:
         set_selection_strength(model, args.strength)
+    device = None if args.cpu else move_to_gpu(model)
+    if device is not None:
+        sys.stderr.write(f"on {device}\n")
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     batch = tokenizer(
         text, return_tensors="pt", truncation=True, max_length=config.max_sequence_length
     )
-    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     report = sparsity_report(model, batch)
     length = batch["input_ids"].shape[1]
     sys.stdout.write(

@@ -6,6 +6,7 @@ import sys
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.inference.document_file import read_document
 from adaptive_longformer.inference.question_answering import answer_question
 from adaptive_longformer.progress_line import ProgressLine
@@ -27,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-answer-tokens", type=int, default=30, metavar="N", help="longest answer"
     )
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     document = read_document(args.file)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForQuestionAnswering.from_pretrained(args.model)
+    device = None if args.cpu else move_to_gpu(model)
+    if device is not None:
+        sys.stderr.write(f"on {device}\n")
     progress = ProgressLine()
     try:
         answers = answer_question(

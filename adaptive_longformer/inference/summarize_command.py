@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.inference.document_file import read_document
 from adaptive_longformer.inference.summarization import summarize
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
@@ -38,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="width of the beam search (default: the model's own setting, or 4)",
     )
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     text = read_document(args.file)
     model: Any = AdaptiveSparseForConditionalGeneration.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    device = None if args.cpu else move_to_gpu(model)
+    if device is not None:
+        sys.stderr.write(f"on {device}\n")
     progress = ProgressLine()
     try:
         summary = summarize(

@@ -19,7 +19,7 @@ _MOST_COMBINATIONS = 1000
 
 
 def pairwise(options):
-    """A greedy set of combinations in which every pair of values of two options occurs."""
+    """A greedy list of combinations in which every pair of values of two options occurs."""
     names = list(options)
     missing = {
         ((a, x), (b, y))
@@ -30,6 +30,7 @@ def pairwise(options):
     everything = list(itertools.product(*(range(len(options[name])) for name in names)))
     if len(everything) > _MOST_COMBINATIONS:
         everything = random.Random(0).sample(everything, _MOST_COMBINATIONS)
+    rows = []
     while missing:
         best = max(
             everything,
@@ -40,7 +41,8 @@ def pairwise(options):
         found = set(itertools.combinations(zip(names, best, strict=True), 2))
         assert missing & found, "the sample lacks a pair"
         missing -= found
-        yield {name: options[name][index] for name, index in zip(names, best, strict=True)}
+        rows.append({name: options[name][index] for name, index in zip(names, best, strict=True)})
+    return rows
 
 
 def readable(value):

@@ -283,5 +283,7 @@ def test_a_cuda_graph_holds_an_adaptive_layer():
         graph.replay()
         replayed = [tensor.clone() for tensor in captured]
         for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
-            # The gradient of the router's scores is a sum in no fixed order.
-            torch.testing.assert_close(actual, expected, msg=f"result {index} with {number}")
+            # The gradient of the router's scores is a sum in no fixed order, and what follows from
+            # it cancels in other sums.
+            difference = (actual.float() - expected.float()).norm()
+            assert difference <= 1e-2 * expected.float().norm(), f"result {index} with {number}"
