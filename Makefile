@@ -68,16 +68,20 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 # GPU tests are read. The first run also compiles the kernels. The benchmark runs whatever the tests
 # say: it names what is wrong and times the rest.
 ON_GPU := $(OFFLINE) PYTHONPATH=. $(PYTHON)
+GPU_TEST := $(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
+	$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests)
+GPU_RESULTS := benchmarks/results
 gpu:  ## GPU tests and a short benchmark (minutes), results in benchmarks/results
-	$(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
-		$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests); tested=$$?; \
+	$(GPU_TEST); tested=$$?; \
 	$(ON_GPU) benchmarks/attention_operator.py --lengths 4096 16384 --dropout 0 --no-memory \
-		--results benchmarks/results && exit $$tested
+		--results $(GPU_RESULTS) && exit $$tested
 
-gpu-all: gpu  ## As gpu, and all benchmarks (long)
-	$(ON_GPU) benchmarks/attention_operator.py --preset long --results benchmarks/results
-	$(ON_GPU) benchmarks/attention_speed.py --results benchmarks/results
-	$(ON_GPU) benchmarks/model_throughput.py --results benchmarks/results
+gpu-all:  ## The GPU tests and all benchmarks (long), results also in benchmarks/results/gpu
+	$(GPU_TEST); status=$$?; \
+	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) || status=1; \
+	for name in attention_speed model_throughput selection_speed; do \
+		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu || status=1; \
+	done; exit $$status
 
 clean:  ## Remove the environments, caches and build outputs
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

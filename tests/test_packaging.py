@@ -150,3 +150,15 @@ print(*[name for name in heavy if name in sys.modules and name not in before])
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == ""
+
+
+def test_training_imports_without_what_only_reads_files_or_counts():
+    script = """
+import sys
+sys.modules["datasets"] = sys.modules["sklearn"] = None
+from adaptive_longformer.training import GlobalAttentionCollator, calibrate
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr

@@ -4,23 +4,26 @@ import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from datasets.exceptions import DatasetsError
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
 
+# What a file is, and the method of Dataset that reads it. The functions import datasets themselves:
+# who wants only the rest of the package needs none.
 _READERS = {
-    ".csv": ("csv", Dataset.from_csv),
-    ".json": ("JSON", Dataset.from_json),
-    ".jsonl": ("JSON lines", Dataset.from_json),
-    ".parquet": ("Parquet", Dataset.from_parquet),
+    ".csv": ("csv", "from_csv"),
+    ".json": ("JSON", "from_json"),
+    ".jsonl": ("JSON lines", "from_json"),
+    ".parquet": ("Parquet", "from_parquet"),
 }
 
 
 def load_labelled_documents(
     path: str | Path, *, text_column: str = "text", label_column: str = "label"
-) -> Dataset:
+) -> "Dataset":
     """Read the documents and classes of a csv, json, jsonl or parquet file.
 
     Documents that occur twice are kept once: split at random, the same text would stand on both
@@ -40,6 +43,9 @@ def load_labelled_documents(
         ValueError: It cannot be read as what its ending says, a column is missing or has no value
             somewhere, or there are not at least two classes with two documents each.
     """
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a csv, json, jsonl or parquet file")
@@ -47,7 +53,8 @@ def load_labelled_documents(
         raise ValueError(f"{path} ends in {path.suffix!r}, allowed are {', '.join(_READERS)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    kind, read = _READERS[path.suffix.lower()]
+    kind, method = _READERS[path.suffix.lower()]
+    read = getattr(Dataset, method)
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
@@ -63,7 +70,7 @@ def load_labelled_documents(
     return with_class_labels(table[text_column], table[label_column], str(path))
 
 
-def with_class_labels(texts, labels, source: str) -> Dataset:
+def with_class_labels(texts, labels, source: str) -> "Dataset":
     """Check documents and classes, drop repeated documents and number the classes.
 
     Args:
@@ -74,6 +81,8 @@ def with_class_labels(texts, labels, source: str) -> Dataset:
     Raises:
         ValueError: As `load_labelled_documents`.
     """
+    from datasets import ClassLabel, Dataset, Features, Value
+
     label_by_text: dict[str, str | int] = {}
     num_rows = 0
     for row, (text, label) in enumerate(zip(texts, labels)):
@@ -112,8 +121,8 @@ def with_class_labels(texts, labels, source: str) -> Dataset:
 
 
 def stratified_split(
-    documents: Dataset, *, test_fraction: float = 0.2, seed: int = 0
-) -> DatasetDict:
+    documents: "Dataset", *, test_fraction: float = 0.2, seed: int = 0
+) -> "DatasetDict":
     """Split at random into "train" and "test", every class in the same proportion.
 
     Args:

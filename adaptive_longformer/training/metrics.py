@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 from transformers import EvalPrediction
 
 
@@ -20,6 +19,9 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Raises:
         ValueError: there is no labelled example.
     """
+    # Imported here: the rest of the package does without it.
+    from sklearn.metrics import accuracy_score, f1_score, recall_score
+
     logits = prediction.predictions
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
     labels = prediction.label_ids
