@@ -1,5 +1,7 @@
 """Whether there is a GPU, and in which type models are best computed on it."""
 
+from typing import cast
+
 import torch
 from transformers import PreTrainedModel
 
@@ -21,5 +23,7 @@ def move_to_gpu(model: PreTrainedModel) -> str | None:
     if not torch.cuda.is_available():
         return None
     is_cast = model.dtype == torch.float32 and has_bfloat16_gpu()
-    model.to(device="cuda", dtype=torch.bfloat16 if is_cast else model.dtype)
+    dtype = torch.bfloat16 if is_cast else model.dtype
+    # The types of Transformers lose what the method belongs to.
+    cast(torch.nn.Module, model).to("cuda", dtype)
     return f"{torch.cuda.get_device_name()}, {str(model.dtype).removeprefix('torch.')}"
