@@ -74,8 +74,7 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   const float* row_lse = arguments.row_lse + head_row * padded_length;
   const float* row_delta = arguments.row_delta + head_row * padded_length;
 
-  load_keys<D, 128>(key_tile, arguments.key, row_place, keys);
-  load_keys<D, 128>(value_tile, arguments.value, row_place, keys);
+  load_keys_and_values<D, 128>(key_tile, value_tile, arguments, row_place, keys);
   commit_copies();
 
   // Steps: PARTS for each entry.
@@ -269,8 +268,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
   };
   const auto load_entry = [&](int entry, int stage) {
     const KeyBlock keys = key_block(entry);
-    load_keys<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, arguments.key, place, keys);
-    load_keys<D, THREADS>(value_tiles + stage * KEY_BLOCK * D, arguments.value, place, keys);
+    load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
+                                     place, keys);
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;
