@@ -79,16 +79,13 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
 
   // Steps: PARTS for each entry.
   const int end = arguments.item_last[item] * PARTS;
-  const auto place_of = [&](int step) {
-    return Place(arguments, list_row * arguments.num_query_blocks + arguments.transposed_query_blocks[step / PARTS],
-                 blockIdx.y, blockIdx.z);
-  };
   const auto first_query_of = [&](int step) {
     return arguments.transposed_query_blocks[step / PARTS] * QUERY_BLOCK + step % PARTS * QUERY_PART;
   };
   const auto mask_of = [&](int step) {
-    return Mask(arguments, place_of(step), first_query_of(step), QUERY_PART,
-                arguments.transposed_entries[step / PARTS] % arguments.max_entries, keys);
+    const Place place = row_place.with_query_block(arguments.transposed_query_blocks[step / PARTS]);
+    const long long entry = arguments.transposed_entries[step / PARTS] - place.list * arguments.max_entries;
+    return Mask(arguments, place, first_query_of(step), QUERY_PART, (int)entry, keys);
   };
   const auto next_step = [&](int step) {
     while (step < end && (first_query_of(step) >= arguments.length || mask_of(step).is_skipped)) step++;

@@ -31,6 +31,14 @@ struct Place {
     head = arguments.list_heads > 1 ? list_row % arguments.list_heads : head_repeat;
     list = list_index;
   }
+
+  // The list of another query block of the same batch row and head: no division.
+  DEVICE Place with_query_block(int other) const {
+    Place place = *this;
+    place.query_block = other;
+    place.list += other - query_block;
+    return place;
+  }
 };
 
 // A block of keys: of the sequence, or packed global keys.
