@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         0, or 1 if a backend that claims to run gives a wrong result.
     """
     for name, value in _environment():
-        print(f"{name:<14}{value}")
+        print(f"{name:<13} {value}")
     failed = False
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in _DTYPES[device]:

@@ -195,6 +195,8 @@ inline Word pack(float low, float high) {
 inline float infinity() { return INFINITY; }
 inline float power_of_two(float exponent) { return std::exp2(exponent); }
 
+inline int thread_index() { return emulator::block().current; }
+
 inline void synchronize_block() {
   emulator::wait_at(emulator::block().barrier, (int)emulator::block().threads.size());
 }

@@ -74,22 +74,18 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   const float* row_lse = arguments.row_lse + head_row * padded_length;
   const float* row_delta = arguments.row_delta + head_row * padded_length;
 
-  load_keys<D, 128>(key_tile, arguments.key, row_place, keys);
-  load_keys<D, 128>(value_tile, arguments.value, row_place, keys);
+  load_keys_and_values<D, 128>(key_tile, value_tile, arguments, row_place, keys);
   commit_copies();
 
   // Steps: PARTS for each entry.
   const int end = arguments.item_last[item] * PARTS;
-  const auto place_of = [&](int step) {
-    return Place(arguments, list_row * arguments.num_query_blocks + arguments.transposed_query_blocks[step / PARTS],
-                 blockIdx.y, blockIdx.z);
-  };
   const auto first_query_of = [&](int step) {
     return arguments.transposed_query_blocks[step / PARTS] * QUERY_BLOCK + step % PARTS * QUERY_PART;
   };
   const auto mask_of = [&](int step) {
-    return Mask(arguments, place_of(step), first_query_of(step), QUERY_PART,
-                arguments.transposed_entries[step / PARTS] % arguments.max_entries, keys);
+    const Place place = row_place.with_query_block(arguments.transposed_query_blocks[step / PARTS]);
+    const long long entry = arguments.transposed_entries[step / PARTS] - place.list * arguments.max_entries;
+    return Mask(arguments, place, first_query_of(step), QUERY_PART, (int)entry, keys);
   };
   const auto next_step = [&](int step) {
     while (step < end && (first_query_of(step) >= arguments.length || mask_of(step).is_skipped)) step++;
@@ -269,8 +265,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
   };
   const auto load_entry = [&](int entry, int stage) {
     const KeyBlock keys = key_block(entry);
-    load_keys<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, arguments.key, place, keys);
-    load_keys<D, THREADS>(value_tiles + stage * KEY_BLOCK * D, arguments.value, place, keys);
+    load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
+                                     place, keys);
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;

@@ -83,6 +83,12 @@ DEVICE float power_of_two(float exponent) {
 }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 DEVICE void synchronize_block() { __syncthreads(); }
+// threadIdx.x, read anew: what follows from it is computed again instead of kept in registers.
+DEVICE int thread_index() {
+  int result;
+  asm volatile("mov.u32 %0,%%tid.x;" : "=r"(result));
+  return result;
+}
 
 // Two floats, rounded to nearest even, as one register; `low` is the element at the lower address.
 template <int TYPE>

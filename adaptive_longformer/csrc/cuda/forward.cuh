@@ -36,8 +36,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
   };
   const auto load_entry = [&](int entry, int stage) {
     const KeyBlock keys = key_block(entry);
-    load_keys<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, arguments.key, place, keys);
-    load_keys<D, THREADS>(value_tiles + stage * KEY_BLOCK * D, arguments.value, place, keys);
+    load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
+                                     place, keys);
   };
 
   load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments, place, first_query);

@@ -31,6 +31,14 @@ struct Place {
     head = arguments.list_heads > 1 ? list_row % arguments.list_heads : head_repeat;
     list = list_index;
   }
+
+  // The list of another query block of the same batch row and head: no division.
+  DEVICE Place with_query_block(int other) const {
+    Place place = *this;
+    place.query_block = other;
+    place.list += other - query_block;
+    return place;
+  }
 };
 
 // A block of keys: of the sequence, or packed global keys.
@@ -158,26 +166,57 @@ DEVICE bool is_kept(const Arguments& arguments, int row_word, int column_word) {
   return ((int)word >> 1) >= arguments.dropout_threshold;
 }
 
-// Starts copying the keys or values of a block; hidden rows become zeros, since 0 * NaN is NaN. Not unrolled, as the
-// other copies: the addresses of all chunks at once would cost the registers of a third thread block per processor.
+// How the threads of a block share the copy of a tile: each has one chunk of a row, or of every row of a group of chunks,
+// and every STEP-th row. All rows of a thread have the same permutation, so that its addresses differ by constants.
 template <int D, int THREADS>
-DEVICE void load_keys(Half* tile, const RowTensor& source, const Place& place, const KeyBlock& keys) {
-  NO_UNROLL for (int i = (int)threadIdx.x; i < KEY_BLOCK * D / 8; i += THREADS) {
-    const int row = i / (D / 8), chunk = i % (D / 8);
-    const bool is_open = keys.is_open(row);
-    const int position = is_open ? keys.position(row) : 0;
-    copy_async(tile + swizzled<D>(row, chunk), row_at(source, place.batch, place.head, position) + chunk * 8, is_open);
+struct Share {
+  static constexpr int CHUNKS = D % 64 == 0 ? 8 : 4, STEP = THREADS / CHUNKS;
+
+  const int thread = thread_index(), row = thread / CHUNKS, element = thread % CHUNKS * 8;
+  const int target = swizzled<D>(row, element / 8);
+
+  // Starts copying (or, if it is not copied, sets to zeros) the chunks of row `row + step * STEP`.
+  DEVICE void start(Half* tile, int step, const Half* source, bool is_copied) const {
+    UNROLL for (int i = 0; i < D; i += CHUNKS * 8)
+      copy_async(tile + target + step * STEP * D + i, source + i, is_copied);
+  }
+};
+
+// Starts copying the keys and values of a block; hidden rows become zeros, since 0 * NaN is NaN.
+template <int D, int THREADS>
+DEVICE void load_keys_and_values(Half* key_tile, Half* value_tile, const Arguments& arguments, const Place& place,
+                                 const KeyBlock& keys) {
+  const Share<D, THREADS> share;
+  const Bits open = keys.open >> share.row;
+  if (keys.positions == nullptr) {
+    // Behind the end of the sequence nothing is read.
+    const Half* key = row_at(arguments.key, place.batch, place.head, keys.first + share.row) + share.element;
+    const Half* value = row_at(arguments.value, place.batch, place.head, keys.first + share.row) + share.element;
+    UNROLL for (int step = 0; step < KEY_BLOCK / share.STEP; step++) {
+      const bool is_open = open >> step * share.STEP & 1;
+      share.start(key_tile, step, key, is_open);
+      share.start(value_tile, step, value, is_open);
+      key += share.STEP * arguments.key.row_stride;
+      value += share.STEP * arguments.value.row_stride;
+    }
+  } else {
+    NO_UNROLL for (int step = 0; step < KEY_BLOCK / share.STEP; step++) {
+      const bool is_open = open >> step * share.STEP & 1;
+      const int position = is_open ? keys.position(share.row + step * share.STEP) : 0;
+      share.start(key_tile, step, row_at(arguments.key, place.batch, place.head, position) + share.element, is_open);
+      share.start(value_tile, step, row_at(arguments.value, place.batch, place.head, position) + share.element, is_open);
+    }
   }
 }
 
 // Starts copying ROWS rows of queries; rows behind the end become zeros.
 template <int D, int ROWS, int THREADS>
 DEVICE void load_queries(Half* tile, const Arguments& arguments, const Place& place, int first_query) {
-  NO_UNROLL for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-    const int row = i / (D / 8), chunk = i % (D / 8), position = first_query + row;
-    const bool is_used = position < arguments.length;
-    const Half* source = row_at(arguments.query, place.batch, place.head, is_used ? position : 0);
-    copy_async(tile + swizzled<D>(row, chunk), source + chunk * 8, is_used);
+  const Share<D, THREADS> share;
+  const Half* query = row_at(arguments.query, place.batch, place.head, first_query + share.row) + share.element;
+  UNROLL for (int step = 0; step < ROWS / share.STEP; step++) {
+    share.start(tile, step, query, first_query + share.row + step * share.STEP < arguments.length);
+    query += share.STEP * arguments.query.row_stride;
   }
 }
 
@@ -186,12 +225,15 @@ DEVICE void load_queries(Half* tile, const Arguments& arguments, const Place& pl
 template <int D, int ROWS, int THREADS>
 DEVICE void load_queries_and_grads(Half* query_tile, Half* grad_tile, const Arguments& arguments, const Place& place,
                                    int first_query, const float* row_lse) {
-  NO_UNROLL for (int i = (int)threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-    const int row = i / (D / 8), chunk = i % (D / 8), target = swizzled<D>(row, chunk);
-    const bool is_used = row_lse[row] < infinity();
-    const int position = is_used ? first_query + row : 0;
-    copy_async(query_tile + target, row_at(arguments.query, place.batch, place.head, position) + chunk * 8, is_used);
-    copy_async(grad_tile + target, row_at(arguments.grad_output, place.batch, place.head, position) + chunk * 8, is_used);
+  const Share<D, THREADS> share;
+  const Half* query = row_at(arguments.query, place.batch, place.head, first_query + share.row) + share.element;
+  const Half* grad = row_at(arguments.grad_output, place.batch, place.head, first_query + share.row) + share.element;
+  UNROLL for (int step = 0; step < ROWS / share.STEP; step++) {
+    const bool is_used = row_lse[share.row + step * share.STEP] < infinity();
+    share.start(query_tile, step, query, is_used);
+    share.start(grad_tile, step, grad, is_used);
+    query += share.STEP * arguments.query.row_stride;
+    grad += share.STEP * arguments.grad_output.row_stride;
   }
 }
 
