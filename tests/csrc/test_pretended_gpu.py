@@ -2,12 +2,9 @@
 and no operation gets tensors of two devices.
 """
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
 import torch
-from pretended_gpu import GpuTensor, PretendedGpu
+from pretended_gpu import GpuTensor
 
 from adaptive_longformer import (
     AdaptiveSparseConfig,
@@ -16,7 +13,6 @@ from adaptive_longformer import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.attention import backends, compiled, compiled_cuda
 from adaptive_longformer.testing import randomize_all_parameters
 
 SIZES = {
@@ -36,32 +32,6 @@ ADAPTIVE = {
     "selection_strength": 1.0,
     "num_selected_blocks": 2,
 }
-
-
-@pytest.fixture
-def gpu(emulator, monkeypatch):
-    """A GPU with the kernels of the emulator; gives a list of those that were launched."""
-    properties = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
-    stream = SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    # Short documents are for the kernel too, or nothing would be seen of it.
-    monkeypatch.setattr(backends, "DENSE_CROSSOVER", {})
-    launched, run = [], compiled_cuda._Call.run
-
-    def counted(call, launches):
-        launched.extend(launch.name for launch in launches)
-        run(call, launches)
-
-    monkeypatch.setattr(compiled_cuda._Call, "run", counted)
-    compiled._check_cuda_kernel.cache_clear()
-    compiled_cuda._pattern_lists.cache_clear()
-    with PretendedGpu():
-        yield launched
-    compiled._check_cuda_kernel.cache_clear()
-    compiled_cuda._pattern_lists.cache_clear()
 
 
 def on_gpu(model, inputs):
@@ -90,7 +60,7 @@ def gradients(model, inputs):
     }
 
 
-def test_tensors_of_two_devices_are_refused(gpu):
+def test_tensors_of_two_devices_are_refused(gpu_machine):
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2, device="cuda") + torch.ones(2)
     with pytest.raises(RuntimeError, match="same device"):
@@ -116,7 +86,7 @@ def test_tensors_of_two_devices_are_refused(gpu):
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "longformer",
 )
-def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu, options):
+def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu_machine, options):
     config = AdaptiveSparseConfig(**{**SIZES, **options})
     torch.manual_seed(0)
     model = AdaptiveSparseForMaskedLM(config).bfloat16()
@@ -125,7 +95,7 @@ def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu, options):
     twin, moved = on_gpu(model, inputs)
     expected, actual = gradients(model, inputs), gradients(twin, moved)
     has_own_kernel = config.attention_pattern not in ("strided", "lsh")
-    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu) or not has_own_kernel
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu_machine) or not has_own_kernel
     for name, value in expected.items():
         if value is None:
             assert actual[name] is None, name
@@ -140,7 +110,7 @@ def generated(model, inputs, **options):
 
 
 @pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["window", "adaptive"])
-def test_a_causal_model_trains_and_generates_on_a_gpu(gpu, options):
+def test_a_causal_model_trains_and_generates_on_a_gpu(gpu_machine, options):
     torch.manual_seed(0)
     config = AdaptiveSparseConfig(**{**SIZES, **options}, is_decoder=True)
     model = randomize_all_parameters(AdaptiveSparseForCausalLM(config)).bfloat16()
@@ -148,14 +118,14 @@ def test_a_causal_model_trains_and_generates_on_a_gpu(gpu, options):
     inputs["attention_mask"] = inputs["attention_mask"].flip(1)  # generation pads on the left
     twin, moved = on_gpu(model, inputs)
     twin(**moved, labels=moved["input_ids"]).loss.backward()
-    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu)
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu_machine)
     assert all(parameter.grad is None or parameter.grad.is_cuda for parameter in twin.parameters())
     answer = generated(twin, moved)
     assert answer.is_cuda and answer.shape == (2, 153)
     assert torch.equal(answer.cpu()[:, :150], inputs["input_ids"])
 
 
-def test_an_encoder_decoder_trains_and_generates_on_a_gpu(gpu):
+def test_an_encoder_decoder_trains_and_generates_on_a_gpu(gpu_machine):
     torch.manual_seed(0)
     config = AdaptiveSparseSeq2SeqConfig(
         vocab_size=50, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -169,7 +139,7 @@ def test_an_encoder_decoder_trains_and_generates_on_a_gpu(gpu):
     step = {**inputs, "labels": inputs["input_ids"][:, :7]}
     expected = gradients(model, step)
     actual = gradients(twin, {name: tensor.cuda() for name, tensor in step.items()})
-    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu)
+    assert {"forward", "grad_keys", "grad_queries"} <= set(gpu_machine)
     assert torch.allclose(actual["loss"].cpu(), expected["loss"], atol=0.05)
     assert all(grad is None or grad.is_cuda for grad in actual.values())
     answer = generated(twin, moved, num_beams=2, use_cache=True)
