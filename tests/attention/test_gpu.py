@@ -20,7 +20,7 @@ from calls import (
     value_and_gradients,
 )
 
-from adaptive_longformer.attention import explain_backends, sparse_attention
+from adaptive_longformer.attention import compiled_cuda, explain_backends, sparse_attention
 from adaptive_longformer.patterns import SlidingWindow, Strided
 
 DEVICE = "cuda"
@@ -188,6 +188,20 @@ def test_memory_grows_with_the_length_and_not_faster():
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
+    child = run_with_sanitizer(tool, "test_gpu.run_small_calls()")
+    told = child.stdout + child.stderr
+    assert child.returncode == 0, told[-3000:]
+    assert "COMPUTE-SANITIZER" in told and "calls done" in told
+
+
+def test_compute_sanitizer_looks_at_our_kernels():
+    child = run_with_sanitizer("memcheck", "test_gpu.cut_open_keys(); test_gpu.run_small_calls()")
+    told = child.stdout + child.stderr
+    assert child.returncode != 0 and "Invalid __global__ read" in told, told[-3000:]
+
+
+def run_with_sanitizer(tool, statement):
+    """What a process said in which compute-sanitizer watched our kernels."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -199,7 +213,7 @@ def test_compute_sanitizer_finds_nothing(tool):
         options += ["--report-api-errors", "no"]  # torch asks for what a driver may not have
     paths = [str(Path(__file__).parent), *sys.path]
     child = subprocess.run(
-        [sanitizer, *options, sys.executable, "-c", "import test_gpu; test_gpu.run_small_calls()"],
+        [sanitizer, *options, sys.executable, "-c", f"import test_gpu; {statement}"],
         # Otherwise what lies beside a tensor belongs to torch as well.
         env={
             **os.environ,
@@ -211,11 +225,21 @@ def test_compute_sanitizer_finds_nothing(tool):
         timeout=120,
         check=False,
     )
-    told = child.stdout + child.stderr
-    if "Device not supported" in told:
+    if "Device not supported" in child.stdout + child.stderr:
         pytest.skip("compute-sanitizer does not support this device")
-    assert child.returncode == 0, told[-3000:]
-    assert "COMPUTE-SANITIZER" in told and "calls done" in told
+    return child
+
+
+def cut_open_keys():
+    """From here on the kernels read past the end of an array."""
+    set_arrays = compiled_cuda._Call.set_arrays
+
+    def set_cut_arrays(call, **arrays):
+        if "open_keys" in arrays:
+            arrays["open_keys"] = arrays["open_keys"].flatten()[:1].clone()
+        set_arrays(call, **arrays)
+
+    compiled_cuda._Call.set_arrays = set_cut_arrays
 
 
 def run_small_calls():
