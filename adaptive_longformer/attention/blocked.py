@@ -626,7 +626,7 @@ class _Accumulators:
             self.grad_value += self.block_value.view(shape)[:, :, : problem.length]
         grad_bias = key.new_zeros(0)
         if entry_bias is not None:
-            grad_bias = torch.zeros_like(entry_bias)
+            grad_bias = entry_bias.new_zeros(entry_bias.shape)
             if problem.entry_bias is not None:
                 order = problem.entry_order.expand_as(self.entry_bias)
                 full = self.entry_bias.new_zeros(*self.entry_bias.shape[:3], entry_bias.shape[-1])

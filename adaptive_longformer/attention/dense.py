@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.global_rows import merge_global_rows
 from adaptive_longformer.attention.padding import readable
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -72,9 +73,10 @@ def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:
             ):
                 return None
     heads = call.query.shape[1] if call.pattern.varies_by_head else 1
+    device = call.query.device
     if torch.compiler.is_compiling():
-        return _dense_mask(call.pattern, length, heads, call.query.device)
-    return _cached_mask(call.pattern, length, heads, call.query.device)
+        return _dense_mask(call.pattern, length, heads, device)
+    return kept_in_graphs(_cached_mask(call.pattern, length, heads, device), device)
 
 
 @lru_cache(maxsize=16)

@@ -225,9 +225,12 @@ def _compile_flags() -> list[str]:
 
 
 def _device_capabilities(kind: str) -> list[str]:
-    """Compute capabilities of the visible GPUs, for which cpp_extension builds."""
+    """What cpp_extension builds for: the listed architectures, or those of the visible GPUs."""
     if kind != "cuda":
         return []
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        return [listed]
     count = torch.cuda.device_count()
     return sorted({str(torch.cuda.get_device_capability(index)) for index in range(count)})
 

@@ -19,6 +19,7 @@ import torch
 
 from adaptive_longformer.attention.autocast import without_autocast
 from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
+from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.memory_format import like_projection
 
@@ -166,7 +167,9 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-@torch.library.custom_op("adaptive_longformer::global_rows", mutates_args=())
+@torch.library.custom_op(
+    "adaptive_longformer::global_rows", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
 @without_autocast
 def global_rows(
     output: torch.Tensor,
@@ -219,7 +222,9 @@ def _(output, lse, *_):
     return like_projection(output), lse.new_empty(lse.shape)
 
 
-@torch.library.custom_op("adaptive_longformer::global_rows_backward", mutates_args=())
+@torch.library.custom_op(
+    "adaptive_longformer::global_rows_backward", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
 @without_autocast
 def _global_rows_backward(
     grad_output: torch.Tensor,
@@ -314,7 +319,9 @@ def _backward(ctx, grad_output, grad_lse):
 global_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("adaptive_longformer::absorbed_global_rows", mutates_args=())
+@torch.library.custom_op(
+    "adaptive_longformer::absorbed_global_rows", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
 @without_autocast
 def absorbed_global_rows(
     output: torch.Tensor,
@@ -517,7 +524,9 @@ class _AbsorbedLayer:
         return grad.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
 
 
-@torch.library.custom_op("adaptive_longformer::absorbed_global_rows_backward", mutates_args=())
+@torch.library.custom_op(
+    "adaptive_longformer::absorbed_global_rows_backward", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
 @without_autocast
 def _absorbed_global_rows_backward(
     grad_output: torch.Tensor,

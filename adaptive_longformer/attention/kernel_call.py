@@ -75,7 +75,7 @@ class KernelCall:
         """The gradient of the entry bias in its own shape, empty where there is none."""
         if grad is None or self.entry_bias is None:
             return self.query.new_zeros(0)
-        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype)
+        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype).contiguous()
 
     def reduce_span(self, grad: torch.Tensor | None) -> torch.Tensor:
         """The gradient of the span in its own shape, empty where there is none."""

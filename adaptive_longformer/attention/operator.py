@@ -1,12 +1,14 @@
 """What the operators of the block-sparse backends share: schema, fake results and autograd."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from adaptive_longformer.attention.autocast import without_autocast
 from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.global_rows import merge_global_rows
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.patterns.block_layout import BlockLayout, block_layout
@@ -145,10 +147,10 @@ def define_operator(
         return backward(grad_output, grad_lse, output, lse, OperatorArguments(*arguments))
 
     name = f"adaptive_longformer::{name}"
-    define = torch.library.custom_op
-    operator = define(name, run_forward, mutates_args=(), schema=_FORWARD)
+    define = partial(torch.library.custom_op, mutates_args=(), tags=OUTSIDE_OF_GRAPHS)
+    operator = define(name, run_forward, schema=_FORWARD)
     operator.register_fake(_fake_forward)
-    gradient = define(f"{name}_backward", run_backward, mutates_args=(), schema=_BACKWARD)
+    gradient = define(f"{name}_backward", run_backward, schema=_BACKWARD)
     gradient.register_fake(_fake_backward)
     _register_autograd(operator, gradient)
     return operator
@@ -177,8 +179,8 @@ def _fake_backward(
         like_projection(query),
         like_projection(key),
         like_projection(value),
-        key.new_zeros(0) if entry_bias is None else torch.empty_like(entry_bias),
-        key.new_zeros(0) if span_length is None else torch.empty_like(span_length),
+        key.new_zeros(0) if entry_bias is None else entry_bias.new_empty(entry_bias.shape),
+        key.new_zeros(0) if span_length is None else span_length.new_empty(span_length.shape),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptive_longformer.attention.compiled_vote import can_vote, vote
+from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.global_rows import limit_global_tokens, pack_global_tokens
 from adaptive_longformer.attention.pyramid import FAN_OUT, key_pyramid
 from adaptive_longformer.attention.residual_router import ResidualScores
@@ -331,7 +332,9 @@ def _check_finite(
             )
 
 
-@torch.library.custom_op("adaptive_longformer::route_blocks", mutates_args=())
+@torch.library.custom_op(
+    "adaptive_longformer::route_blocks", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
 def route_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -686,11 +689,22 @@ class _Row:
         ranked, order = ranked.sort(dim=-1, descending=True, stable=True)
         ranked, order = (found[..., : self.options.num_blocks] for found in (ranked, order))
         mass = share.gather(-1, order)
-        before = covered[..., None] + mass.cumsum(dim=-1) - mass
+        before = covered[..., None] + _running_sums(mass) - mass
         is_chosen = (ranked > 0) & ((before < top_p) | (top_p >= 1))
         key_blocks = candidates.expand_as(share).gather(-1, order).where(is_chosen, 0)
         counts = is_chosen.sum(dim=-1)
         return key_blocks.int(), counts.int(), mass.masked_fill(~is_chosen, 0.0)
+
+
+def _running_sums(values: torch.Tensor) -> torch.Tensor:
+    """cumsum over the last dimension, in an order that is fixed on a GPU too: there torch's own is
+    refused by torch.use_deterministic_algorithms.
+    """
+    step = 1
+    while step < values.shape[-1]:
+        values = values + F.pad(values, (step, 0))[..., :-step]
+        step *= 2
+    return values
 
 
 class _Search:

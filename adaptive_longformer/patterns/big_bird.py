@@ -14,6 +14,7 @@ from adaptive_longformer.patterns.block_layout import (
     EntryFlag,
     known_right,
 )
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.patterns.mixing import mix
 from adaptive_longformer.patterns.pattern import Pattern, check_positive
 
@@ -106,9 +107,10 @@ def big_bird_layout(
             f"big_bird_layout: length is {length}, more than {pattern.dense_length} = "
             "(5 + 2 * num_random_blocks) * block_size is needed: shorter ones are read in full"
         )
+    device = torch.device(device)
     if draw is not None or torch.compiler.is_compiling():
-        return _build_layout(pattern, length, draw, torch.device(device))
-    return _cached_layout(pattern, length, torch.device(device))
+        return _build_layout(pattern, length, draw, device)
+    return kept_in_graphs(_cached_layout(pattern, length, device), device)
 
 
 def random_draw(seed: int, layer_idx: int, step: torch.Tensor) -> torch.Tensor:
@@ -125,7 +127,7 @@ def random_draw(seed: int, layer_idx: int, step: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _cached_layout(pattern: BigBird, length: int, device: torch.device) -> BlockLayout:
-    return _build_layout(pattern, length, None, device)
+    return ready_for_every_stream(_build_layout(pattern, length, None, device), device)
 
 
 def _build_layout(

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
 from adaptive_longformer.patterns.pattern import Pattern, pattern_from_spec, union
@@ -271,9 +272,11 @@ def block_layout(
         The cost is O(length) for a window and O(length^2) bit operations for other patterns, paid
         once.
     """
-    return _cached_layout(
-        pattern.spec, length, query_block_size, key_block_size, num_heads, torch.device(device)
+    device = torch.device(device)
+    layout = _cached_layout(
+        pattern.spec, length, query_block_size, key_block_size, num_heads, device
     )
+    return kept_in_graphs(layout, device)
 
 
 @lru_cache(maxsize=64)

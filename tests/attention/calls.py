@@ -1,13 +1,17 @@
 """Random calls of the operator and grids of options, shared by the tests of its backends."""
 
 import itertools
+import os
 import random
+import shutil
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
+from adaptive_longformer.attention.extension import cpp_compiler, why_unavailable
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.attention.reference import dense_mask
 from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, block_layout
@@ -16,6 +20,17 @@ from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Of so many combinations a grid is made; of more, a sample.
 _MOST_COMBINATIONS = 1000
+
+
+def skip_without_cpp_compiler():
+    """Skips a test of the C++ kernels where they cannot be had; with a compiler they have to be."""
+    mode = os.environ.get("ADAPTIVE_LONGFORMER_KERNELS", "on")
+    if mode != "on":
+        pytest.skip(f"ADAPTIVE_LONGFORMER_KERNELS is {mode!r}")
+    if shutil.which(cpp_compiler().split()[0]) is None:
+        pytest.skip(f"no C++ compiler ({cpp_compiler()})")
+    reason = why_unavailable("cpu")
+    assert reason is None, reason
 
 
 def pairwise(options):

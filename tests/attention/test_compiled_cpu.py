@@ -19,7 +19,7 @@ from adaptive_longformer.attention import (
 )
 from adaptive_longformer.attention.compiled import compiled_attention, run_compiled
 from adaptive_longformer.attention.compiled_cpu import _Arguments
-from adaptive_longformer.attention.extension import kernel_library, why_unavailable
+from adaptive_longformer.attention.extension import kernel_library
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.patterns import (
     BlockLayout,
@@ -39,9 +39,7 @@ SEED = torch.tensor(-987654321012345)
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernel():
-    reason = why_unavailable("cpu")
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without_cpp_compiler()
 
 
 def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64, seed=0):

@@ -66,8 +66,8 @@ def test_a_killed_build_is_repeated(sandbox):
 
 
 def test_processes_that_build_at_once_all_get_the_library(sandbox):
-    processes = [start_process(sandbox) for _ in range(2)]
-    assert [process.communicate(timeout=100)[0].strip() for process in processes] == ["42"] * 2
+    processes = [start_process(sandbox) for _ in range(4)]
+    assert [process.communicate(timeout=100)[0].strip() for process in processes] == ["42"] * 4
 
 
 def test_a_lock_dies_with_its_holder(sandbox):
@@ -199,3 +199,14 @@ def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(tmp_path, mo
         extension._check_compilers("cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     extension._check_compilers("cuda")
+
+
+def test_a_build_for_listed_architectures_serves_where_these_are_listed(monkeypatch):
+    """Made where no GPU is visible, it is found where one is; another list is another build."""
+    folders = []
+    for listed, num_gpus in (("9.0", 0), ("9.0", 1), ("8.0", 1), ("", 1)):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=num_gpus: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        folders.append(extension.build_folder("cuda"))
+    assert folders[0] == folders[1] and len(set(folders)) == 3

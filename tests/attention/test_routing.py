@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import skip_without_cpp_compiler
 
 from adaptive_longformer.attention import routing
 from adaptive_longformer.attention.call import AttentionSpan
-from adaptive_longformer.attention.extension import why_unavailable
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.pyramid import key_pyramid
 from adaptive_longformer.attention.routing import (
@@ -506,9 +506,6 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.skipif(
-    why_unavailable("cpu") is not None, reason=f"no CPU library: {why_unavailable('cpu')}"
-)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("start_nodes", [256, 4])
 @pytest.mark.parametrize("length", [100, 1000])
@@ -516,6 +513,7 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
 def test_the_compiled_vote_equals_that_of_torch(
     length, start_nodes, sub_block_size, is_causal, monkeypatch
 ):
+    skip_without_cpp_compiler()
     query, key = (tensor.float() for tensor in random_keys(length))
     query[0, 0, 40:44] = torch.nan
     mask, is_global = masks_of("both", 2, length)

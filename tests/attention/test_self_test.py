@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from adaptive_longformer.attention import compiled, extension, flex
 from adaptive_longformer.attention.blocked import run_blocked
@@ -13,6 +14,30 @@ CPU = torch.device("cpu")
 def test_what_the_caller_is_doing_does_not_matter():
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         assert why_wrong("blocked", run_blocked, CPU, torch.bfloat16, 32, 64) is None
+
+
+def test_a_checkpointed_layer_may_be_the_first_to_call_a_kernel():
+    """What the self-test saves for its own backward pass is none of the layer's business."""
+    results = []
+
+    def layer(tensor):
+        squared = tensor.square()
+        if not results:
+            results.append(why_wrong("blocked", run_blocked, CPU, torch.bfloat16, 32, 64))
+        return squared.sin()
+
+    tensor = torch.linspace(-1, 1, 7, requires_grad=True)
+    (gradient,) = torch.autograd.grad(checkpoint(layer, tensor, use_reentrant=False).sum(), tensor)
+    torch.testing.assert_close(gradient, tensor.square().cos() * 2 * tensor)
+    assert results == [None]
+
+
+def test_it_does_not_run_while_a_cuda_graph_is_captured(monkeypatch, caplog):
+    """It would fail, and the kernel would be out of use from then on."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="'cuda' cannot run while a CUDA graph is captured"):
+        why_wrong("cuda", run_blocked, torch.device("cuda", 0), torch.bfloat16, 32, 64)
+    assert not caplog.records
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_named_in_the_log(caplog):

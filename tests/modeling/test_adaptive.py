@@ -415,10 +415,8 @@ def test_density_is_the_share_of_what_may_be_read_from_everything_to_nothing():
         assert part.density().item() < 2 / (window + blocks)
 
 
-@by_name
+@pytest.mark.parametrize("model_class", MODEL_CLASSES[1:], ids=lambda cls: cls.__name__)
 def test_every_head_adds_the_density_to_its_loss_in_training(model_class):
-    if model_class is AdaptiveSparseModel:
-        return  # has no loss
     model = tiny_adaptive_model(model_class, target_density=0.5)
     inputs = tiny_inputs(model, 40, with_labels=True)
     plain = model(**inputs).loss
