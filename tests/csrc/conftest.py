@@ -47,7 +47,7 @@ def gpu_machine(emulator, monkeypatch):
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device: properties,
         "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=0, synchronize=lambda: None),
         "device_of": lambda tensor: contextlib.nullcontext(),
         "synchronize": lambda: None,
         "reset_peak_memory_stats": lambda: None,

@@ -87,7 +87,8 @@ class PretendedGpu(TorchDispatchMode):
     """While entered, "cuda" is a device like any other.
 
     Raises:
-        RuntimeError: an operation gets tensors of two devices, as torch says of a real GPU.
+        RuntimeError: as torch says of a real GPU, an operation gets tensors of two devices, or is
+            one that torch.use_deterministic_algorithms refuses there.
     """
 
     def __enter__(self):
@@ -111,6 +112,9 @@ class PretendedGpu(TorchDispatchMode):
         else:
             gives_gpu = bool(on_gpu)
             _check_devices(function, args, leaves)
+        if function._schema.name == "aten::cumsum" and gives_gpu and args[0].is_floating_point():
+            if torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError("cumsum_cuda_kernel has no deterministic implementation")
         args, kwargs = tree_unflatten([_on_cpu(leaf) for leaf in leaves], structure)
         result = function(*args, **kwargs)
         if not gives_gpu:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulation import CUDA_SOURCES, build_emulator
 
-from adaptive_longformer.attention import AttentionSpan, compiled_cuda, extension
+from adaptive_longformer.attention import AttentionSpan, compiled, compiled_cuda, extension
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
@@ -284,3 +284,29 @@ def test_a_pattern_without_split_columns_takes_no_room_for_their_sums(emulator):
     arguments = operator_arguments(make_call(*tensors, SlidingWindow(9)))
     lists = compiled_cuda._lists_of(arguments, 0)
     assert lists.items().num_slots == 0 and compiled_cuda._lists_of(arguments, 0) is lists
+
+
+@pytest.mark.parametrize("is_permuted", [False, True], ids=["contiguous", "permuted"])
+def test_operators_pass_opcheck(emulator, monkeypatch, is_permuted):
+    """Also the backward pass by itself, whose strides torch.compile relies on."""
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    torch.manual_seed(0)
+    length, layout = 40, random_layout(40, heads=2)
+    tensors = [torch.randn(1, 2, length, 32).bfloat16().requires_grad_() for _ in range(3)]
+    bias = torch.randn(1, 2, *layout.key_blocks.shape[2:])
+    if is_permuted:
+        bias = bias.mT.contiguous().mT
+    span = AttentionSpan(torch.tensor([20.0, 30.0]).requires_grad_(), 9.5)
+    call = make_call(
+        *tensors, layout, entry_bias=bias.requires_grad_(), span=span, dropout_p=0.1,
+        dropout_seed=SEED, **masks(length),
+    )  # fmt: skip
+    arguments = operator_arguments(call)
+    torch.library.opcheck(compiled.compiled_attention, arguments)
+    output, lse = (result.detach() for result in compiled.compiled_attention(*arguments))
+    detached = [
+        argument.detach() if isinstance(argument, torch.Tensor) else argument
+        for argument in arguments
+    ]
+    backward = torch.ops.adaptive_longformer.compiled_attention_backward.default
+    torch.library.opcheck(backward, (output, lse, output, lse, *detached))

@@ -13,6 +13,8 @@ from adaptive_longformer import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseSeq2SeqConfig,
 )
+from adaptive_longformer.attention import explain_backends, sparse_attention
+from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
 from adaptive_longformer.testing import randomize_all_parameters
 
 SIZES = {
@@ -102,6 +104,77 @@ def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu_machine, options):
             continue
         difference = actual[name].cpu().float() - value.float()
         assert difference.norm() <= 0.05 * value.float().norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_first_step_with_gradient_checkpointing_equals_one_without(gpu_machine, use_reentrant):
+    """The kernels are checked inside of the first layer that is checkpointed."""
+    torch.manual_seed(0)
+    model = AdaptiveSparseForMaskedLM(AdaptiveSparseConfig(**SIZES)).bfloat16()
+    inputs = documents()
+    inputs["labels"] = inputs["input_ids"]
+    twin, moved = on_gpu(model, inputs)
+    twin.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = gradients(twin, moved)
+    assert gpu_machine.count("grad_keys") == 2  # of the self-test and of the layer
+    twin.gradient_checkpointing_disable()
+    twin.zero_grad()
+    for name, expected in gradients(twin, moved).items():
+        assert torch.equal(checkpointed[name].cpu(), expected.cpu()), name
+
+
+def test_deterministic_algorithms_can_be_asked_for(gpu_machine):
+    torch.manual_seed(0)
+    model = AdaptiveSparseForMaskedLM(AdaptiveSparseConfig(**SIZES, **ADAPTIVE)).bfloat16()
+    inputs = documents()
+    inputs["labels"] = inputs["input_ids"]
+    twin, moved = on_gpu(model, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="cumsum_cuda_kernel"):
+            torch.ones(3, device="cuda").cumsum(0)
+        found = gradients(twin, moved)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found["loss"].cpu().isfinite() and "grad_keys" in gpu_machine
+
+
+REFUSED = {
+    "head_dim 40 is not one of": {"head_dim": 40},
+    "float32 is not one of bfloat16 and float16": {"dtype": torch.float32},
+    "blocks of 16 x 64 tokens": {"query_block_size": 16},
+    "blocks of 64 x 32 tokens": {"key_block_size": 32},
+    "batch x heads is 65536 x 1, at most 65535": {"batch": 65536},
+    "is not made of whole blocks": {"pattern": Strided(12)},
+    "capability 7.5, 8.0 is needed": {"gpu": {"major": 7, "minor": 5}},
+    "131104 bytes of shared memory are needed, the device has 101376": {
+        "head_dim": 128, "query_block_size": 128, "gpu": {"shared_memory_per_block_optin": 101376},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "change"), REFUSED.items(), ids=REFUSED)
+def test_what_the_kernels_cannot_run_has_a_reason_and_another_backend(
+    gpu_machine, monkeypatch, reason, change
+):
+    sizes = {
+        "batch": 1, "head_dim": 32, "dtype": torch.bfloat16, "pattern": SlidingWindow(30),
+        "query_block_size": 64, "key_block_size": 64, "gpu": {}, **change,
+    }  # fmt: skip
+    gpu = torch.cuda.get_device_properties(0)
+    for name, value in sizes["gpu"].items():
+        monkeypatch.setattr(gpu, name, value)
+    query = torch.zeros(sizes["batch"], 1, 70, sizes["head_dim"], dtype=sizes["dtype"])
+    query = query.cuda()
+    lists = block_layout(
+        sizes["pattern"], 70, query_block_size=sizes["query_block_size"],
+        key_block_size=sizes["key_block_size"], device="cuda",
+    )  # fmt: skip
+    reasons = explain_backends(query, query, query, lists)
+    assert reason in (reasons["cuda"] or "") and reasons["blocked"] is None
+    with pytest.raises(ValueError, match="'cuda' cannot run this call"):
+        sparse_attention(query, query, query, lists, backend="cuda")
+    assert not gpu_machine
 
 
 def generated(model, inputs, **options):

@@ -2,8 +2,10 @@
 graph can hold.
 """
 
+import gc
 import importlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ from adaptive_longformer import (
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention import sparse_attention
-from adaptive_longformer.patterns import SlidingWindow, block_layout
+from adaptive_longformer.attention import dense, sparse_attention
+from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.patterns import BigBird, SlidingWindow, big_bird_layout, block_layout
+from adaptive_longformer.patterns.big_bird import _cached_layout as cached_big_bird
+from adaptive_longformer.patterns.block_layout import _cached_layout as cached_lists
 from adaptive_longformer.testing import randomize_all_parameters
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
 
@@ -163,6 +168,34 @@ def test_an_adaptive_layer_can_be_captured(capture, gpu_machine):
 
     assert all(tensor.is_cuda and tensor.isfinite().all() for tensor in capture(step))
     assert {"forward", "grad_keys", "grad_queries"} <= set(gpu_machine)
+
+
+def lists_of_a_window():
+    return block_layout(SlidingWindow(30), 100, device="cuda").key_blocks
+
+
+def lists_of_big_bird():
+    return big_bird_layout(BigBird(16, 1), 200, device="cuda").key_blocks
+
+
+def mask_of_a_window():
+    query = torch.zeros(1, 1, 100, 32, device="cuda")
+    return dense._pattern_mask(make_call(query, query, query, SlidingWindow(30)), 100)
+
+
+@pytest.mark.parametrize("make", [lists_of_a_window, lists_of_big_bird, mask_of_a_window])
+def test_what_a_graph_reads_outlives_its_cache(capture, make):
+    caches = [cached_lists, cached_big_bird, dense._cached_mask]
+    made = weakref.ref(make())
+    for cache in caches:
+        cache.cache_clear()  # as after very many other lengths
+    gc.collect()
+    assert made() is None
+    read = weakref.ref(capture(make))
+    for cache in caches:
+        cache.cache_clear()
+    gc.collect()
+    assert read() is not None
 
 
 @pytest.fixture
