@@ -90,8 +90,8 @@ def test_tensors_of_two_devices_are_refused(gpu_machine):
 )
 def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu_machine, options):
     config = AdaptiveSparseConfig(**{**SIZES, **options})
-    torch.manual_seed(0)
-    model = AdaptiveSparseForMaskedLM(config).bfloat16()
+    # At their start the parameters are so small that rounding is all there is to some gradients.
+    model = randomize_all_parameters(AdaptiveSparseForMaskedLM(config)).bfloat16()
     inputs = documents()
     inputs["labels"] = inputs["input_ids"]
     twin, moved = on_gpu(model, inputs)
@@ -102,8 +102,9 @@ def test_a_model_trains_on_a_gpu_as_on_the_cpu(gpu_machine, options):
         if value is None:
             assert actual[name] is None, name
             continue
-        difference = actual[name].cpu().float() - value.float()
-        assert difference.norm() <= 0.05 * value.float().norm() + 1e-3, name
+        # No weight depends on what is added to all keys: that gradient is rounding alone.
+        limit = 1e-3 if name.endswith("key.bias") else 0.05 * value.float().norm()
+        assert (actual[name].cpu().float() - value.float()).norm() <= limit, name
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
