@@ -67,8 +67,8 @@ def assert_same_gradients(actual, expected):
         if value is None:
             assert actual[name] is None, name
             continue
-        # No weight depends on what is added to all keys: that gradient is rounding alone.
         assert actual[name].is_cuda, name
+        # No weight depends on what is added to all keys: that gradient is rounding alone.
         limit = 1e-3 if name.endswith("key.bias") else 0.05 * value.float().norm()
         assert (actual[name].cpu().float() - value.float()).norm() <= limit, name
 
