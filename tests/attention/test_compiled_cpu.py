@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import skip_without_cpp_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -10,6 +10,8 @@ from adaptive_longformer.attention.blocked import blocked_attention
 from adaptive_longformer.attention.global_rows import absorbed_global_rows, global_rows
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
 
+OPERATORS = torch.ops.adaptive_longformer
+
 
 def tensors_of(*shapes):
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -62,6 +64,18 @@ def test_compiled_operator_is_one_graph_with_the_same_values_and_gradients(backe
         strict=True,
     ):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize(
+    "name", ["compiled_attention", "blocked_attention", "global_rows", "absorbed_global_rows"]
+)
+def test_torch_compile_keeps_what_caches_or_looks_up_out_of_its_cuda_graphs(name):
+    """What mode "reduce-overhead" runs first is in the memory of a graph, where torch refuses
+    lists that stay; and a graph cannot wait for the number of global tokens.
+    """
+    for operator in (name, f"{name}_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(OPERATORS, operator).default.tags
+    assert torch.Tag.cudagraph_unsafe in OPERATORS.route_blocks.default.tags
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -112,9 +112,9 @@ class PretendedGpu(TorchDispatchMode):
         else:
             gives_gpu = bool(on_gpu)
             _check_devices(function, args, leaves)
-        if function._schema.name == "aten::cumsum" and gives_gpu and args[0].is_floating_point():
-            if torch.are_deterministic_algorithms_enabled():
-                raise RuntimeError("cumsum_cuda_kernel has no deterministic implementation")
+        is_refused = function._schema.name == "aten::cumsum" and args[0].is_floating_point()
+        if gives_gpu and is_refused and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel has no deterministic implementation")
         args, kwargs = tree_unflatten([_on_cpu(leaf) for leaf in leaves], structure)
         result = function(*args, **kwargs)
         if not gives_gpu:

@@ -20,12 +20,12 @@ SEED = torch.tensor(2**40 + 12345)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def random_layout(length, query_block=64, heads=1, seed=0):
+def random_layout(length, query_block=64, heads=1, seed=0, batch=1):
     """A window and ROUTED entries, also on its edge; some lists are empty without the window."""
     window = SlidingWindow(40, 70)
     base = block_layout(window, length, query_block_size=query_block)
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, heads, base.num_query_blocks, base.num_key_blocks)
+    shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
     routed = torch.rand(shape, generator=generator) < 0.5
     used = base.used.expand(*shape[:3], -1)
     flags = [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)]
@@ -54,7 +54,8 @@ def errors(pattern, length, *, heads=1, head_dim=32, dtype=torch.bfloat16, batch
         for _ in range(3)
     ]
     if options.pop("with_bias", False):
-        bias = draw(1, heads, *pattern.key_blocks.shape[2:]).requires_grad_()
+        rows = pattern.key_blocks.shape
+        bias = draw(rows[0], heads, *rows[2:]).requires_grad_()
         options["entry_bias"] = bias
         tensors.append(bias)
     if "span" in options:
@@ -138,6 +139,26 @@ def test_lengths_match_reference(emulator, length, is_causal):
 def test_shared_lists_of_many_heads_match_reference(emulator):
     layout = random_layout(140)
     assert_small(errors(layout, 140, heads=2, batch=2, span=60.0, with_bias=True, **masks(140, 2)))
+
+
+def test_what_differs_between_batch_rows_and_heads_matches_reference(emulator, monkeypatch):
+    """Lists, bias, dropout, padding and global tokens, which fill two blocks in one row."""
+    original = compiled_cuda.gradient_items
+    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 2))
+    length = 140
+    position, row = torch.arange(length), torch.arange(2)[:, None]
+    attention_mask = (position >= 7 * row) & (position < length - 30 * (1 - row))
+    is_global = torch.where(row == 0, position % 31 == 3, position % 2 == 0)
+    layout = random_layout(length, heads=2, batch=2)
+    assert not torch.equal(layout.key_blocks[0], layout.key_blocks[1])
+    assert (is_global & attention_mask).sum(dim=1)[1] > 64
+    assert_small(
+        errors(
+            layout, length, heads=2, batch=2, with_bias=True, span=60.0, is_causal=True,
+            dropout_p=0.2, dropout_seed=SEED, attention_mask=attention_mask,
+            global_mask=is_global & attention_mask,
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("span", [12.0, 90.0])
