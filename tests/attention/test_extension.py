@@ -30,11 +30,23 @@ from adaptive_longformer.attention import extension
 extension.SOURCES = Path(sys.argv[1])
 print(extension.kernel_library("cpu").answer())
 """
+# Two forks make four processes, and the slow imports are done once.
+AT_ONCE = """
+import os
+import sys
+from pathlib import Path
+from adaptive_longformer.attention import extension
+extension.SOURCES = Path(sys.argv[1])
+children = [os.fork() for _ in range(2)]
+print(extension.kernel_library("cpu").answer(), flush=True)
+for child in filter(None, children):
+    os.waitpid(child, 0)
+"""
 
 
-def start_process(sandbox):
+def start_process(sandbox, script=SCRIPT):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(sandbox / "csrc")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(sandbox / "csrc")], stdout=subprocess.PIPE, text=True
     )
 
 
@@ -66,8 +78,8 @@ def test_a_killed_build_is_repeated(sandbox):
 
 
 def test_processes_that_build_at_once_all_get_the_library(sandbox):
-    processes = [start_process(sandbox) for _ in range(4)]
-    assert [process.communicate(timeout=100)[0].strip() for process in processes] == ["42"] * 4
+    process = start_process(sandbox, AT_ONCE)
+    assert process.communicate(timeout=100)[0].split() == ["42"] * 4
 
 
 def test_a_lock_dies_with_its_holder(sandbox):
