@@ -19,8 +19,14 @@ from calls import (
     to_device,
     value_and_gradients,
 )
+from torch.utils.checkpoint import checkpoint
 
-from adaptive_longformer.attention import compiled_cuda, explain_backends, sparse_attention
+from adaptive_longformer.attention import (
+    compiled_cuda,
+    explain_backends,
+    extension,
+    sparse_attention,
+)
 from adaptive_longformer.patterns import SlidingWindow, Strided
 
 DEVICE = "cuda"
@@ -157,6 +163,64 @@ def test_twenty_runs_give_the_same_bits():
     for _ in range(19):
         again = value_and_gradients(layout, *call, "cuda")
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def small_call(device=DEVICE, length=777):
+    """Leaves on a device, and a function of them that calls the kernels."""
+    call = random_call(SlidingWindow(100), length=length, head_dim=64, global_tokens="few")
+    leaves, options, _ = to_device(call, device, torch.bfloat16)
+
+    def attend(*tensors):
+        return sparse_attention(*tensors, SlidingWindow(100), backend="cuda", **options)
+
+    return leaves, attend
+
+
+def test_another_stream_gives_the_same_bits():
+    leaves, attend = small_call()
+    expected = [output := attend(*leaves), *torch.autograd.grad(output.sum(), leaves)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = [output := attend(*leaves), *torch.autograd.grad(output.sum(), leaves)]
+    torch.cuda.synchronize()
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device is visible")
+def test_a_second_gpu_is_used_while_the_first_is_current():
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves, attend = small_call(device)
+        output = attend(*leaves)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+        assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second.cpu(), first.cpu())
+
+
+def test_a_checkpointed_layer_may_be_the_first_to_call_the_kernels():
+    leaves, attend = small_call()
+    extension.forget()  # the kernels are loaded and checked again, in the checkpointed call
+    output = checkpoint(attend, *leaves, use_reentrant=False)
+    found = torch.autograd.grad(output.sum(), leaves)
+    for actual, wanted in zip(found, torch.autograd.grad(attend(*leaves).sum(), leaves)):
+        assert torch.equal(actual, wanted)
+
+
+def test_compiling_with_cuda_graphs_equals_no_compiling():
+    """The first call makes the lists of its pattern, which stay."""
+    leaves, attend = small_call(length=779)
+    compiled = torch.compile(
+        lambda *tensors: attend(*(tensor * 2 for tensor in tensors)) * 2,
+        mode="reduce-overhead", fullgraph=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(4):
+            found = compiled(*leaves).clone()
+        expected = attend(*(tensor * 2 for tensor in leaves)) * 2
+    assert torch.equal(found, expected)
 
 
 def test_memory_grows_with_the_length_and_not_faster():
