@@ -87,6 +87,22 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("led", ["'led'", "encoder-decoder", "longformer"]), ("gpt2", ["'gpt2'", "supported are"])],
+)
+def test_a_source_that_does_not_classify_is_refused_at_once(
+    tmp_path, monkeypatch, capsys, model_type, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert main(["quickstart", "--source", "source"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_bag_of_words_tells_different_words_apart(data):
     documents = quickstart.LabelledDocuments(
         ["a", "b"],

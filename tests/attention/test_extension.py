@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,7 @@ def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
         ("ADAPTIVE_LONGFORMER_KERNELS", "cached", "holds no finished build"),
         ("ADAPTIVE_LONGFORMER_KERNELS", "yes", "'on', 'cached' or 'off' is allowed"),
         ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler was not found"),
+        ("CXX", "", "no C++ compiler: an empty CXX was not found"),
         ("CXX", "false", "the build failed"),
         ("ADAPTIVE_LONGFORMER_CACHE", "/proc/nowhere", "names a folder that can be written"),
     ],
@@ -142,6 +144,17 @@ def test_a_cache_that_everybody_can_write_to_is_refused(sandbox):
     extension.build_folder("cpu").chmod(0o777)
     extension.forget()
     assert "every user can write to" in (extension.why_unavailable("cpu") or "")
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(sandbox, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("ADAPTIVE_LONGFORMER_CACHE", "")  # as good as not set
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    reason = extension.why_unavailable("cpu") or ""
+    assert "home directory" in reason and "ADAPTIVE_LONGFORMER_CACHE" in reason
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")

@@ -406,6 +406,19 @@ def test_trainer_teaches_it_to_continue_and_it_generates_what_it_learned(tmp_pat
     assert torch.equal(found[0], period.repeat(6)[:40])
 
 
+def test_labels_that_the_trainer_smooths_are_those_of_the_next_token(tmp_path):
+    model = causal()
+    input_ids = torch.randint(5, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    inputs = {"input_ids": input_ids, "labels": input_ids}
+    loss = Trainer(model, arguments).compute_loss(model, inputs)
+    logits, labels = model(input_ids).logits[:, :-1], input_ids[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("length", [40, 800])
 def test_training_compiles_without_graph_breaks(length):
     torch.compiler.reset()
