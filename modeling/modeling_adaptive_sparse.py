@@ -542,6 +542,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
@@ -627,6 +628,7 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
+            return_dict=True,
             **kwargs,
         )
         if self.config.head_style == "bert":
@@ -687,6 +689,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -787,6 +790,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
+            return_dict=True,
             **kwargs,
         )
         logits = self.qa_outputs(outputs.last_hidden_state)
@@ -883,7 +887,7 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
                 inputs_embeds,
             )
         ]
-        outputs = self.model(*flat, validate, **kwargs)
+        outputs = self.model(*flat, validate, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         logits = logits.view(batch_size, num_choices)
         loss = None

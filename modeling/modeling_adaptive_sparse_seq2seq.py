@@ -232,6 +232,24 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         if isinstance(module, AdaptiveSparseForConditionalGeneration):
             init.zeros_(module.final_logits_bias)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the vocabulary as in Transformers.
+
+        Raises:
+            ValueError: encoder and decoder have tables of their own.
+        """
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
+                "decoder and language head together"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
 
 class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
     """Reads the document.
@@ -411,7 +429,7 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None, the encoded document is needed")
         num_documents = encoder_hidden_states.shape[0]
-        if num_documents == 0 or batch_size % num_documents:
+        if batch_size % max(1, num_documents) or (batch_size and not num_documents):
             raise ValueError(
                 f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
                 f"documents = {num_documents} is needed"
@@ -652,11 +670,6 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         Raises:
             ValueError: encoder and decoder have tables of their own.
         """
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
-                "decoder and language head together"
-            )
         embeddings = super().resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )

@@ -1,7 +1,13 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from adaptive_longformer.modeling.causal_cache import SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
@@ -208,6 +214,21 @@ def test_a_cache_of_a_fixed_size_is_refused():
     input_ids, mask = left_padded([30])
     with pytest.raises(ValueError, match="cache_implementation is 'static', allowed are None"):
         generated(causal(), input_ids, mask, cache_implementation="static")
+    model = causal()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
+        model(input_ids, mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
+        generated(model, input_ids, mask, past_key_values=cache)
+
+
+def test_a_tuple_holds_the_same_as_the_dict():
+    model = causal()
+    input_ids, mask = left_padded([30])
+    expected = model(input_ids, mask, labels=input_ids)
+    model.config.return_dict = False
+    loss, logits, _ = model(input_ids, mask, labels=input_ids)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
 
 
 def test_a_window_cache_takes_no_tokens_back():
