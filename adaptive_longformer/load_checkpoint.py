@@ -46,7 +46,6 @@ def load_tokenizer(name: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
-            f"{name} holds no tokenizer: save that of the source there by "
-            "tokenizer.save_pretrained"
+            f"{name} holds no tokenizer: save that of the source there by tokenizer.save_pretrained"
         )
     return tokenizer

@@ -33,6 +33,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseLMHead,
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    returning_a_dict,
 )
 
 # Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
@@ -320,8 +321,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache,
             validate,
-            return_dict=True,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None

@@ -50,6 +50,7 @@ from adaptive_longformer.modeling.masks import resolve_masks
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    returning_a_dict,
 )
 
 logger = logging.get_logger(__name__)
@@ -726,7 +727,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             decoder_inputs_embeds,
             use_cache,
             validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         logits = self.lm_head(outputs.last_hidden_state) + self.final_logits_bias
         loss = None
@@ -825,7 +826,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False,
             validate=validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
@@ -915,7 +916,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False,
             validate=validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         logits = self.classifier(self._last_end(outputs.last_hidden_state, input_ids, validate))
         loss = None
@@ -967,10 +968,6 @@ def _to(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor 
         return None
     mask = mask.to(hidden_states.device)
     return None if can_read_values(mask, validate=False) and mask.all() else mask
-
-
-def _without_return_dict(kwargs: Any) -> Any:
-    return {**kwargs, "return_dict": True}
 
 
 def _beside_the_head(outputs: Seq2SeqModelOutput) -> dict[str, Any]:

@@ -135,5 +135,5 @@ def test_a_model_of_another_family_is_refused_with_the_command_that_converts_it(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="is a bert model.*adaptive-longformer convert"):
+    with pytest.raises(ValueError, match=r"is a bert model.*adaptive-longformer convert"):
         answer_question(BertForQuestionAnswering(config), tokenizer, "where", DOCUMENT)
