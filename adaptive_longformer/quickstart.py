@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--epochs is {args.epochs}, a whole number >= 1 is needed")
     if args.max_length < 16:
         raise ValueError(f"--max-length is {args.max_length}, a whole number >= 16 is needed")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, a whole number >= 0 is needed")
     _silence_known_noise()
     say = _Steps()
     data = None

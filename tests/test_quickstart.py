@@ -75,6 +75,7 @@ def test_a_bert_as_source_gets_longer_and_is_timed_on_what_it_can_read(tmp_path,
         (["--source", "no-such-folder/x/y"], "source: "),
         (["--epochs", "0"], "--epochs is 0"),
         (["--max-length", "3"], "--max-length is 3"),
+        (["--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_writes_nothing(
