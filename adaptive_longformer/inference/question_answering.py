@@ -148,6 +148,7 @@ def _best_spans(
         logits[0].float().cpu().masked_fill(~is_document, -torch.inf)
         for logits in (output.start_logits, output.end_logits)
     )
+    max_answer_tokens = min(max_answer_tokens, len(offsets))
     # scores[i, j]: the answer from token i to token i + j.
     padded = torch.nn.functional.pad(end_logits, (0, max_answer_tokens - 1), value=-torch.inf)
     scores = start_logits[:, None] + padded.unfold(0, max_answer_tokens, 1)

@@ -84,6 +84,12 @@ def test_the_best_span_is_the_best_of_all_allowed_ones(model, tokenizer):
     assert (answers[0].start, answers[0].end) == (offsets[best[1]][0], offsets[best[2]][1])
 
 
+def test_an_answer_may_be_as_long_as_the_document(model, tokenizer):
+    document = " ".join(WORDS[:20])
+    answers = answer_question(model, tokenizer, "where", document, max_answer_tokens=10**15)
+    assert answers == answer_question(model, tokenizer, "where", document, max_answer_tokens=90)
+
+
 def test_several_answers_do_not_overlap_and_are_in_order(model, tokenizer):
     answers = answer_question(model, tokenizer, "where", DOCUMENT, num_answers=4)
     assert len(answers) == 4
