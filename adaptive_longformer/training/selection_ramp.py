@@ -69,6 +69,6 @@ class SelectionRampCallback(TrainerCallback):
             if value := getattr(parts[0].config, name):
                 raise ValueError(
                     f"label_smoothing_factor is {args.label_smoothing_factor}, 0 is needed with "
-                    f"config.{name} = {value}: the Trainer computes a smoothed loss itself, without "
+                    f"config.{name} = {value}: the Trainer computes the loss itself then, without "
                     "what the model adds"
                 )

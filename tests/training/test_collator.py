@@ -63,7 +63,7 @@ def test_the_slots_of_answers_move_with_their_tokens(tokenizer, monkeypatch, sid
     assert batch["start_positions"].tolist() == [3 + moved, 3]
     assert batch["end_positions"].tolist() == [3 + moved, 5]
     assert int(batch["input_ids"][0, 3 + moved]) == 9
-    with pytest.raises(ValueError, match="end_positions of example 1 is 7, .* < its 7 tokens"):
+    with pytest.raises(ValueError, match=r"end_positions of example 1 is 7, .* < its 7 tokens"):
         collator([short, {**long, "end_positions": 7}])
 
 
