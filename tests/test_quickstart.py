@@ -104,6 +104,15 @@ def test_a_source_that_does_not_classify_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_data_of_one_class_is_one_line(tmp_path, capsys):
+    (tmp_path / "data.csv").write_text("text,label\na,1\nb,1\n")
+    arguments = ["--data", str(tmp_path / "data.csv"), "--output", str(tmp_path / "output")]
+    assert main(["quickstart", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "at least two different labels are needed" in error and error.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
 def test_bag_of_words_tells_different_words_apart(data):
     documents = quickstart.LabelledDocuments(
         ["a", "b"],
