@@ -35,6 +35,7 @@ _VALUES = {
     "neg": "negative(a)",
     "not": "complement(a)",
     "or": "a | b",
+    "popc": "(Bits32)__builtin_popcount(a)",
     "rcp": "1.0f / a",
     "rem": "a % b",
     "sub": "difference(a, b)",
@@ -74,6 +75,10 @@ def _body(kernel: str, body: str) -> str:
         *labels, statement = re.split(r"\$(\w+):", text.strip())
         lines += [f"{label}:" for label in labels if label.strip()]
         statement = statement.strip()
+        # Inline PTX may have registers of its own, in braces.
+        while statement and statement[0] in "{}":
+            lines.append(statement[0])
+            statement = statement[1:].strip()
         if statement.startswith(".reg"):
             lines.append(_declaration(statement))
         elif statement and not statement.startswith(".pragma"):
@@ -82,8 +87,11 @@ def _body(kernel: str, body: str) -> str:
 
 
 def _declaration(statement: str) -> str:
-    kind, stem, count = re.fullmatch(r"\.reg \.(\w+)\s+%([a-z]+)<(\d+)>", statement).groups()
+    kind, rest = re.fullmatch(r"\.reg \.(\w+)\s+(\S+)", statement).groups()
     storage = "bool" if kind == "pred" else f"Bits{kind[1:]}"
+    if _REGISTER.fullmatch(rest):
+        return f"  {storage} {_name(rest)} = 0;"
+    stem, count = re.fullmatch(r"%([a-z]+)<(\d+)>", rest).groups()
     return f"  {storage} {', '.join(f'{stem}{i} = 0' for i in range(int(count)))};"
 
 
@@ -116,6 +124,8 @@ def _code(opcode: str, operands: list[str], statement: str) -> str:
         assert words == ["bfly", "b32"], statement
         values = ", ".join(_read(operand, "b32") for operand in operands[1:])
         return f"{target} = shuffled({values})"
+    if opcode == "vote.sync.ballot.b32":
+        return f"{_name(operands[0])} = ballot({operands[1].replace('%', '')})"
     if name == "ldmatrix":
         registers = ", ".join(map(_name, _members(operands[0])))
         is_transposed = "true" if "trans" in words else "false"
@@ -170,8 +180,7 @@ def _copy(parts: list[str], operands: list[str], statement: str) -> str:
     if parts == ["async", "wait_group"]:
         return f"wait_for_copies<{operands[0]}>()"
     assert parts == ["async", "cg", "shared", "global"] and operands[2] == "16", statement
-    size = _read(operands[3], "u32")
-    return f"start_copy({_address(operands[0])}, {_address(operands[1])}, {size})"
+    return f"start_copy({_address(operands[0])}, {_address(operands[1])}, {_name(operands[3])})"
 
 
 def _conversion(words: list[str], operands: list[str], statement: str) -> str:
