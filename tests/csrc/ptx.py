@@ -16,6 +16,7 @@ _SPECIAL = {
     }.items()
     for axis in "xyz"
 }  # fmt: skip
+_BRACES = {"OPEN": "  {", "CLOSE": "  }"}
 # What these give, for operands a, b, c of the instruction's type.
 _VALUES = {
     "abs": "absolute(a)",
@@ -70,16 +71,16 @@ def _body(kernel: str, body: str) -> str:
     body = re.sub(r"//[^\n]*", "", body).replace(f"{kernel}_param_0", "PARAM")
     for symbol in set(shared) - {"shared"}:
         body = body.replace(symbol, "SHARED")
+    # Inline PTX may have registers of its own, in braces.
+    body = re.sub(r";\s*\}", "; CLOSE;", re.sub(r"\{\s*(?=\.reg)", "OPEN; ", body))
     lines = ["  unsigned char* place;"]
     for text in body.split(";"):
         *labels, statement = re.split(r"\$(\w+):", text.strip())
         lines += [f"{label}:" for label in labels if label.strip()]
         statement = statement.strip()
-        # Inline PTX may have registers of its own, in braces.
-        while statement and statement[0] in "{}":
-            lines.append(statement[0])
-            statement = statement[1:].strip()
-        if statement.startswith(".reg"):
+        if statement in _BRACES:
+            lines.append(_BRACES[statement])
+        elif statement.startswith(".reg"):
             lines.append(_declaration(statement))
         elif statement and not statement.startswith(".pragma"):
             lines.append(f"  {_statement(statement)}")

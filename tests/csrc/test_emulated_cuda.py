@@ -170,15 +170,15 @@ def test_split_columns_match_reference(emulator, monkeypatch):
 
 
 def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypatch):
-    """A list and a column of 70 steps among 100 candidates, and what lies between them."""
+    """A list and a column of 68 steps among 90 candidates: some steps lie where others lay."""
     original = compiled_cuda.gradient_items
     monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 1000))
-    length = 100 * 64 - 7
-    routed = torch.zeros(1, 1, 100, 100, dtype=torch.bool)
+    length = 90 * 64 - 7
+    routed = torch.zeros(1, 1, 90, 90, dtype=torch.bool)
     routed[..., 1, :] = routed[..., 1] = True
     position = torch.arange(length)[None]
-    # Every third block is nothing but padding: its entries are candidates, and no steps.
-    mask = position // 64 % 3 != 2
+    # Every fourth block is nothing but padding: its entries are candidates, and no steps.
+    mask = position // 64 % 4 != 3
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(1, 1, length, 32, generator=generator).bfloat16().requires_grad_()
