@@ -8,7 +8,8 @@ what the instructions do. An instruction that is not known raises.
 import re
 from collections.abc import Iterator
 
-_REGISTER = re.compile(r"%[a-z]+\d+")
+# nvcc calls what it drops `tmp`.
+_REGISTER = re.compile(r"%[a-z]+\d+|tmp")
 _SPECIAL = {
     f"%{name}.{axis}": f"{variable}.{axis}"
     for name, variable in {
@@ -118,6 +119,10 @@ def _code(opcode: str, operands: list[str], statement: str) -> str:
         return "synchronize_block()"
     if name in ("ld", "st"):
         return "; ".join(_access(name, words, operands))
+    if opcode == "mov.b64" and operands[0].startswith("{"):
+        low, high = map(_name, _members(operands[0]))
+        value = _read(operands[1], "b64")
+        return f"{low} = (Bits32){value}; {high} = (Bits32)({value} >> 32)"
     if name == "cvta":
         return f"{_name(operands[0])} = {_read(operands[1], words[-1])}"
     if name == "shfl":
@@ -220,7 +225,7 @@ def _members(operand: str) -> list[str]:
 def _name(operand: str) -> str:
     """A register as a variable."""
     assert _REGISTER.fullmatch(operand), operand
-    return operand[1:]
+    return operand.removeprefix("%")
 
 
 def _address(operand: str) -> str:
