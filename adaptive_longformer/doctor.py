@@ -74,7 +74,7 @@ def _environment() -> Iterator[tuple[str, str]]:
             yield f"GPU {index}", f"{name}, compute capability {major}.{minor}"
     else:
         yield "GPU", "none that torch can use"
-    yield "C++ compiler", _version(cpp_compiler().split()[0])
+    yield "C++ compiler", _version(cpp_compiler().partition(" ")[0])
     yield "nvcc", _version("nvcc")
     yield "NVRTC", _nvrtc()
     yield "ninja", _version("ninja")

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -29,10 +28,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from adaptive_longformer.conversion.checkpoint import read_json
 from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
 from adaptive_longformer.conversion.families import FAMILIES
-from adaptive_longformer.conversion.source import locate
+from adaptive_longformer.conversion.source import check_family, locate
+from adaptive_longformer.conversion.target import ENCODER
 from adaptive_longformer.gpu import has_bfloat16_gpu
+from adaptive_longformer.load_checkpoint import load_tokenizer
 from adaptive_longformer.training.collator import GlobalAttentionCollator
 from adaptive_longformer.training.labelled_documents import (
     load_labelled_documents,
@@ -109,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--epochs is {args.epochs}, a whole number >= 1 is needed")
     if args.max_length < 16:
         raise ValueError(f"--max-length is {args.max_length}, a whole number >= 16 is needed")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, a whole number >= 0 is needed")
     _silence_known_noise()
     say = _Steps()
     data = None
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         data = load_labelled_documents(
             args.data, text_column=args.text_column, label_column=args.label_column
         )
-    source = None if args.source is None else locate(args.source, FAMILIES)
+    source = None if args.source is None else _locate_encoder(args.source)
     output = _new_folder(args.output)
     say(f"writing to {output}")
 
@@ -188,9 +192,24 @@ class _Steps:
 def _silence_known_noise() -> None:
     """Bars of saving and loading small files, and advice that does not apply to what is done
     here."""
+    disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def _locate_encoder(source: str) -> Path:
+    """The folder of a checkpoint that can be converted and classified with."""
+    folder = locate(source, FAMILIES)
+    model_type = read_json(folder / "config.json").get("model_type")
+    check_family(model_type, FAMILIES)
+    encoders = [name for name, family in FAMILIES.items() if family.target is ENCODER]
+    if model_type not in encoders:
+        raise ValueError(
+            f"--source: {source} is of model_type {model_type!r}, an encoder-decoder; allowed are "
+            f"{', '.join(encoders)}"
+        )
+    return folder
 
 
 def _new_folder(name: str | None) -> Path:
@@ -219,7 +238,7 @@ def _documents(
         tokenizer = train_byte_level_tokenizer(texts, max_length=args.max_length)
         say(f"trained a byte-level BPE tokenizer with {len(tokenizer):,} tokens")
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(str(source))
     if data is None:
         documents = cut_documents(
             packages,

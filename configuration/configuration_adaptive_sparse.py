@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from adaptive_longformer.attention.backends import BACKENDS
 from adaptive_longformer.attention.routing import RoutingOptions
@@ -314,6 +315,10 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}"
                 )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}, allowed are {', '.join(map(repr, ACT2FN))}"
+            )
         for name in POSITIVE:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}, a whole number >= 1 is needed")

@@ -4,6 +4,7 @@ import os
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from adaptive_longformer.attention.routing import RoutingOptions
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
@@ -218,6 +219,11 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
 
     def validate_adaptive_sparse_seq2seq(self) -> None:
         """Raises ValueError unless all values make sense together."""
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}, "
+                f"allowed are {', '.join(map(repr, ACT2FN))}"
+            )
         for name in POSITIVE:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}, a whole number >= 1 is needed")

@@ -303,6 +303,16 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self._roomy = None
 
 
+class CausalCache(Cache):
+    """The caches of all layers, of which each keeps what its pattern needs.
+
+    Attributes:
+        max_cache_len: -1, there is no limit. PEFT's prefix tuning asks for it.
+    """
+
+    max_cache_len = -1
+
+
 def _find_sinks(
     sink_rank: torch.Tensor, batch_size: int, num_sinks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,7 +326,7 @@ def _find_sinks(
     return matches.any(dim=2), matches.int().argmax(dim=2)
 
 
-def causal_cache(config: AdaptiveSparseConfig, is_selecting: bool | None = None) -> Cache:
+def causal_cache(config: AdaptiveSparseConfig, is_selecting: bool | None = None) -> CausalCache:
     """An empty cache: windows keep what can still be seen, other patterns everything.
 
     Args:
@@ -339,4 +349,4 @@ def causal_cache(config: AdaptiveSparseConfig, is_selecting: bool | None = None)
             layers.append(SinkWindowLayer(pattern.left * pattern.dilation, num_sinks))
         else:
             layers.append(DynamicLayer())
-    return Cache(layers=layers)
+    return CausalCache(layers=layers)

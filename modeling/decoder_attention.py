@@ -163,10 +163,11 @@ class DecoderCrossAttention(DecoderAttention):
                 cache = past_key_values.cross_attention_cache
                 key, value = cache.update(key, value, self.layer_idx)
                 past_key_values.is_updated[self.layer_idx] = True
-        batch_size, length, _ = hidden_states.shape
+        batch_size, length, width = hidden_states.shape
         # All texts about a document as one: nothing between them is compared here.
-        texts = hidden_states.reshape(key.shape[0], -1, hidden_states.shape[-1])
+        texts_per_document = batch_size // max(1, key.shape[0])
+        texts = hidden_states.reshape(key.shape[0], texts_per_document * length, width)
         output, probabilities = self._attend(texts, key, value, attention_mask, output_attentions)
         if probabilities is not None:
             probabilities = probabilities.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return output.reshape(batch_size, length, -1), probabilities
+        return output.reshape(batch_size, length, width), probabilities

@@ -4,6 +4,7 @@ Hidden states are [batch, length, hidden_size] everywhere.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +84,11 @@ class OutputArguments(TypedDict, total=False):
     output_hidden_states: bool | None
     return_dict: bool | None
     num_items_in_batch: torch.Tensor | int | None
+
+
+def returning_a_dict(kwargs: Any) -> Any:
+    """The arguments of a model below a head, which reads names whatever the caller is given."""
+    return {**kwargs, "return_dict": True}
 
 
 def first_valid_token(
@@ -542,7 +548,7 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -627,7 +633,7 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         if self.config.head_style == "bert":
             logits = self.classifier(self.dropout(outputs.pooler_output))
@@ -687,7 +693,7 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -787,7 +793,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             position_ids,
             inputs_embeds,
             validate,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         logits = self.qa_outputs(outputs.last_hidden_state)
         if is_question is not None:
@@ -883,7 +889,7 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
                 inputs_embeds,
             )
         ]
-        outputs = self.model(*flat, validate, **kwargs)
+        outputs = self.model(*flat, validate, **returning_a_dict(kwargs))
         logits = self.classifier(self.dropout(outputs.pooler_output))
         logits = logits.view(batch_size, num_choices)
         loss = None

@@ -33,6 +33,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseLMHead,
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    returning_a_dict,
 )
 
 # Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
@@ -177,11 +178,17 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, the sequence is longer than
-                the position table, or past_key_values is no cache for the chosen blocks.
+                the position table, or past_key_values is of a fixed size or no cache for the chosen
+                blocks.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, whose size is fixed: a "
+                "transformers.DynamicCache is needed"
+            )
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         total = past_length + length
         mask = boolean_mask("attention_mask", attention_mask, (batch_size, total), validate)
@@ -314,7 +321,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache,
             validate,
-            **kwargs,
+            **returning_a_dict(kwargs),
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None

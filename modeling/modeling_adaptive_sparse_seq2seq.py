@@ -50,6 +50,7 @@ from adaptive_longformer.modeling.masks import resolve_masks
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    returning_a_dict,
 )
 
 logger = logging.get_logger(__name__)
@@ -232,6 +233,24 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         if isinstance(module, AdaptiveSparseForConditionalGeneration):
             init.zeros_(module.final_logits_bias)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the vocabulary as in Transformers.
+
+        Raises:
+            ValueError: encoder and decoder have tables of their own.
+        """
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
+                "decoder and language head together"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
 
 class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
     """Reads the document.
@@ -411,7 +430,7 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None, the encoded document is needed")
         num_documents = encoder_hidden_states.shape[0]
-        if num_documents == 0 or batch_size % num_documents:
+        if batch_size % max(1, num_documents) or (batch_size and not num_documents):
             raise ValueError(
                 f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
                 f"documents = {num_documents} is needed"
@@ -652,11 +671,6 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         Raises:
             ValueError: encoder and decoder have tables of their own.
         """
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
-                "decoder and language head together"
-            )
         embeddings = super().resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
@@ -713,7 +727,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             decoder_inputs_embeds,
             use_cache,
             validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         logits = self.lm_head(outputs.last_hidden_state) + self.final_logits_bias
         loss = None
@@ -812,7 +826,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False,
             validate=validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
@@ -902,7 +916,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False,
             validate=validate,
-            **_without_return_dict(kwargs),
+            **returning_a_dict(kwargs),
         )
         logits = self.classifier(self._last_end(outputs.last_hidden_state, input_ids, validate))
         loss = None
@@ -954,10 +968,6 @@ def _to(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor 
         return None
     mask = mask.to(hidden_states.device)
     return None if can_read_values(mask, validate=False) and mask.all() else mask
-
-
-def _without_return_dict(kwargs: Any) -> Any:
-    return {**kwargs, "return_dict": True}
 
 
 def _beside_the_head(outputs: Seq2SeqModelOutput) -> dict[str, Any]:

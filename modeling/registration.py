@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
@@ -75,6 +76,9 @@ def register_with_transformers() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_model, model in auto_models.items():
             auto_model.register(config, model, exist_ok=True)
+    # Here the Trainer looks whether a model predicts the next token, when it smooths labels itself.
+    causal_model = AdaptiveSparseForCausalLM.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AdaptiveSparseConfig.model_type] = causal_model
     AttentionInterface.register(NAME, adaptive_sparse_attention_forward)
     # Without a mask function of the same name Transformers would drop the padding mask silently.
     AttentionMaskInterface.register(NAME, adaptive_sparse_mask)

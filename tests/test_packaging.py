@@ -18,6 +18,7 @@ LAYERS = {
     "patterns": 0,
     "progress_line": 0,
     "gpu": 0,
+    "load_checkpoint": 0,
     "attention": 1,
     "configuration": 2,
     "modeling": 3,

@@ -75,6 +75,7 @@ def test_a_bert_as_source_gets_longer_and_is_timed_on_what_it_can_read(tmp_path,
         (["--source", "no-such-folder/x/y"], "source: "),
         (["--epochs", "0"], "--epochs is 0"),
         (["--max-length", "3"], "--max-length is 3"),
+        (["--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_writes_nothing(
@@ -85,6 +86,31 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("led", ["'led'", "encoder-decoder", "longformer"]), ("gpt2", ["'gpt2'", "supported are"])],
+)
+def test_a_source_that_does_not_classify_is_refused_at_once(
+    tmp_path, monkeypatch, capsys, model_type, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert main(["quickstart", "--source", "source"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_data_of_one_class_is_one_line(tmp_path, capsys):
+    (tmp_path / "data.csv").write_text("text,label\na,1\nb,1\n")
+    arguments = ["--data", str(tmp_path / "data.csv"), "--output", str(tmp_path / "output")]
+    assert main(["quickstart", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "at least two different labels are needed" in error and error.count("\n") == 1
+    assert not (tmp_path / "output").exists()
 
 
 def test_bag_of_words_tells_different_words_apart(data):

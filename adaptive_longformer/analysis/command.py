@@ -5,15 +5,25 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.analysis.reading_map import reading_maps, save_reading_maps
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
 from adaptive_longformer.gpu import move_to_gpu
+from adaptive_longformer.load_checkpoint import load_model, load_tokenizer
 from adaptive_longformer.modeling.adaptive import set_selection_strength
-from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseModel,
+    AdaptiveSparsePreTrainedModel,
+)
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseCausalModel,
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -43,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     text = _read_text(args.file)
     config = AutoConfig.from_pretrained(args.checkpoint)
+    if isinstance(config, AdaptiveSparseSeq2SeqConfig):
+        raise ValueError(
+            f"CHECKPOINT: {args.checkpoint} is an encoder-decoder, an encoder or a causal model is "
+            "needed"
+        )
     if not isinstance(config, AdaptiveSparseConfig):
         raise ValueError(
             f"CHECKPOINT: {args.checkpoint} is a {config.model_type} checkpoint; convert it first: "
@@ -56,15 +71,13 @@ def run(args: argparse.Namespace) -> int:
             f"CHECKPOINT: its attention_pattern is {config.attention_pattern!r}, which selects "
             "nothing; --strength 1 shows what it would select"
         )
-    model = AdaptiveSparseModel.from_pretrained(
-        args.checkpoint, config=config, add_pooling_layer=False
-    )
+    tokenizer = load_tokenizer(args.checkpoint)
+    model = _load(args.checkpoint, config)
     if args.strength is not None:
         set_selection_strength(model, args.strength)
     device = None if args.cpu else move_to_gpu(model)
     if device is not None:
         sys.stderr.write(f"on {device}\n")
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     batch = tokenizer(
         text, return_tensors="pt", truncation=True, max_length=config.max_sequence_length
     )
@@ -81,6 +94,13 @@ def run(args: argparse.Namespace) -> int:
     if args.figure:
         save_reading_maps(reading_maps(model, batch), args.figure)
     return 0
+
+
+def _load(checkpoint: str, config: AdaptiveSparseConfig) -> AdaptiveSparsePreTrainedModel:
+    """The checkpoint without its head, causal if it was saved as a causal model."""
+    if (config.architectures or [""])[0] == "AdaptiveSparseForCausalLM":
+        return load_model(AdaptiveSparseCausalModel, checkpoint, config=config)
+    return load_model(AdaptiveSparseModel, checkpoint, config=config, add_pooling_layer=False)
 
 
 def _read_text(file: str) -> str:

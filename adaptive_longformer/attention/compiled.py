@@ -51,6 +51,8 @@ def cuda_supports(call: AttentionCall) -> str | None:
             f"batch x heads is {query.shape[0]} x {query.shape[1]}, at most {_MOST_REPEATS} each "
             "is allowed"
         )
+    if not call.scale > 0:
+        return f"scale is {call.scale}, a number above 0 is needed"
     if layout is not None and layout.key_blocks.numel() >= 2**31:
         return "the layout has 2**31 entries or more"
     return why_not_whole_blocks(call) or _why_no_cuda_library(

@@ -152,6 +152,8 @@ class _Call(KernelCall):
         self.set_arrays(span_length=span_length, span_log_weight=log_weight, span_slope=slope)
 
     def run(self, function: str) -> None:
+        if self.query.numel() == 0:
+            return  # the lists of no sequence have no place in memory
         library = kernel_library("cpu")
         assert library.adaptive_attention_arguments_size() == ctypes.sizeof(_Arguments)
         status = getattr(library, function)(ctypes.byref(self.arguments))

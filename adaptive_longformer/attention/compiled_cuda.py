@@ -343,11 +343,12 @@ class _Call(KernelCall):
 
     def set_rows(self, **tensors: torch.Tensor) -> None:
         """Points fields at tensors [batch, heads, length, head_dim], copied where the kernels'
-        accesses of 16 bytes would be misaligned.
+        accesses of 16 bytes would be misaligned, or the stride of a row too large for them.
         """
         for name, tensor in tensors.items():
             is_aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
-            if not is_aligned or any(stride % 8 != 0 for stride in tensor.stride()[:3]):
+            is_aligned &= all(stride % 8 == 0 for stride in tensor.stride()[:3])
+            if not is_aligned or tensor.stride(2) >= 2**31 // KEY_BLOCK_SIZE:
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             setattr(self.arguments, name, self.row_tensor(tensor))
 

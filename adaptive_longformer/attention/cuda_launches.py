@@ -13,6 +13,8 @@ KEY_BLOCK_SIZE = 64
 _QUERY_PART = 64
 _ROW_SUM_WARPS = 4
 _HALF, _FLOAT = 2, 4
+# Steps that are kept in shared memory, and the bytes of each.
+_STEPS, _STEP = 64, 16
 
 
 class Instance(NamedTuple):
@@ -81,14 +83,15 @@ def backward_launches(arguments: Any) -> list[Launch]:
 
 def shared_memory_bytes(head_dim: int, query_block_size: int) -> dict[str, int]:
     """What a thread block of each kernel needs; csrc/cuda says what lies there."""
-    keys, row = KEY_BLOCK_SIZE, head_dim * _HALF
+    keys, row, steps = KEY_BLOCK_SIZE, head_dim * _HALF, _STEPS * _STEP
     return {
-        "forward": (query_block_size + 4 * keys) * row,
+        "forward": (query_block_size + 4 * keys) * row + steps,
         "row_sums": 0,
-        "grad_keys": (2 * keys + 4 * _QUERY_PART) * row + 4 * _QUERY_PART * _FLOAT,
+        "grad_keys": (2 * keys + 4 * _QUERY_PART) * row + 4 * _QUERY_PART * _FLOAT + steps,
         "add_parts": 0,
-        "grad_queries": (2 * query_block_size + 4 * keys) * row + query_block_size // 16 * _FLOAT,
-    }
+        "grad_queries": (2 * query_block_size + 4 * keys) * row
+        + steps + (_STEPS + query_block_size // 16) * _FLOAT,
+    }  # fmt: skip
 
 
 def _over_lists(name: str, arguments: Any) -> Launch:

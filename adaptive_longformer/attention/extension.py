@@ -243,8 +243,9 @@ def cpp_compiler() -> str:
 def _check_compilers(kind: str) -> None:
     """Raises unless what a build needs is there; cpp_extension would find out late, or not."""
     compiler = cpp_compiler()
-    if shutil.which(compiler.split()[0]) is None:
-        raise ExtensionUnavailableError(f"no C++ compiler: {compiler} was not found")
+    if shutil.which(compiler.partition(" ")[0]) is None:
+        missing = compiler or "an empty CXX"
+        raise ExtensionUnavailableError(f"no C++ compiler: {missing} was not found")
     if shutil.which("ninja", path=_search_path()) is None:
         raise ExtensionUnavailableError("ninja is not installed")
     if kind == "cuda":

@@ -19,12 +19,21 @@ class ExtensionUnavailableError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """The folder of all builds; ADAPTIVE_LONGFORMER_CACHE names another one."""
-    cache = os.environ.get("ADAPTIVE_LONGFORMER_CACHE")
-    if cache is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(base) / "adaptive_longformer"
-    return Path(cache)
+    """The folder of all builds; ADAPTIVE_LONGFORMER_CACHE names another one.
+
+    Raises:
+        ExtensionUnavailableError: none is named, and this user has no home.
+    """
+    if cache := os.environ.get("ADAPTIVE_LONGFORMER_CACHE"):
+        return Path(cache)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "adaptive_longformer"
+    try:
+        return Path.home() / ".cache" / "adaptive_longformer"
+    except RuntimeError as error:
+        raise ExtensionUnavailableError(
+            f"{error}; ADAPTIVE_LONGFORMER_CACHE names a folder that can be written"
+        ) from error
 
 
 def kernels_mode() -> str:

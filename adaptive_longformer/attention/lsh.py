@@ -54,7 +54,8 @@ def lsh_attention(
     chunk_size = min(chunk_size, length)
     buckets = hash_buckets(queries.detach(), num_hashes, chunk_size, seed)
     # Padding goes behind all buckets.
-    buckets = buckets.masked_fill(~valid[:, None, None, :], int(buckets.max()) + 1)
+    behind = torch.iinfo(buckets.dtype).max
+    buckets = buckets.masked_fill(~valid[:, None, None, :], behind)
     order = buckets.argsort(dim=-1, stable=True)  # [batch, heads, hash, rank] -> position
     rank = order.argsort(dim=-1)
     chunk = rank // chunk_size  # [batch, heads, hash, position]

@@ -23,7 +23,7 @@ from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
-from adaptive_longformer.conversion.source import companion_files, locate
+from adaptive_longformer.conversion.source import companion_files, has_tokenizer, locate
 from adaptive_longformer.conversion.staging import check_target, staged_folder
 from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
 from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion
@@ -122,6 +122,11 @@ def convert_checkpoint(
 
     with staged_folder(target_folder) as staging:
         companions = companion_files(folder)
+        if not has_tokenizer(companions):
+            plan.notes.append(
+                "the source has no tokenizer, so that the target has none either: "
+                "tokenizer.save_pretrained puts one there"
+            )
         needed = plan.num_bytes + sum(file.stat().st_size for file in companions) + _SMALL_FILES
         check_room(staging, needed)
         try:

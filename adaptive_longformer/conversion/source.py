@@ -52,6 +52,11 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
+def has_tokenizer(companions: Collection[Path]) -> bool:
+    """Tell whether a tokenizer can be made of some of these files."""
+    return any(file.stem != "generation_config" for file in companions)
+
+
 def locate(source: str | Path, supported: Collection[str]) -> Path:
     """Return the folder that holds a source checkpoint, fetching a hub id if need be.
 

@@ -3,12 +3,13 @@
 import argparse
 import sys
 
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.inference.document_file import read_document
 from adaptive_longformer.inference.question_answering import answer_question
+from adaptive_longformer.load_checkpoint import load_model, load_tokenizer
 from adaptive_longformer.progress_line import ProgressLine
 
 
@@ -36,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     document = read_document(args.file)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForQuestionAnswering.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(AutoModelForQuestionAnswering, args.model)
     device = None if args.cpu else move_to_gpu(model)
     if device is not None:
         sys.stderr.write(f"on {device}\n")

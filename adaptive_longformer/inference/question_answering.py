@@ -57,8 +57,8 @@ def answer_question(
         progress: called with the pieces that are done, and how many there are.
 
     Raises:
-        ValueError: an argument is empty, out of range, or the question leaves no room for the
-            document.
+        ValueError: an argument is empty, out of range, the model is of another kind, or the
+            question leaves no room for the document.
     """
     for name, text in (("question", question), ("document", document)):
         if not text.strip():
@@ -71,7 +71,7 @@ def answer_question(
             f"tokenizer is a {type(tokenizer).__name__}, a fast one is needed: it knows which "
             "characters a token is made of"
         )
-    capacity: int = model.config.max_sequence_length
+    capacity = _capacity(model)
     if max_length is not None and not 1 <= max_length <= capacity:
         raise ValueError(
             f"max_length is {max_length}, 1 to the model's {capacity} tokens is allowed"
@@ -115,6 +115,20 @@ def answer_question(
     return answers
 
 
+def _capacity(model: PreTrainedModel) -> int:
+    """How many tokens the model reads at once; an encoder-decoder reads a piece with both."""
+    config: Any = model.config
+    if config.model_type not in ("adaptive_sparse", "adaptive_sparse_seq2seq"):
+        raise ValueError(
+            f"model is a {config.model_type} model, one of ours with a question answering head is "
+            "needed: adaptive-longformer convert SOURCE TARGET makes one of it"
+        )
+    capacity: int = config.max_sequence_length
+    if config.is_encoder_decoder:
+        capacity = min(capacity, config.max_decoder_position_embeddings)
+    return capacity
+
+
 @torch.no_grad()
 def _best_spans(
     model: PreTrainedModel, pieces: Any, piece: int, count: int, max_answer_tokens: int
@@ -134,6 +148,7 @@ def _best_spans(
         logits[0].float().cpu().masked_fill(~is_document, -torch.inf)
         for logits in (output.start_logits, output.end_logits)
     )
+    max_answer_tokens = min(max_answer_tokens, len(offsets))
     # scores[i, j]: the answer from token i to token i + j.
     padded = torch.nn.functional.pad(end_logits, (0, max_answer_tokens - 1), value=-torch.inf)
     scores = start_logits[:, None] + padded.unfold(0, max_answer_tokens, 1)

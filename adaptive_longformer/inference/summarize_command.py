@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.inference.document_file import read_document
 from adaptive_longformer.inference.summarization import summarize
+from adaptive_longformer.load_checkpoint import load_model, load_tokenizer
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
 )
@@ -52,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--num-beams: {args.num_beams} is not allowed, give 1 or more")
         options["num_beams"] = args.num_beams
     text = read_document(args.file)
-    model: Any = AdaptiveSparseForConditionalGeneration.from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = load_model(AdaptiveSparseForConditionalGeneration, args.model)
+    tokenizer = load_tokenizer(args.model)
     device = None if args.cpu else move_to_gpu(model)
     if device is not None:
         sys.stderr.write(f"on {device}\n")

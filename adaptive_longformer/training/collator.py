@@ -13,6 +13,7 @@ GLOBAL_TOKENS = ("none", "first", "question", "after_separator")
 IGNORED_LABEL = -100
 # What the tokenizer or the data set may bring beside the tensors.
 LABEL_NAMES = ("label", "labels", "label_ids")
+SPAN_NAMES = ("start_positions", "end_positions")
 
 
 class GlobalAttentionCollator:
@@ -67,10 +68,12 @@ class GlobalAttentionCollator:
         Args:
             examples: `input_ids`, and optionally `attention_mask`, `token_type_ids`,
                 `global_attention_mask` and a
-                label: one number, or one per token (padded with -100).
+                label: one number, or one per token (padded with -100); or the `start_positions` and
+                `end_positions` of an answer, counted in the example's own tokens.
 
         Returns:
-            int64 tensors [batch, length]; `labels` is [batch] or [batch, length].
+            int64 tensors [batch, length]; `labels` is [batch] or [batch, length], the positions are
+            [batch].
         """
         if not examples:
             raise ValueError("the batch is empty, at least one example is needed")
@@ -99,6 +102,10 @@ class GlobalAttentionCollator:
         label_name = next((name for name in LABEL_NAMES if name in examples[0]), None)
         if label_name is not None:
             batch["labels"] = self._labels(label_name, examples, length)
+        for name in SPAN_NAMES:
+            if name in examples[0]:
+                slots = [self._slot(name, *example, length) for example in enumerate(examples)]
+                batch[name] = torch.tensor(slots)
         return batch
 
     def _check_token_ids(self, index: int, example: Mapping[str, Any]) -> None:
@@ -145,6 +152,17 @@ class GlobalAttentionCollator:
             sep_token_id=separator,
         )
         return torch.zeros_like(batch["input_ids"]) if mask is None else mask.long()
+
+    def _slot(self, name: str, index: int, example: Mapping[str, Any], length: int) -> int:
+        """Where a token of an example is in the padded batch."""
+        position, num_tokens = int(example[name]), len(example["input_ids"])
+        if not 0 <= position < num_tokens:
+            raise ValueError(
+                f"{name} of example {index} is {position}, 0 <= {name} < its {num_tokens} tokens "
+                "is needed"
+            )
+        is_left = self.tokenizer.padding_side == "left"
+        return position + (length - num_tokens if is_left else 0)
 
     def _labels(
         self, name: str, examples: Sequence[Mapping[str, Any]], length: int

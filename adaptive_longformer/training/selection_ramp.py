@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adaptive_longformer.modeling.adaptive import set_selection_strength
+from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
 
 
 class SelectionRampCallback(TrainerCallback):
@@ -21,7 +21,8 @@ class SelectionRampCallback(TrainerCallback):
 
     Raises:
         ValueError: a number is out of range; or, when the training begins, the model's
-            attention_pattern is not "adaptive".
+            attention_pattern is not "adaptive", or the Trainer smooths labels although the
+            configuration asks for losses that only the model adds.
     """
 
     def __init__(self, ramp_ratio: float = 0.25, final_strength: float = 1.0) -> None:
@@ -43,6 +44,7 @@ class SelectionRampCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._last = None
+        self._check_label_smoothing(args, kwargs["model"])
         self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(
@@ -58,3 +60,15 @@ class SelectionRampCallback(TrainerCallback):
         if strength != self._last:
             set_selection_strength(model, strength)
             self._last = strength
+
+    def _check_label_smoothing(self, args: TrainingArguments, model: nn.Module) -> None:
+        parts = selections(model)
+        if not args.label_smoothing_factor or not parts:
+            return
+        for name in ("target_density", "router_aux_loss_coef"):
+            if value := getattr(parts[0].config, name):
+                raise ValueError(
+                    f"label_smoothing_factor is {args.label_smoothing_factor}, 0 is needed with "
+                    f"config.{name} = {value}: the Trainer computes the loss itself then, without "
+                    "what the model adds"
+                )

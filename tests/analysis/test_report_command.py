@@ -2,11 +2,21 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from adaptive_longformer.__main__ import main
 from adaptive_longformer.analysis.reading_map import reading_maps
+from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
-from adaptive_longformer.testing import tiny_adaptive_model, tiny_inputs, tiny_model
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
+    AdaptiveSparseForCausalLM,
+)
+from adaptive_longformer.testing import (
+    tiny_adaptive_model,
+    tiny_inputs,
+    tiny_model,
+    tiny_seq2seq_model,
+)
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
 
 
@@ -66,3 +76,22 @@ def test_maps_show_the_window_and_what_was_selected():
     model.set_selection_strength(0.0)
     for reading_map in reading_maps(model, tiny_inputs(model, 300, padding="none")):
         assert torch.equal(reading_map.nonzero().diff(dim=1).abs().max(), torch.tensor(1))
+
+
+def test_a_causal_checkpoint_is_reported_as_it_reads(places, tmp_path, capsys):
+    model = tiny_adaptive_model(AdaptiveSparseForCausalLM, vocab_size=300)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(places / "adaptive")
+    tokenizer.save_pretrained(tmp_path)
+    text = (places / "document.txt").read_text()
+    batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=1024)
+    expected = sparsity_report(model, {"input_ids": batch["input_ids"]})
+    assert main(["report", str(tmp_path), str(places / "document.txt")]) == 0
+    assert f"{expected.keys_per_query:.1f} keys per query" in capsys.readouterr().out
+
+
+def test_an_encoder_decoder_is_refused(places, tmp_path, capsys):
+    tiny_seq2seq_model(vocab_size=300).save_pretrained(tmp_path)
+    assert main(["report", str(tmp_path), str(places / "document.txt"), "--strength", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "is an encoder-decoder" in error and error.count("\n") == 1

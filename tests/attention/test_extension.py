@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
         ("ADAPTIVE_LONGFORMER_KERNELS", "cached", "holds no finished build"),
         ("ADAPTIVE_LONGFORMER_KERNELS", "yes", "'on', 'cached' or 'off' is allowed"),
         ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler was not found"),
+        ("CXX", "", "no C++ compiler: an empty CXX was not found"),
         ("CXX", "false", "the build failed"),
         ("ADAPTIVE_LONGFORMER_CACHE", "/proc/nowhere", "names a folder that can be written"),
     ],
@@ -159,10 +161,31 @@ def test_a_cache_that_everybody_can_write_to_is_refused(sandbox):
     assert "every user can write to" in (extension.why_unavailable("cpu") or "")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_read_only_cache_is_named(sandbox):
-    (sandbox / "cache").mkdir(mode=0o500)
-    assert "ADAPTIVE_LONGFORMER_CACHE" in (extension.why_unavailable("cpu") or "")
+def test_a_user_without_a_home_is_told_to_name_a_folder(sandbox, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("ADAPTIVE_LONGFORMER_CACHE", "")  # as good as not set
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    reason = extension.why_unavailable("cpu") or ""
+    assert "home directory" in reason and "ADAPTIVE_LONGFORMER_CACHE" in reason
+
+
+def test_a_read_only_cache_is_named(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    script = (
+        "from adaptive_longformer.attention import extension as e; print(e.why_unavailable('cpu'))"
+    )
+    command = [sys.executable, "-c", script]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root can write everywhere, and there is no setpriv to take that away")
+        command = ["setpriv", "--bounding-set=-all", *command]
+    environment = {**os.environ, "ADAPTIVE_LONGFORMER_CACHE": str(cache)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "ADAPTIVE_LONGFORMER_CACHE names a folder that can be written" in told.stdout
 
 
 def test_cuda_kernels_need_a_torch_with_cuda(sandbox):

@@ -29,6 +29,7 @@ from adaptive_longformer.patterns.strided import Strided
         ({"default_global_tokens": "cls"}, "default_global_tokens is 'cls', allowed are 'auto'"),
         ({"position_style": "rotary"}, "position_style is 'rotary', allowed are 'roberta', 'bert'"),
         ({"head_style": "gpt"}, "head_style is 'gpt', allowed are 'roberta', 'bert'"),
+        ({"hidden_act": "gelly"}, "hidden_act is 'gelly', allowed are .*'gelu'"),
         ({"hidden_size": 100}, "hidden_size is 100, a multiple of num_attention_heads = 12"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, a whole number >= 1"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, a probability"),

@@ -50,6 +50,7 @@ def test_lengths_are_those_of_the_position_tables():
         ({"decoder_attention_heads": 7}, "d_model is 768.*decoder_attention_heads = 7"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"activation_dropout": -0.1}, "activation_dropout is -0.1"),
+        ({"activation_function": "gelly"}, "activation_function is 'gelly', allowed are .*'gelu'"),
         ({"norm_style": "sandwich"}, "norm_style is 'sandwich'.*'post', 'pre'"),
         ({"decoder_start_token_id": 60000}, "decoder_start_token_id is 60000.*50265"),
         ({"pad_token_id": -1}, "pad_token_id is -1"),

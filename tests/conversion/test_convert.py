@@ -73,10 +73,13 @@ def bert_tokenizer(folder, vocab_size=100):
 
 def test_the_tokenizer_goes_along_and_reads_the_new_length(tmp_path):
     source = write_source(tmp_path / "source", "bert", "ForSequenceClassification")
-    bert_tokenizer(source)
     (source / "generation_config.json").write_text("{}")
+    report = convert_checkpoint(source, tmp_path / "without")
+    assert any("the source has no tokenizer" in note for note in report.notes)
+    bert_tokenizer(source)
     (source / "training_args.bin").write_text("not ours")
-    convert_checkpoint(source, tmp_path / "target", max_positions=1024)
+    report = convert_checkpoint(source, tmp_path / "target", max_positions=1024)
+    assert not any("no tokenizer" in note for note in report.notes)
     expected, found = (AutoTokenizer.from_pretrained(tmp_path / x) for x in ("source", "target"))
     assert type(found) is type(expected)
     text = "word1 word2 nothing word9"

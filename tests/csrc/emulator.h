@@ -211,6 +211,17 @@ inline float shuffle_xor(float value, int mask) {
   return result;
 }
 
+inline Word ballot(bool vote) {
+  emulator::Warp& warp = emulator::warp();
+  warp.values[emulator::lane()] = vote;
+  emulator::meet();
+  Word lanes = 0;
+  for (int lane = 0; lane < 32; lane++) lanes |= (Word)(warp.values[lane] != 0) << lane;
+  emulator::meet();
+  return lanes;
+}
+inline int count_bits(Word word) { return __builtin_popcount(word); }
+
 template <bool TRANSPOSED>
 inline void load_four_matrices(Word registers[4], const Half* row) {
   emulator::Warp& warp = emulator::warp();

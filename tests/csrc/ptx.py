@@ -8,7 +8,8 @@ what the instructions do. An instruction that is not known raises.
 import re
 from collections.abc import Iterator
 
-_REGISTER = re.compile(r"%[a-z]+\d+")
+# nvcc calls what it drops `tmp`.
+_REGISTER = re.compile(r"%[a-z]+\d+|tmp")
 _SPECIAL = {
     f"%{name}.{axis}": f"{variable}.{axis}"
     for name, variable in {
@@ -16,6 +17,7 @@ _SPECIAL = {
     }.items()
     for axis in "xyz"
 }  # fmt: skip
+_BRACES = {"OPEN": "  {", "CLOSE": "  }"}
 # What these give, for operands a, b, c of the instruction's type.
 _VALUES = {
     "abs": "absolute(a)",
@@ -35,6 +37,7 @@ _VALUES = {
     "neg": "negative(a)",
     "not": "complement(a)",
     "or": "a | b",
+    "popc": "(Bits32)__builtin_popcount(a)",
     "rcp": "1.0f / a",
     "rem": "a % b",
     "sub": "difference(a, b)",
@@ -69,12 +72,16 @@ def _body(kernel: str, body: str) -> str:
     body = re.sub(r"//[^\n]*", "", body).replace(f"{kernel}_param_0", "PARAM")
     for symbol in set(shared) - {"shared"}:
         body = body.replace(symbol, "SHARED")
+    # Inline PTX may have registers of its own, in braces.
+    body = re.sub(r";\s*\}", "; CLOSE;", re.sub(r"\{\s*(?=\.reg)", "OPEN; ", body))
     lines = ["  unsigned char* place;"]
     for text in body.split(";"):
         *labels, statement = re.split(r"\$(\w+):", text.strip())
         lines += [f"{label}:" for label in labels if label.strip()]
         statement = statement.strip()
-        if statement.startswith(".reg"):
+        if statement in _BRACES:
+            lines.append(_BRACES[statement])
+        elif statement.startswith(".reg"):
             lines.append(_declaration(statement))
         elif statement and not statement.startswith(".pragma"):
             lines.append(f"  {_statement(statement)}")
@@ -82,8 +89,11 @@ def _body(kernel: str, body: str) -> str:
 
 
 def _declaration(statement: str) -> str:
-    kind, stem, count = re.fullmatch(r"\.reg \.(\w+)\s+%([a-z]+)<(\d+)>", statement).groups()
+    kind, rest = re.fullmatch(r"\.reg \.(\w+)\s+(\S+)", statement).groups()
     storage = "bool" if kind == "pred" else f"Bits{kind[1:]}"
+    if _REGISTER.fullmatch(rest):
+        return f"  {storage} {_name(rest)} = 0;"
+    stem, count = re.fullmatch(r"%([a-z]+)<(\d+)>", rest).groups()
     return f"  {storage} {', '.join(f'{stem}{i} = 0' for i in range(int(count)))};"
 
 
@@ -109,6 +119,10 @@ def _code(opcode: str, operands: list[str], statement: str) -> str:
         return "synchronize_block()"
     if name in ("ld", "st"):
         return "; ".join(_access(name, words, operands))
+    if opcode == "mov.b64" and operands[0].startswith("{"):
+        low, high = map(_name, _members(operands[0]))
+        value = _read(operands[1], "b64")
+        return f"{low} = (Bits32){value}; {high} = (Bits32)({value} >> 32)"
     if name == "cvta":
         return f"{_name(operands[0])} = {_read(operands[1], words[-1])}"
     if name == "shfl":
@@ -116,6 +130,8 @@ def _code(opcode: str, operands: list[str], statement: str) -> str:
         assert words == ["bfly", "b32"], statement
         values = ", ".join(_read(operand, "b32") for operand in operands[1:])
         return f"{target} = shuffled({values})"
+    if opcode == "vote.sync.ballot.b32":
+        return f"{_name(operands[0])} = ballot({operands[1].replace('%', '')})"
     if name == "ldmatrix":
         registers = ", ".join(map(_name, _members(operands[0])))
         is_transposed = "true" if "trans" in words else "false"
@@ -170,8 +186,7 @@ def _copy(parts: list[str], operands: list[str], statement: str) -> str:
     if parts == ["async", "wait_group"]:
         return f"wait_for_copies<{operands[0]}>()"
     assert parts == ["async", "cg", "shared", "global"] and operands[2] == "16", statement
-    size = _read(operands[3], "u32")
-    return f"start_copy({_address(operands[0])}, {_address(operands[1])}, {size})"
+    return f"start_copy({_address(operands[0])}, {_address(operands[1])}, {_name(operands[3])})"
 
 
 def _conversion(words: list[str], operands: list[str], statement: str) -> str:
@@ -210,7 +225,7 @@ def _members(operand: str) -> list[str]:
 def _name(operand: str) -> str:
     """A register as a variable."""
     assert _REGISTER.fullmatch(operand), operand
-    return operand[1:]
+    return operand.removeprefix("%")
 
 
 def _address(operand: str) -> str:

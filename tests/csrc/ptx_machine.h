@@ -199,11 +199,10 @@ void multiply_accumulate(Bits32& d0, Bits32& d1, Bits32& d2, Bits32& d3, Bits32 
   emulator::meet();
 }
 
-// 16 bytes, of which those behind the first `size` become zeros.
-inline void start_copy(Bits64 target, Bits64 source, Bits32 size) {
-  if (size != 0 && size != 16) fail("a copy of a part");
+// 16 bytes, or zeros if the source is to be skipped.
+inline void start_copy(Bits64 target, Bits64 source, bool is_skipped) {
   unsigned char* to = shared_memory(target, 16);
-  copy_async(to, size == 0 ? nowhere() : global_memory(source, 16), size == 16);
+  copy_async(to, is_skipped ? nowhere() : global_memory(source, 16), !is_skipped);
 }
 
 // The kernel of a mangled name, or null; written by ptx.py.

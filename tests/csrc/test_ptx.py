@@ -132,8 +132,10 @@ def test_ptx_matches_reference(instance, architecture, tmp_path, monkeypatch):
 # What a compiler might get wrong: (regular expression, replacement, which of its matches).
 MUTANTS = {
     "waits_for_too_little": (r"cp\.async\.wait_group 1", "cp.async.wait_group 2", 0),
-    "no_barrier_before_use": (r"bar\.sync\s+0;", "", 0),
-    "no_barrier_after_use": (r"bar\.sync\s+0;", "", 1),
+    "no_barrier_after_search": (r"bar\.sync\s+0;", "", 0),
+    "no_barrier_before_use": (r"bar\.sync\s+0;", "", 1),
+    "no_barrier_after_use": (r"bar\.sync\s+0;", "", 2),
+    "wrong_rank": (r"popc\.b32(\s+%r\d+), %r\d+", r"mov.b32\1, 0", 0),
     "not_transposed": (r"x4\.trans\.shared", "x4.shared", 0),
     "halves_swapped": (r"(cvt\.rn\.bf16x2\.f32 %r\d+),(%f\d+),(%f\d+)", r"\1,\3,\2", 0),
     "operands_swapped": (r"(mma\S+ \{.*?\},\{)(%r\d+),(%r\d+)", r"\1\3,\2", 0),

@@ -4,8 +4,13 @@ import shutil
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
-from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseForQuestionAnswering
+from adaptive_longformer import (
+    AdaptiveSparseConfig,
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseForQuestionAnswering,
+)
 from adaptive_longformer.__main__ import main
 from adaptive_longformer.testing import randomize_all_parameters
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
@@ -64,3 +69,41 @@ def test_a_config_with_a_wrong_type_is_one_line(checkpoint, tmp_path, capsys):
     assert main(["answer", str(folder), "Who?", str(tmp_path / "document.txt")]) == 2
     error = capsys.readouterr().err
     assert "hidden_size" in error and error.count("\n") == 1
+
+
+def test_a_model_without_weights_for_answers_is_refused(checkpoint, tmp_path, capsys):
+    config = AdaptiveSparseConfig.from_pretrained(checkpoint)
+    AdaptiveSparseForMaskedLM(config).save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "headless")
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    arguments = [str(tmp_path / "headless"), "Who?", str(tmp_path / "document.txt")]
+    assert main(["answer", *arguments]) == 2
+    output, error = capsys.readouterr()
+    assert output == "" and error.count("\n") == 1
+    assert "no weights for qa_outputs.bias, qa_outputs.weight" in error
+    assert "fine-tune the model" in error
+
+
+@pytest.mark.parametrize("damage", ["half", "size", "tokenizer"])
+def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, capsys, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if damage == "half":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    elif damage == "size":
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    else:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        # As after a conversion; Transformers then makes a tokenizer without words.
+        (folder / "config.json").write_text(
+            json.dumps({**config, "tokenizer_class": "RobertaTokenizer"})
+        )
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    assert main(["answer", str(folder), "Who?", str(tmp_path / "document.txt")]) == 2
+    output, error = capsys.readouterr()
+    assert output == "" and error.count("\n") == 1
+    words = "holds no tokenizer" if damage == "tokenizer" else "the weights are damaged, or not"
+    assert words in error and str(folder) in error

@@ -2,10 +2,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import BertConfig, BertForQuestionAnswering
 
-from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseForQuestionAnswering
+from adaptive_longformer import (
+    AdaptiveSparseConfig,
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForQuestionAnswering,
+)
 from adaptive_longformer.inference.question_answering import answer_question
-from adaptive_longformer.testing import randomize_all_parameters
+from adaptive_longformer.testing import randomize_all_parameters, tiny_seq2seq_model
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
 
 WORDS = [f"w{i}" for i in range(300)]
@@ -79,6 +84,12 @@ def test_the_best_span_is_the_best_of_all_allowed_ones(model, tokenizer):
     assert (answers[0].start, answers[0].end) == (offsets[best[1]][0], offsets[best[2]][1])
 
 
+def test_an_answer_may_be_as_long_as_the_document(model, tokenizer):
+    document = " ".join(WORDS[:20])
+    answers = answer_question(model, tokenizer, "where", document, max_answer_tokens=10**15)
+    assert answers == answer_question(model, tokenizer, "where", document, max_answer_tokens=90)
+
+
 def test_several_answers_do_not_overlap_and_are_in_order(model, tokenizer):
     answers = answer_question(model, tokenizer, "where", DOCUMENT, num_answers=4)
     assert len(answers) == 4
@@ -112,3 +123,23 @@ def test_bad_arguments_are_named(model, tokenizer, changes, words):
     arguments = {"question": "where", "document": "here", **changes}
     with pytest.raises(ValueError, match=words):
         answer_question(model, tokenizer, **arguments)
+
+
+def test_an_encoder_decoder_reads_pieces_that_fit_into_its_decoder(tokenizer):
+    sizes = {"vocab_size": len(tokenizer), "max_decoder_position_embeddings": 40}
+    model = tiny_seq2seq_model(AdaptiveSparseSeq2SeqForQuestionAnswering, **sizes)
+    seen = []
+    answers = answer_question(
+        model, tokenizer, "where", DOCUMENT, num_answers=3, max_answer_tokens=4,
+        progress=lambda done, total: seen.append(total),
+    )  # fmt: skip
+    assert seen[-1] > 10 and len(answers) == 3
+
+
+def test_a_model_of_another_family_is_refused_with_the_command_that_converts_it(tokenizer):
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"is a bert model.*adaptive-longformer convert"):
+        answer_question(BertForQuestionAnswering(config), tokenizer, "where", DOCUMENT)

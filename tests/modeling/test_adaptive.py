@@ -261,6 +261,18 @@ def test_gradients_of_queries_keys_and_values_pass_gradcheck():
     assert torch.autograd.gradcheck(attend, (*tensors, *weights))
 
 
+@pytest.mark.parametrize("pattern", ["adaptive", "random_selection", "oracle", "lsh"])
+@pytest.mark.parametrize("length", [40, 300])
+def test_an_empty_batch_gives_an_empty_result(pattern, length):
+    model = tiny_adaptive_model(AdaptiveSparseForMaskedLM, attention_pattern=pattern)
+    inputs = tiny_inputs(model, length, batch_size=0)
+    for is_training in (False, True):
+        logits = model.train(is_training)(**inputs).logits
+        assert logits.shape == (0, length, 97)
+    logits.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_entries_of_weight_zero_leave_the_list():
     torch.manual_seed(0)
     part = tiny_selection()

@@ -335,8 +335,11 @@ def test_tuple_holds_the_same_as_the_dict(model_class):
     inputs = tiny_inputs(model, with_labels=True)
     with torch.no_grad():
         expected, output = model(**inputs).to_tuple(), model(**inputs, return_dict=False)
-    assert isinstance(output, tuple)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(output, expected))
+        model.config.return_dict = False
+        by_config = model(**inputs)
+    assert isinstance(output, tuple) and isinstance(by_config, tuple)
+    for ours, also, theirs in zip(output, by_config, expected, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(also, theirs)
 
 
 def global_tokens_of(model, inputs, length=70):

@@ -1,7 +1,13 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from adaptive_longformer.modeling.causal_cache import SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
@@ -208,6 +214,21 @@ def test_a_cache_of_a_fixed_size_is_refused():
     input_ids, mask = left_padded([30])
     with pytest.raises(ValueError, match="cache_implementation is 'static', allowed are None"):
         generated(causal(), input_ids, mask, cache_implementation="static")
+    model = causal()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
+        model(input_ids, mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
+        generated(model, input_ids, mask, past_key_values=cache)
+
+
+def test_a_tuple_holds_the_same_as_the_dict():
+    model = causal()
+    input_ids, mask = left_padded([30])
+    expected = model(input_ids, mask, labels=input_ids)
+    model.config.return_dict = False
+    loss, logits, _ = model(input_ids, mask, labels=input_ids)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
 
 
 def test_a_window_cache_takes_no_tokens_back():
@@ -404,6 +425,19 @@ def test_trainer_teaches_it_to_continue_and_it_generates_what_it_learned(tmp_pat
     prompt = period.repeat(2)[None, :10]
     found = model.eval().generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=1)
     assert torch.equal(found[0], period.repeat(6)[:40])
+
+
+def test_labels_that_the_trainer_smooths_are_those_of_the_next_token(tmp_path):
+    model = causal()
+    input_ids = torch.randint(5, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    inputs = {"input_ids": input_ids, "labels": input_ids}
+    loss = Trainer(model, arguments).compute_loss(model, inputs)
+    logits, labels = model(input_ids).logits[:, :-1], input_ids[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("length", [40, 800])

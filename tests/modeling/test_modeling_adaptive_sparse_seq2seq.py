@@ -119,9 +119,23 @@ def test_vocabulary_can_be_resized():
         table = model.get_input_embeddings().weight
         assert model.get_output_embeddings().weight is table
         assert model.model.decoder.embeddings.word_embeddings.weight is table
-    untied = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration, tie_word_embeddings=False)
+
+
+@by_name
+def test_a_vocabulary_in_several_tables_is_not_resized_in_one(model_class):
+    untied = tiny_seq2seq_model(model_class, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="tie_word_embeddings is False"):
         untied.resize_token_embeddings(110)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_an_empty_batch_gives_empty_outputs(use_cache):
+    model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
+    inputs = {"input_ids": torch.zeros(0, 70).long(), "decoder_input_ids": torch.zeros(0, 5).long()}
+    with torch.no_grad():
+        outputs = model(**inputs, use_cache=use_cache, output_attentions=True)
+    assert outputs.logits.shape == (0, 5, 97)
+    assert outputs.cross_attentions[0].shape == (0, 2, 5, 70)
 
 
 def test_models_do_not_change_the_configuration():

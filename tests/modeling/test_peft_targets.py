@@ -7,8 +7,9 @@ import torch
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
 )
+from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import AdaptiveSparseForCausalLM
 from adaptive_longformer.modeling.peft_targets import register_peft_targets
-from adaptive_longformer.testing import tiny_inputs, tiny_model
+from adaptive_longformer.testing import left_padded, tiny_inputs, tiny_model, vary_with_position
 
 pytest.importorskip("peft")
 
@@ -63,3 +64,21 @@ def test_lora_on_global_projections_changes_the_output():
             if "lora_B" in name:
                 parameter.normal_()
         assert (adapted(**inputs).last_hidden_state - expected).abs().max() > 0.01
+
+
+def test_generation_after_a_learned_prefix_equals_recomputation():
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = vary_with_position(tiny_model(AdaptiveSparseForCausalLM, eos_token_id=None))
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    model = get_peft_model(model, config).eval()
+    input_ids, mask = left_padded([40, 25])
+    found = model.generate(
+        input_ids=input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False
+    )
+    for length in range(40, 48):
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, attention_mask=mask).logits
+        input_ids = torch.cat([input_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        assert torch.equal(found[:, : length + 1], input_ids)

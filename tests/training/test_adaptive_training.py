@@ -69,6 +69,16 @@ def test_ramps_out_of_range_are_refused(options):
         SelectionRampCallback(**options)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"target_density": 0.5}, {"router_rank": 2, "router_aux_loss_coef": 0.5}]
+)
+def test_smoothed_labels_are_refused_where_the_model_adds_to_the_loss(tmp_path, fields):
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, **fields)
+    trainer = trainer_of(model, tmp_path, SelectionRampCallback(), 1, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=f"0 is needed with config.{[*fields][-1]}"):
+        trainer.train()
+
+
 def test_adaptive_parameters_learn_faster_and_do_not_decay():
     model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, router_rank=2)
     groups = adaptive_parameter_groups(model, 1e-4, weight_decay=0.1, multiplier=30)

@@ -53,6 +53,20 @@ def test_a_mask_and_labels_of_every_token_are_kept_and_padded(tokenizer):
     assert batch["labels"].tolist() == [[1, 0, 1, -100]]
 
 
+@pytest.mark.parametrize("side, moved", [("right", 0), ("left", 3)])
+def test_the_slots_of_answers_move_with_their_tokens(tokenizer, monkeypatch, side, moved):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    collator = GlobalAttentionCollator(tokenizer, global_tokens="question")
+    short = {"input_ids": [0, 7, 2, 9], "start_positions": 3, "end_positions": 3}
+    long = {"input_ids": [0, 7, 2, 8, 9, 5, 2], "start_positions": 3, "end_positions": 5}
+    batch = collator([short, long])
+    assert batch["start_positions"].tolist() == [3 + moved, 3]
+    assert batch["end_positions"].tolist() == [3 + moved, 5]
+    assert int(batch["input_ids"][0, 3 + moved]) == 9
+    with pytest.raises(ValueError, match=r"end_positions of example 1 is 7, .* < its 7 tokens"):
+        collator([short, {**long, "end_positions": 7}])
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [

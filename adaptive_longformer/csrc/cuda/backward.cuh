@@ -43,12 +43,13 @@ KERNEL(ROW_SUM_WARPS * 32, 1) row_sums_kernel(const Arguments arguments) {
 }
 
 // Shared memory of grad_keys_kernel: a block of keys and of values, two stages of 64 queries and output gradients with
-// their row_lse and row_delta.
+// their row_lse and row_delta, the steps.
 constexpr int QUERY_PART = 64;
 
 template <int D>
 constexpr int grad_keys_shared_memory() {
-  return (2 * KEY_BLOCK + 4 * QUERY_PART) * D * (int)sizeof(Half) + 4 * QUERY_PART * (int)sizeof(float);
+  return (2 * KEY_BLOCK + 4 * QUERY_PART) * D * (int)sizeof(Half) + 4 * QUERY_PART * (int)sizeof(float) +
+         STEP_ROOM * (int)sizeof(Step);
 }
 
 // A thread block adds up one item: a block of keys, and up to a fixed number of the entries that read it. Scores are
@@ -77,22 +78,19 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   load_keys_and_values<D, 128>(key_tile, value_tile, arguments, row_place, keys);
   commit_copies();
 
-  // Steps: PARTS for each entry.
-  const int end = arguments.item_last[item] * PARTS;
-  const auto first_query_of = [&](int step) {
-    return arguments.transposed_query_blocks[step / PARTS] * QUERY_BLOCK + step % PARTS * QUERY_PART;
+  // A candidate for every part of the queries of every entry.
+  Steps<false> steps{(Step*)(row_values + 4 * QUERY_PART), nullptr, arguments.item_first[item] * PARTS};
+  const auto end = [&] { return arguments.item_last[item] * PARTS; };
+  const auto find_step = [&](int candidate, Step& step) {
+    const int query_block = arguments.transposed_query_blocks[candidate / PARTS];
+    const int part = query_block * PARTS + candidate % PARTS, first_query = part * QUERY_PART;
+    const Place place = row_place.with_query_block(query_block);
+    return first_query < arguments.length &&
+           step.set(arguments, place, first_query, QUERY_PART, arguments.transposed_entries[candidate / PARTS], keys,
+                    part);
   };
-  const auto mask_of = [&](int step) {
-    const Place place = row_place.with_query_block(arguments.transposed_query_blocks[step / PARTS]);
-    const long long entry = arguments.transposed_entries[step / PARTS] - place.list * arguments.max_entries;
-    return Mask(arguments, place, first_query_of(step), QUERY_PART, (int)entry, keys);
-  };
-  const auto next_step = [&](int step) {
-    while (step < end && (first_query_of(step) >= arguments.length || mask_of(step).is_skipped)) step++;
-    return step;
-  };
-  const auto load_step = [&](int step, int stage) {
-    const int first_query = first_query_of(step);
+  const auto load_step = [&](int index) {
+    const int stage = index % 2, first_query = steps[index].tile() * QUERY_PART;
     load_queries_and_grads<D, QUERY_PART, 128>(query_tiles + stage * QUERY_PART * D, grad_tiles + stage * QUERY_PART * D,
                                                arguments, row_place, first_query, row_lse + first_query);
     float* rows = row_values + stage * 2 * QUERY_PART;
@@ -103,8 +101,9 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
       copy_async(rows + QUERY_PART + i, row_delta + first_query + i, true);
   };
 
-  int step = next_step(arguments.item_first[item] * PARTS);
-  if (step < end) load_step(step, 0);
+  steps.look_ahead(0, end, find_step);
+  synchronize_block();
+  if (steps.found > 0) load_step(0);
   commit_copies();
 
   float key_sum[D / 8][4], value_sum[D / 8][4];
@@ -114,14 +113,14 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   const auto key_column = [&](int h) { return warp * 16 + fragment_row(lane, 2 * h); };
   const auto key_position = [&](int h) { return keys.is_open(key_column(h)) ? keys.position(key_column(h)) : 0; };
 
-  for (int stage = 0; step < end; stage ^= 1) {
-    const int following = next_step(step + 1);
-    if (following < end) load_step(following, stage ^ 1);
+  for (int index = 0; index < steps.found; index++) {
+    if (index + 1 < steps.found) load_step(index + 1);
     commit_copies();
     wait_for_copies<1>();
     synchronize_block();
-    const Mask mask = mask_of(step);
-    const int first_query = first_query_of(step);
+    steps.look_ahead(index, end, find_step);
+    const Step& step = steps[index];
+    const int stage = index % 2, first_query = step.tile() * QUERY_PART;
     NO_UNROLL for (int start = 0; start < QUERY_PART; start += CHUNK) {
       const Half* query_tile = query_tiles + (stage * QUERY_PART + start) * D;
       const Half* grad_tile = grad_tiles + (stage * QUERY_PART + start) * D;
@@ -130,25 +129,26 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
       set_zero(weights);
       set_zero(grads);
       multiply_transposed<TYPE, D, CHUNK>(weights, key_tile, query_tile, grads, value_tile, grad_tile, warp * 16, lane);
-      UNROLL for (int n = 0; n < CHUNK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++)
-          weights[n][j] = weights[n][j] * (arguments.scale * LOG2_E) + mask.bias;
-      if (mask.has_span) {
+      const float scale = arguments.scale * LOG2_E;
+      if (step.is(Step::SPANNED)) {
+        const float unscale = 1.0f / scale;
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
             weights[n][j] +=
                 span_log2(span_weight(arguments, row_place.head,
-                                      key_position(j / 2) - (first_query + start + fragment_column(lane, n, j))));
+                                      key_position(j / 2) - (first_query + start + fragment_column(lane, n, j)))) *
+                unscale;
       }
-      if (mask.is_masked) {
+      if (step.is(Step::MASKED)) {
         Bits visible[2];
         UNROLL for (int h = 0; h < 2; h++)
-          visible[h] = keys.is_open(key_column(h)) ? mask.visible_queries(key_position(h), first_query) : 0;
+          visible[h] =
+              keys.is_open(key_column(h)) ? step.visible_queries(arguments, key_position(h), first_query) : 0;
         hide(weights, visible, start, lane);
       }
       UNROLL for (int n = 0; n < CHUNK / 8; n++)
         UNROLL for (int j = 0; j < 4; j++)
-          weights[n][j] = power_of_two(weights[n][j] - rows[fragment_column(lane, n, j)]);
+          weights[n][j] = power_of_two(weights[n][j] * scale + (step.bias - rows[fragment_column(lane, n, j)]));
       if (!arguments.has_dropout) {
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
@@ -174,7 +174,6 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
       multiply_registers<TYPE, D, CHUNK>(key_sum, grads, query_tile, lane);
     }
     synchronize_block();
-    step = following;
   }
 
   const int slot = arguments.item_slot[item];
@@ -230,10 +229,12 @@ KERNEL(128, 1) add_parts_kernel(const Arguments arguments) {
   }
 }
 
-// Shared memory of grad_queries_kernel: queries and output gradients, two stages of keys and values, one sum per warp.
+// Shared memory of grad_queries_kernel: queries and output gradients, two stages of keys and values, the steps and their
+// entries, one sum per warp.
 template <int D, int QUERY_BLOCK>
 constexpr int grad_queries_shared_memory() {
-  return (2 * QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half) + QUERY_BLOCK / 16 * (int)sizeof(float);
+  return (2 * QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half) +
+         STEP_ROOM * (int)(sizeof(Step) + sizeof(int)) + QUERY_BLOCK / 16 * (int)sizeof(float);
 }
 
 // A thread block computes the gradient of one query block, and the entries' sums of gradients of scores.
@@ -245,34 +246,36 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
   Half* grad_tile = query_tile + QUERY_BLOCK * D;
   Half* key_tiles = grad_tile + QUERY_BLOCK * D;
   Half* value_tiles = key_tiles + 2 * KEY_BLOCK * D;
-  float* warp_sums = (float*)(value_tiles + 2 * KEY_BLOCK * D);
+  Step* ring = (Step*)(value_tiles + 2 * KEY_BLOCK * D);
+  int* entries = (int*)(ring + STEP_ROOM);
+  float* warp_sums = (float*)(entries + STEP_ROOM);
   const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   const Place place(arguments, arguments.order[blockIdx.x], blockIdx.y, blockIdx.z);
   const int first_query = place.query_block * QUERY_BLOCK;
-  const int count = arguments.counts[place.list];
+  Steps<true> steps{ring, entries, 0};
   const int head_row = place.batch * arguments.heads + place.head;
   const long long first_padded_row = (long long)head_row * arguments.num_query_blocks * QUERY_BLOCK + first_query;
   const auto own_list = [&] { return (long long)head_row * arguments.num_query_blocks + place.query_block; };
 
-  const auto key_block = [&](int entry) {
-    return KeyBlock(arguments, place.batch, arguments.key_blocks[place.list * arguments.max_entries + entry]);
+  const auto count = [&] { return arguments.counts[place.list]; };
+  const auto find_step = [&](int candidate, Step& step) {
+    const long long entry = place.list * arguments.max_entries + candidate;
+    const int block = arguments.key_blocks[entry];
+    const KeyBlock keys(arguments, place.batch, block);
+    return step.set(arguments, place, first_query, QUERY_BLOCK, entry, keys, block);
   };
-  const auto next_entry = [&](int entry) {
-    while (entry < count &&
-           Mask(arguments, place, first_query, QUERY_BLOCK, entry, key_block(entry)).is_skipped)
-      entry++;
-    return entry;
-  };
-  const auto load_entry = [&](int entry, int stage) {
-    const KeyBlock keys = key_block(entry);
+  const auto keys_of = [&](const Step& step) { return KeyBlock(arguments, place.batch, step.tile(), step.open); };
+  const auto load_step = [&](int index) {
+    const int stage = index % 2;
     load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
-                                     place, keys);
+                                     place, keys_of(steps[index]));
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;
   load_queries_and_grads<D, QUERY_BLOCK, THREADS>(query_tile, grad_tile, arguments, place, first_query, block_lse);
-  int entry = next_entry(0);
-  if (entry < count) load_entry(entry, 0);
+  steps.look_ahead(0, count, find_step);
+  synchronize_block();
+  if (steps.found > 0) load_step(0);
   commit_copies();
 
   // Computed where they are needed, as the keys of grad_keys_kernel.
@@ -290,14 +293,15 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
   set_zero(sum);
   float span_sum = 0.0f;
 
-  for (int stage = 0; entry < count; stage ^= 1) {
-    const int following = next_entry(entry + 1);
-    if (following < count) load_entry(following, stage ^ 1);
+  for (int index = 0; index < steps.found; index++) {
+    if (index + 1 < steps.found) load_step(index + 1);
     commit_copies();
     wait_for_copies<1>();
     synchronize_block();
-    const KeyBlock keys = key_block(entry);
-    const Mask mask(arguments, place, first_query, QUERY_BLOCK, entry, keys);
+    steps.look_ahead(index, count, find_step);
+    const Step& step = steps[index];
+    const KeyBlock keys = keys_of(step);
+    const int stage = index % 2;
     float entry_sum = 0.0f;
     NO_UNROLL for (int start = 0; start < KEY_BLOCK; start += CHUNK) {
       const Half* key_tile = key_tiles + (stage * KEY_BLOCK + start) * D;
@@ -306,16 +310,18 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
       set_zero(scores);
       set_zero(grads);
       multiply_transposed<TYPE, D, CHUNK>(scores, query_tile, key_tile, grads, grad_tile, value_tile, warp * 16, lane);
-      UNROLL for (int n = 0; n < CHUNK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++) scores[n][j] = scores[n][j] * (arguments.scale * LOG2_E) + mask.bias;
-      if (mask.has_span) {
+      const float scale = arguments.scale * LOG2_E;
+      if (step.is(Step::SPANNED)) {
+        const float unscale = 1.0f / scale;
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
-            scores[n][j] += span_log2(span_weight(
-                arguments, place.head, keys.first + start + fragment_column(lane, n, j) - query(j / 2)));
+            scores[n][j] += span_log2(span_weight(arguments, place.head,
+                                                  keys.first + start + fragment_column(lane, n, j) - query(j / 2))) *
+                            unscale;
       }
-      if (mask.is_masked) {
-        const Bits visible[2] = {mask.visible_keys(keys, query(0)), mask.visible_keys(keys, query(1))};
+      if (step.is(Step::MASKED)) {
+        const Bits visible[2] = {step.visible_keys(arguments, keys, query(0)),
+                                 step.visible_keys(arguments, keys, query(1))};
         hide(scores, visible, start, lane);
       }
       if (arguments.has_dropout) {
@@ -331,11 +337,11 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
       }
       UNROLL for (int n = 0; n < CHUNK / 8; n++) {
         UNROLL for (int j = 0; j < 4; j++) {
-          grads[n][j] = power_of_two(scores[n][j] - lse[j / 2]) * (grads[n][j] - delta[j / 2]);
+          grads[n][j] = power_of_two(scores[n][j] * scale + (step.bias - lse[j / 2])) * (grads[n][j] - delta[j / 2]);
           entry_sum += grads[n][j];
         }
       }
-      if (mask.has_span) {
+      if (step.is(Step::SPANNED)) {
         UNROLL for (int n = 0; n < CHUNK / 8; n++)
           UNROLL for (int j = 0; j < 4; j++)
             span_sum += grads[n][j] * span_slope(arguments, span_weight(arguments, place.head,
@@ -350,13 +356,11 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
       if (lane == 0) warp_sums[warp] = entry_sum;
     }
     synchronize_block();
-    const int flags = arguments.flags[place.list * arguments.max_entries + entry];
-    if (arguments.grad_entry_bias != nullptr && threadIdx.x == 0 && !(flags & (WINDOW | GLOBAL_PACK))) {
+    if (arguments.grad_entry_bias != nullptr && threadIdx.x == 0 && step.is(Step::BIASED)) {
       float total = 0.0f;
       for (int i = 0; i < WARPS; i++) total += warp_sums[i];
-      arguments.grad_entry_bias[own_list() * arguments.max_entries + entry] = total;
+      arguments.grad_entry_bias[own_list() * arguments.max_entries + entries[index % STEP_ROOM]] = total;
     }
-    entry = following;
   }
 
   UNROLL for (int h = 0; h < 2; h++)

@@ -62,8 +62,9 @@ DEVICE void multiply_accumulate(float c[4], const Word a[4], const Word b[2]) {
 
 // Starts a copy of 16 bytes from global to shared memory, or fills them with zeros.
 DEVICE void copy_async(void* shared, const void* global, bool is_copied) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(is_copied ? 16 : 0)
+  asm volatile("{ .reg .pred %%skip0; setp.eq.u32 %%skip0,%2,0; cp.async.cg.shared.global [%0],[%1],16,%%skip0; }" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"((Word)is_copied)
                : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -82,6 +83,9 @@ DEVICE float power_of_two(float exponent) {
   return result;
 }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+// A bit for every lane of the warp.
+DEVICE Word ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
+DEVICE int count_bits(Word word) { return __popc(word); }
 DEVICE void synchronize_block() { __syncthreads(); }
 // threadIdx.x, read anew: what follows from it is computed again instead of kept in registers.
 DEVICE int thread_index() {

@@ -6,10 +6,10 @@
 
 namespace adaptive {
 
-// Bytes of shared memory: the query tile, two stages of keys and values.
+// Bytes of shared memory: the query tile, two stages of keys and values, the steps.
 template <int D, int QUERY_BLOCK>
 constexpr int forward_shared_memory() {
-  return (QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half);
+  return (QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half) + STEP_ROOM * (int)sizeof(Step);
 }
 
 template <int TYPE, int D, int QUERY_BLOCK>
@@ -22,27 +22,27 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
   const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   const Place place(arguments, arguments.order[blockIdx.x], blockIdx.y, blockIdx.z);
   const int first_query = place.query_block * QUERY_BLOCK;
-  const int count = arguments.counts[place.list];
+  Steps<false> steps{(Step*)(value_tiles + 2 * KEY_BLOCK * D), nullptr, 0};
   const long long first_row = ((long long)place.batch * arguments.heads + place.head) * arguments.length;
 
-  const auto key_block = [&](int entry) {
-    return KeyBlock(arguments, place.batch, arguments.key_blocks[place.list * arguments.max_entries + entry]);
+  const auto count = [&] { return arguments.counts[place.list]; };
+  const auto find_step = [&](int candidate, Step& step) {
+    const long long entry = place.list * arguments.max_entries + candidate;
+    const int block = arguments.key_blocks[entry];
+    const KeyBlock keys(arguments, place.batch, block);
+    return step.set(arguments, place, first_query, QUERY_BLOCK, entry, keys, block);
   };
-  const auto next_entry = [&](int entry) {
-    while (entry < count &&
-           Mask(arguments, place, first_query, QUERY_BLOCK, entry, key_block(entry)).is_skipped)
-      entry++;
-    return entry;
-  };
-  const auto load_entry = [&](int entry, int stage) {
-    const KeyBlock keys = key_block(entry);
+  const auto keys_of = [&](const Step& step) { return KeyBlock(arguments, place.batch, step.tile(), step.open); };
+  const auto load_step = [&](int index) {
+    const int stage = index % 2;
     load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
-                                     place, keys);
+                                     place, keys_of(steps[index]));
   };
 
   load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments, place, first_query);
-  int entry = next_entry(0);
-  if (entry < count) load_entry(entry, 0);
+  steps.look_ahead(0, count, find_step);
+  synchronize_block();
+  if (steps.found > 0) load_step(0);
   commit_copies();
 
   int query[2], row_word[2];
@@ -58,16 +58,17 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
   Word query_parts[D / 16][4];
   const float scale = arguments.scale * LOG2_E;
 
-  for (int stage = 0, is_first = 1; entry < count; stage ^= 1, is_first = 0) {
-    const int following = next_entry(entry + 1);
-    if (following < count) load_entry(following, stage ^ 1);
+  for (int index = 0; index < steps.found; index++) {
+    if (index + 1 < steps.found) load_step(index + 1);
     commit_copies();
     wait_for_copies<1>();
     synchronize_block();
-    if (is_first)
+    steps.look_ahead(index, count, find_step);
+    if (index == 0)
       UNROLL for (int k = 0; k < D / 16; k++)
         load_matrices(query_parts[k], query_tile + swizzled<D>(warp * 16 + lane % 16, k * 2 + lane / 16));
 
+    const int stage = index % 2;
     const Half* key_tile = key_tiles + stage * KEY_BLOCK * D;
     float scores[KEY_BLOCK / 8][4];
     set_zero(scores);
@@ -80,28 +81,31 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
       }
     }
 
-    const KeyBlock keys = key_block(entry);
-    const Mask mask(arguments, place, first_query, QUERY_BLOCK, entry, keys);
-    UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)
-      UNROLL for (int j = 0; j < 4; j++) scores[n][j] = scores[n][j] * scale + mask.bias;
-    if (mask.has_span) {
+    const Step& step = steps[index];
+    const KeyBlock keys = keys_of(step);
+    if (step.is(Step::SPANNED)) {
+      const float unscale = 1.0f / scale;
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)
         UNROLL for (int j = 0; j < 4; j++)
           scores[n][j] += span_log2(span_weight(arguments, place.head,
-                                                keys.first + fragment_column(lane, n, j) - query[j / 2]));
+                                                keys.first + fragment_column(lane, n, j) - query[j / 2])) *
+                          unscale;
     }
-    if (mask.is_masked) {
-      const Bits visible[2] = {mask.visible_keys(keys, query[0]), mask.visible_keys(keys, query[1])};
+    if (step.is(Step::MASKED)) {
+      const Bits visible[2] = {step.visible_keys(arguments, keys, query[0]),
+                               step.visible_keys(arguments, keys, query[1])};
       hide(scores, visible, 0, lane);
     }
     UNROLL for (int h = 0; h < 2; h++) {
-      float new_max = row_max[h];
+      float new_max = -infinity();
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)
         new_max = fmaxf(new_max, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
       new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
       new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
+      // The scale is positive: the largest product is the largest score.
+      new_max = fmaxf(row_max[h], new_max * scale + step.bias);
       const float shift = new_max == -infinity() ? 0.0f : new_max;
-      const float decay = power_of_two(row_max[h] - shift);
+      const float decay = power_of_two(row_max[h] - shift), offset = step.bias - shift;
       row_max[h] = new_max;
       row_total[h] *= decay;
       UNROLL for (int i = 0; i < D / 8; i++) {
@@ -110,7 +114,7 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
       }
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++) {
         UNROLL for (int j = 2 * h; j < 2 * h + 2; j++) {
-          scores[n][j] = power_of_two(scores[n][j] - shift);
+          scores[n][j] = power_of_two(scores[n][j] * scale + offset);
           row_total[h] += scores[n][j];
         }
       }
@@ -127,7 +131,6 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
     }
     multiply_registers<TYPE, D, KEY_BLOCK>(sum, scores, value_tiles + stage * KEY_BLOCK * D, lane);
     synchronize_block();
-    entry = following;
   }
 
   UNROLL for (int h = 0; h < 2; h++) {

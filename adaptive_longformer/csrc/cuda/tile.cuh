@@ -5,9 +5,6 @@
 
 namespace adaptive {
 
-// Farther than any offset, and far from overflow.
-constexpr int NOWHERE = 1 << 30;
-
 // Where chunk (8 elements, 16 bytes) of a row lies in a tile: chunks are permuted so that the 8 rows that one ldmatrix
 // reads lie in different banks. Rows of 32 and 96 elements start half a bank line apart and need only 2 bits.
 template <int D>
@@ -16,7 +13,9 @@ DEVICE int swizzled(int row, int chunk) {
 }
 
 DEVICE const Half* row_at(const RowTensor& tensor, int batch, int head, int position) {
-  return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + position * tensor.row_stride;
+  // A row's stride fits into 32 bits, which make one instruction of the product: attention/compiled_cuda.py sees to it.
+  return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride +
+         (long long)position * (int)tensor.row_stride;
 }
 
 // Which list a block of threads works on.
@@ -47,8 +46,9 @@ struct KeyBlock {
   int first;
   const int* positions;  // null for a block of the sequence
 
-  DEVICE KeyBlock(const Arguments& arguments, int batch, int block) {
-    open = arguments.open_keys[(long long)batch * arguments.num_blocks + block];
+  DEVICE KeyBlock(const Arguments& arguments, int batch, int block)
+      : KeyBlock(arguments, batch, block, arguments.open_keys[(long long)batch * arguments.num_blocks + block]) {}
+  DEVICE KeyBlock(const Arguments& arguments, int batch, int block, Bits open) : open(open) {
     first = block * KEY_BLOCK;
     positions = nullptr;
     const int packed = block - arguments.num_sequence_blocks;
@@ -61,85 +61,128 @@ struct KeyBlock {
   DEVICE int position(int column) const { return positions == nullptr ? first + column : positions[column]; }
 };
 
-// What one entry asks for, the same in all threads.
-struct Mask {
-  bool is_skipped, is_masked, has_span;
-  float bias;  // in base 2
-  int low, high, limit;
-  bool is_inverted;
+// Bits from first to last, clipped to 0 to 63.
+DEVICE Bits interval(int first, int last) {
+  if (last < 0 || first > 63) return 0;
+  const Bits from = first <= 0 ? ~(Bits)0 : ~(Bits)0 << first;
+  const Bits to = last >= 63 ? ~(Bits)0 : ~(~(Bits)0 << (last + 1));
+  return from & to;
+}
 
-  DEVICE Mask(const Arguments& arguments, const Place& place, int first_query, int num_queries, int entry,
-              const KeyBlock& keys) {
-    const long long index = place.list * arguments.max_entries + entry;
-    const int flags = arguments.flags[index];
-    low = -NOWHERE, high = NOWHERE, limit = arguments.is_causal ? 0 : NOWHERE;
-    is_inverted = has_span = false;
+// What a kernel does with one entry of a list, or with a part of its queries: the same in all threads.
+struct alignas(16) Step {
+  // Some pairs are hidden; pairs have a span; only those inside, or outside, of the window are visible; a bias of its own.
+  enum Flag { MASKED = 1, SPANNED = 2, INSIDE = 4, OUTSIDE = 8, BIASED = 16 };
+
+  Bits open;  // the keys that can be seen at all
+  int tile_and_flags;
+  float bias;  // in base 2
+
+  // Which block of keys, or part of the queries, the kernel has to load.
+  DEVICE int tile() const { return tile_and_flags >> 5; }
+  DEVICE bool is(int flag) const { return tile_and_flags & flag; }
+
+  // Makes the step of an entry. False: it has no visible pair.
+  DEVICE bool set(const Arguments& arguments, const Place& place, int first_query, int num_queries, long long entry,
+                  const KeyBlock& keys, int tile) {
+    const int entry_flags = arguments.flags[entry];
+    int flags = keys.open != ~(Bits)0 ? MASKED : 0;
+    bool is_visible = keys.open != 0;
+    open = keys.open;
     bias = 0.0f;
-    is_skipped = keys.open == 0;
-    is_masked = keys.open != ~(Bits)0;
-    if (flags & GLOBAL_PACK) {
-      is_masked |= arguments.is_causal;
-      return;
-    }
-    const bool is_window = flags & WINDOW;
-    const int last_query = min_of(first_query + num_queries, arguments.length) - 1;
-    const int last_key = min_of(keys.first + KEY_BLOCK, arguments.length) - 1;
-    // The offsets key - query of the tile.
-    const int lowest = keys.first - last_query, highest = last_key - first_query;
-    if (arguments.is_causal) {
-      is_skipped |= lowest > 0;
-      is_masked |= highest > 0;
-    }
-    if (arguments.has_window) {
-      const int left = -arguments.left, right = arguments.right;
-      const bool touches = highest >= left && lowest <= right, is_inside = lowest >= left && highest <= right;
-      is_skipped |= is_window ? !touches : is_inside;
-      if (is_window ? !is_inside : touches) {
-        is_masked = true;
-        low = left, high = right, is_inverted = !is_window;
+    if (entry_flags & GLOBAL_PACK) {
+      flags |= arguments.is_causal ? MASKED : 0;
+    } else {
+      const bool is_window = entry_flags & WINDOW;
+      const int last_query = min_of(first_query + num_queries, arguments.length) - 1;
+      const int last_key = min_of(keys.first + KEY_BLOCK, arguments.length) - 1;
+      // The offsets key - query of the tile.
+      const int lowest = keys.first - last_query, highest = last_key - first_query;
+      if (arguments.is_causal) {
+        is_visible &= lowest <= 0;
+        flags |= highest > 0 ? MASKED : 0;
+      }
+      if (arguments.has_window) {
+        const int left = -arguments.left, right = arguments.right;
+        const bool touches = highest >= left && lowest <= right, is_inside = lowest >= left && highest <= right;
+        is_visible &= is_window ? touches : !is_inside;
+        if (is_window ? !is_inside : touches) flags |= MASKED | (is_window ? INSIDE : OUTSIDE);
+      }
+      if (is_window && arguments.span_length != nullptr &&
+          (float)(-lowest > highest ? -lowest : highest) >= arguments.span_length[place.head])
+        flags |= SPANNED;
+      if (!is_window) flags |= BIASED;
+      if (!is_window && arguments.entry_bias != nullptr) {
+        const long long lists = place.batch * arguments.bias_batch_stride + place.head * arguments.bias_head_stride;
+        bias = LOG2_E * arguments.entry_bias[(lists + place.query_block) * arguments.max_entries +
+                                             (entry - place.list * arguments.max_entries)];
       }
     }
-    if (is_window && arguments.span_length != nullptr)
-      has_span = (float)(-lowest > highest ? -lowest : highest) >= arguments.span_length[place.head];
-    if (!is_window && arguments.entry_bias != nullptr)
-      bias = LOG2_E * arguments.entry_bias[(place.batch * arguments.bias_batch_stride +
-                                            place.head * arguments.bias_head_stride + place.query_block) *
-                                               arguments.max_entries +
-                                           entry];
+    tile_and_flags = tile << 5 | flags;
+    return is_visible;
   }
 
   // Which of the 64 keys the query at a position sees.
-  DEVICE Bits visible_keys(const KeyBlock& keys, int query) const {
+  DEVICE Bits visible_keys(const Arguments& arguments, const KeyBlock& keys, int query) const {
+    Bits visible = keys.open;
     if (keys.positions == nullptr) {
       const int start = query - keys.first;
-      const Bits inside = interval(start + low, start + high);
-      return keys.open & (is_inverted ? ~inside : inside) & interval(0, start + limit);
-    }
-    // Packed keys have no window.
-    Bits visible = keys.open;
-    if (limit == 0)
+      visible &= in_window(start - arguments.left, start + arguments.right);
+      if (arguments.is_causal) visible &= interval(0, start);
+    } else if (arguments.is_causal) {
+      // Packed keys have no window.
       for (int column = 0; column < KEY_BLOCK; column++)
         if (keys.is_open(column) && keys.position(column) > query) visible &= ~((Bits)1 << column);
+    }
     return visible;
   }
 
   // Which of the 64 queries from first_query on see the key at a position.
-  DEVICE Bits visible_queries(int position, int first_query) const {
+  DEVICE Bits visible_queries(const Arguments& arguments, int position, int first_query) const {
     const int start = position - first_query;
-    const Bits inside = interval(start - high, start - low);
-    return (is_inverted ? ~inside : inside) & interval(start - limit, KEY_BLOCK - 1);
+    const Bits visible = in_window(start - arguments.right, start + arguments.left);
+    return arguments.is_causal ? visible & interval(start, KEY_BLOCK - 1) : visible;
   }
 
  private:
   static DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
-  // Bits from first to last, clipped to 0 to 63.
-  static DEVICE Bits interval(int first, int last) {
-    if (last < 0 || first > 63) return 0;
-    const Bits from = first <= 0 ? ~(Bits)0 : ~(Bits)0 << first;
-    const Bits to = last >= 63 ? ~(Bits)0 : ~(~(Bits)0 << (last + 1));
-    return from & to;
+  DEVICE Bits in_window(int first, int last) const {
+    if (!is(INSIDE | OUTSIDE)) return ~(Bits)0;
+    return is(INSIDE) ? interval(first, last) : ~interval(first, last);
   }
+};
+
+// The steps of a thread block, in shared memory, between the one that is computed and those to come. Every warp finds
+// them all, 32 candidates at a time, one for each lane; the first warp writes them.
+constexpr int STEP_ROOM = 64;
+
+template <bool KEEPS_CANDIDATES>
+struct Steps {
+  Step* const ring;       // [STEP_ROOM]
+  int* const candidates;  // [STEP_ROOM], of which candidate each step was made; only if they are kept
+  int next;               // the first candidate that no lane has looked at; negative: there is none
+  int found = 0;
+
+  // Looks for steps, until more are at hand than half the room or no candidate is left. No thread may still read a step
+  // before `current`; all may read the new ones after the next barrier.
+  template <typename End, typename Find>
+  DEVICE void look_ahead(int current, const End& end_of_candidates, const Find& find) {
+    while (next >= 0 && found - current <= STEP_ROOM / 2) {
+      const int lane = thread_index() % 32, candidate = next + lane, end = end_of_candidates();
+      Step step;
+      const bool is_step = candidate < end && find(candidate, step);
+      const Word lanes = ballot(is_step);
+      if (is_step && thread_index() < 32) {
+        const int place = (found + count_bits(lanes & ((1u << lane) - 1))) % STEP_ROOM;
+        ring[place] = step;
+        if constexpr (KEEPS_CANDIDATES) candidates[place] = candidate;
+      }
+      found += count_bits(lanes);
+      next = next + 32 < end ? next + 32 : -1;
+    }
+  }
+  DEVICE const Step& operator[](int index) const { return ring[index % STEP_ROOM]; }
 };
 
 // The weight of the adaptive span for a pair of the window.
@@ -196,8 +239,8 @@ DEVICE void load_keys_and_values(Half* key_tile, Half* value_tile, const Argumen
       const bool is_open = open >> step * share.STEP & 1;
       share.start(key_tile, step, key, is_open);
       share.start(value_tile, step, value, is_open);
-      key += share.STEP * arguments.key.row_stride;
-      value += share.STEP * arguments.value.row_stride;
+      key += share.STEP * (int)arguments.key.row_stride;
+      value += share.STEP * (int)arguments.value.row_stride;
     }
   } else {
     NO_UNROLL for (int step = 0; step < KEY_BLOCK / share.STEP; step++) {
@@ -216,7 +259,7 @@ DEVICE void load_queries(Half* tile, const Arguments& arguments, const Place& pl
   const Half* query = row_at(arguments.query, place.batch, place.head, first_query + share.row) + share.element;
   UNROLL for (int step = 0; step < ROWS / share.STEP; step++) {
     share.start(tile, step, query, first_query + share.row + step * share.STEP < arguments.length);
-    query += share.STEP * arguments.query.row_stride;
+    query += share.STEP * (int)arguments.query.row_stride;
   }
 }
 
@@ -232,8 +275,8 @@ DEVICE void load_queries_and_grads(Half* query_tile, Half* grad_tile, const Argu
     const bool is_used = row_lse[share.row + step * share.STEP] < infinity();
     share.start(query_tile, step, query, is_used);
     share.start(grad_tile, step, grad, is_used);
-    query += share.STEP * arguments.query.row_stride;
-    grad += share.STEP * arguments.grad_output.row_stride;
+    query += share.STEP * (int)arguments.query.row_stride;
+    grad += share.STEP * (int)arguments.grad_output.row_stride;
   }
 }
 
