@@ -152,6 +152,7 @@ REFUSED = {
     "blocks of 64 x 32 tokens": {"key_block_size": 32},
     "batch x heads is 65536 x 1, at most 65535": {"batch": 65536},
     "is not made of whole blocks": {"pattern": Strided(12)},
+    "scale is -1.0, a number above 0 is needed": {"scale": -1.0},
     "capability 7.5, 8.0 is needed": {"gpu": {"major": 7, "minor": 5}},
     "bytes of shared memory are needed, the device has 101376": {
         "head_dim": 128, "query_block_size": 128, "gpu": {"shared_memory_per_block_optin": 101376},
@@ -165,7 +166,7 @@ def test_what_the_kernels_cannot_run_has_a_reason_and_another_backend(
 ):
     sizes = {
         "batch": 1, "head_dim": 32, "dtype": torch.bfloat16, "pattern": SlidingWindow(30),
-        "query_block_size": 64, "key_block_size": 64, "gpu": {}, **change,
+        "query_block_size": 64, "key_block_size": 64, "gpu": {}, "scale": None, **change,
     }  # fmt: skip
     gpu = torch.cuda.get_device_properties(0)
     for name, value in sizes["gpu"].items():
@@ -176,10 +177,10 @@ def test_what_the_kernels_cannot_run_has_a_reason_and_another_backend(
         sizes["pattern"], 70, query_block_size=sizes["query_block_size"],
         key_block_size=sizes["key_block_size"], device="cuda",
     )  # fmt: skip
-    reasons = explain_backends(query, query, query, lists)
+    reasons = explain_backends(query, query, query, lists, scale=sizes["scale"])
     assert reason in (reasons["cuda"] or "") and reasons["blocked"] is None
     with pytest.raises(ValueError, match="'cuda' cannot run this call"):
-        sparse_attention(query, query, query, lists, backend="cuda")
+        sparse_attention(query, query, query, lists, scale=sizes["scale"], backend="cuda")
     assert not gpu_machine
 
 
