@@ -56,7 +56,8 @@ class BlockLayout:
         query_block_size, key_block_size: in tokens, 8 to 128.
         length: tokens in the sequence; the last block may be incomplete.
         window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without
-            holes.
+            holes. Every list has a WINDOW entry for each block that it touches; only those may be
+            missing in which an `AttentionSpan` hides everything.
         pattern: what the PATTERN entries mean.
         is_checked: whether `check_once` has nothing left to do; a changed copy is unchecked again.
     """
@@ -131,6 +132,12 @@ class BlockLayout:
                 f"BlockLayout: key_blocks has ids from {int(ids.min())} to {int(ids.max())}, "
                 f"0 to {self.num_key_blocks - 1} is allowed"
             )
+        for flag, meaning in ((EntryFlag.WINDOW, self.window), (EntryFlag.PATTERN, self.pattern)):
+            if meaning is None and bool(((self.flags & flag) != 0)[self.used].any()):
+                raise ValueError(
+                    f"BlockLayout: flags has {flag.name} entries and {flag.name.lower()} is None, "
+                    "which says what they mean"
+                )
         # A window entry and one other entry of the same block complement each other; more would
         # count keys twice.
         is_window = (self.flags & EntryFlag.WINDOW) != 0
@@ -151,11 +158,36 @@ class BlockLayout:
         """Calls `validate` the first time, and never for lists that were built by this package.
 
         Raises:
-            ValueError: as `validate`.
+            ValueError: as `validate`, or a block of the window is missing in a list.
         """
         if not self.is_checked and not self.key_blocks.is_meta:
             self.validate()
+            self._check_window()
             known_right(self)
+
+    def _check_window(self) -> None:
+        """Raises unless every list has all blocks of the window, which some backends compute whole.
+
+        What an `AttentionSpan` hides anyway may be missing, as in the lists of `window_layout`.
+        """
+        if self.window is None:
+            return
+        sizes = (self.query_block_size, self.key_block_size)
+        blocks, flags = window_entries(self.window, self.length, *sizes, self.counts.device)
+        is_touched, is_listed = torch.zeros(
+            2, *self.counts.shape, self.num_key_blocks, dtype=torch.int32, device=self.counts.device
+        )
+        blocks = blocks.long().expand(*self.counts.shape, -1)
+        is_touched.scatter_add_(
+            -1, blocks.clamp(max=self.num_key_blocks - 1), (flags != 0).int().expand_as(blocks)
+        )
+        is_window = ((self.flags & EntryFlag.WINDOW) != 0) & self.used
+        is_listed.scatter_add_(-1, self.key_blocks.long().where(is_window, 0), is_window.int())
+        if bool(((is_touched > 0) & (is_listed == 0)).any()):
+            raise ValueError(
+                "BlockLayout: key_blocks lacks WINDOW entries: every list needs one for each block "
+                f"that the window {self.window.spec} touches; window=None needs none"
+            )
 
     def select(self, keep: torch.Tensor) -> "BlockLayout":
         """The layout with only the used entries where `keep` (boolean, shape of key_blocks) is

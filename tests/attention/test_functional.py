@@ -73,6 +73,14 @@ def test_a_wrong_list_is_an_error_of_every_backend(backend, change, message):
             attend(wrong, backend)
 
 
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+def test_a_list_without_a_block_of_its_window_is_an_error_of_every_backend(backend):
+    layout = block_layout(SlidingWindow(20), 128, query_block_size=16, key_block_size=32)
+    assert attend(layout.select(layout.used), backend).isfinite().all()
+    with pytest.raises(ValueError, match="lacks WINDOW entries"):
+        attend(layout.select(layout.key_blocks != 1), backend)
+
+
 def test_a_right_list_is_checked_once(validated):
     layout = routed_layout()
     attend(layout)

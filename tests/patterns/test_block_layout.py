@@ -131,6 +131,8 @@ def test_layouts_are_cached():
         (lambda x: {"counts": x.counts + 10}, "counts go from"),
         (lambda x: {"key_blocks": x.key_blocks.clamp(max=0)}, "lists a block twice"),
         (lambda x: {"flags": x.flags[:, :, :1]}, "flags has shape"),
+        (lambda x: {"window": None}, "flags has WINDOW entries and window is None"),
+        (lambda x: {"flags": x.flags | EntryFlag.PATTERN}, "flags has PATTERN entries"),
         (lambda x: {"query_block_size": 4}, "query_block_size is 4"),
         (lambda x: {"length": 400}, "key_blocks has shape"),
     ],
