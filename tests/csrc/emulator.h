@@ -6,6 +6,7 @@
 // - ldmatrix and the copies check their alignment and stay inside the shared memory.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -31,9 +32,10 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // of its start; from then on it goes on at its place
+  jmp_buf place;
   std::vector<char> stack;
-  bool is_done = false;
+  bool is_started = false, is_done = false;
   std::vector<Copy> pending;
   std::deque<std::vector<Copy>> groups;
 };
@@ -57,7 +59,7 @@ struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
   Barrier barrier;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   int current = 0;
   const char* error = nullptr;
@@ -69,14 +71,29 @@ inline Block& block() {
   return instance;
 }
 
+// From a thread to the scheduler and back. swapcontext would ask the system for the signal mask every time.
+[[gnu::noinline]] inline void leave() {
+  Block& all = block();
+  if (_setjmp(all.threads[all.current].place) == 0) _longjmp(all.scheduler, 1);
+}
+
+[[gnu::noinline]] inline void enter(int index) {
+  Block& all = block();
+  all.current = index;
+  if (_setjmp(all.scheduler) != 0) return;
+  Thread& thread = all.threads[index];
+  if (thread.is_started) _longjmp(thread.place, 1);
+  thread.is_started = true;
+  setcontext(&thread.context);
+}
+
 inline void wait_at(Barrier& barrier, int expected) {
   const uint64_t generation = barrier.generation;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     barrier.generation++;
   }
-  Block& all = block();
-  while (barrier.generation == generation) swapcontext(&all.threads[all.current].context, &all.scheduler);
+  while (barrier.generation == generation) leave();
 }
 
 inline Warp& warp() { return block().warps[block().current / 32]; }
@@ -97,7 +114,7 @@ inline void run_thread() {
   Block& all = block();
   all.body();
   all.threads[all.current].is_done = true;
-  swapcontext(&all.threads[all.current].context, &all.scheduler);
+  leave();
 }
 
 inline uint64_t next_random() {
@@ -119,13 +136,13 @@ inline void run_block(int num_threads, int shared_memory, const std::function<vo
   all.memory.resize(all.shared - all.memory.data() + shared_memory);
   for (Thread& thread : all.threads) {
     thread.stack.resize(256 * 1024);
-    thread.is_done = false;
+    thread.is_started = thread.is_done = false;
     thread.pending.clear();
     thread.groups.clear();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &all.scheduler;
+    thread.context.uc_link = nullptr;  // no thread returns
     makecontext(&thread.context, run_thread, 0);
   }
   int unfinished = num_threads;
@@ -134,8 +151,7 @@ inline void run_block(int num_threads, int shared_memory, const std::function<vo
     for (int turn = 0; turn < turns; turn++) {
       for (int thread = warp * 32; thread < warp * 32 + 32; thread++) {
         if (all.threads[thread].is_done) continue;
-        all.current = thread;
-        swapcontext(&all.scheduler, &all.threads[thread].context);
+        enter(thread);
       }
     }
     unfinished = 0;
