@@ -132,11 +132,11 @@ class BlockLayout:
                 f"BlockLayout: key_blocks has ids from {int(ids.min())} to {int(ids.max())}, "
                 f"0 to {self.num_key_blocks - 1} is allowed"
             )
-        for flag, meaning in ((EntryFlag.WINDOW, self.window), (EntryFlag.PATTERN, self.pattern)):
-            if meaning is None and bool(((self.flags & flag) != 0)[self.used].any()):
+        for name, flag in (("window", EntryFlag.WINDOW), ("pattern", EntryFlag.PATTERN)):
+            if getattr(self, name) is None and bool(((self.flags & flag) != 0)[self.used].any()):
                 raise ValueError(
-                    f"BlockLayout: flags has {flag.name} entries and {flag.name.lower()} is None, "
-                    "which says what they mean"
+                    f"BlockLayout: flags has {name.upper()} entries and {name} is None, which says "
+                    "what they mean"
                 )
         # A window entry and one other entry of the same block complement each other; more would
         # count keys twice.
