@@ -153,8 +153,8 @@ def markdown(results: dict) -> str:
         cells = []
         for name in METRICS:
             values = [100 * run[name] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
         rows.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
     accuracies = [run["accuracy"] for runs in results["arms"].values() for run in runs]
     mean, test_size = statistics.mean(accuracies), results["test_size"]
