@@ -22,6 +22,7 @@ from adaptive_longformer.patterns.strided import Strided
 
 ALLOWED = {
     "attention_backend": ("auto", *BACKENDS),
+    "hidden_act": tuple(ACT2FN),
     "attention_pattern": (
         "longformer",
         "sliding_window",
@@ -315,10 +316,6 @@ class AdaptiveSparseConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}"
                 )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act is {self.hidden_act!r}, allowed are {', '.join(map(repr, ACT2FN))}"
-            )
         for name in POSITIVE:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}, a whole number >= 1 is needed")

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
+    AdaptiveSparseSeq2SeqConfig,
+)
+
 # Two pieces of a long document share so many tokens, more than an answer has.
 _STRIDE = 128
 
@@ -118,7 +123,7 @@ def answer_question(
 def _capacity(model: PreTrainedModel) -> int:
     """How many tokens the model reads at once; an encoder-decoder reads a piece with both."""
     config: Any = model.config
-    if config.model_type not in ("adaptive_sparse", "adaptive_sparse_seq2seq"):
+    if not isinstance(config, (AdaptiveSparseConfig, AdaptiveSparseSeq2SeqConfig)):
         raise ValueError(
             f"model is a {config.model_type} model, one of ours with a question answering head is "
             "needed: adaptive-longformer convert SOURCE TARGET makes one of it"

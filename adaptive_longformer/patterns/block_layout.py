@@ -142,12 +142,7 @@ class BlockLayout:
         # count keys twice.
         is_window = (self.flags & EntryFlag.WINDOW) != 0
         for kind, members in (("WINDOW", is_window), ("ROUTED or PATTERN", ~is_window)):
-            hits = torch.zeros(
-                *self.counts.shape, self.num_key_blocks, dtype=torch.int32, device=ids.device
-            )
-            hits.scatter_add_(
-                -1, self.key_blocks.long().where(self.used, 0), (members & self.used).int()
-            )
+            hits = self._times_listed(members)
             if hits.numel() and int(hits.max()) > 1:
                 raise ValueError(
                     f"BlockLayout: key_blocks lists a block twice as {kind} for one query block, "
@@ -165,6 +160,15 @@ class BlockLayout:
             self._check_window()
             known_right(self)
 
+    def _times_listed(self, members: torch.Tensor) -> torch.Tensor:
+        """int32 [batch or 1, heads or 1, num_query_blocks, num_key_blocks]: how many used entries
+        of a list, among `members` (boolean, shape of key_blocks), are of a key block.
+        """
+        shape = (*self.counts.shape, self.num_key_blocks)
+        hits = torch.zeros(shape, dtype=torch.int32, device=self.counts.device)
+        members = members & self.used
+        return hits.scatter_add_(-1, self.key_blocks.long().where(members, 0), members.int())
+
     def _check_window(self) -> None:
         """Raises unless every list has all blocks of the window, which some backends compute whole.
 
@@ -172,18 +176,16 @@ class BlockLayout:
         """
         if self.window is None:
             return
-        sizes = (self.query_block_size, self.key_block_size)
-        blocks, flags = window_entries(self.window, self.length, *sizes, self.counts.device)
-        is_touched, is_listed = torch.zeros(
-            2, *self.counts.shape, self.num_key_blocks, dtype=torch.int32, device=self.counts.device
+        whole = block_layout(
+            self.window,
+            self.length,
+            query_block_size=self.query_block_size,
+            key_block_size=self.key_block_size,
+            device=self.counts.device,
         )
-        blocks = blocks.long().expand(*self.counts.shape, -1)
-        is_touched.scatter_add_(
-            -1, blocks.clamp(max=self.num_key_blocks - 1), (flags != 0).int().expand_as(blocks)
-        )
-        is_window = ((self.flags & EntryFlag.WINDOW) != 0) & self.used
-        is_listed.scatter_add_(-1, self.key_blocks.long().where(is_window, 0), is_window.int())
-        if bool(((is_touched > 0) & (is_listed == 0)).any()):
+        is_needed = whole._times_listed(whole.used) > 0
+        is_window = (self.flags & EntryFlag.WINDOW) != 0
+        if bool((is_needed & (self._times_listed(is_window) == 0)).any()):
             raise ValueError(
                 "BlockLayout: key_blocks lacks WINDOW entries: every list needs one for each block "
                 f"that the window {self.window.spec} touches; window=None needs none"

@@ -27,7 +27,7 @@ def skip_without_cpp_compiler():
     mode = os.environ.get("ADAPTIVE_LONGFORMER_KERNELS", "on")
     if mode != "on":
         pytest.skip(f"ADAPTIVE_LONGFORMER_KERNELS is {mode!r}")
-    if shutil.which(cpp_compiler().split()[0]) is None:
+    if shutil.which(cpp_compiler().partition(" ")[0]) is None:
         pytest.skip(f"no C++ compiler ({cpp_compiler()})")
     reason = why_unavailable("cpu")
     assert reason is None, reason

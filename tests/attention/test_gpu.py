@@ -309,9 +309,9 @@ def cut_open_keys():
 def run_small_calls():
     """A forward and a backward pass of everything, with both sizes of query blocks."""
     for query_block in (64, 128):
-        layout = layout_to(replace(routed_layout(100, query_block), bias=None), DEVICE)
+        layout = layout_to(replace(routed_layout(150, query_block), bias=None), DEVICE)
         call = random_call(
-            layout, length=100, head_dim=64, padding="right", global_tokens="few",
+            layout, length=150, head_dim=64, padding="right", global_tokens="few",
             entry_bias=True, span=True, dropout_p=0.1,
         )  # fmt: skip
         call = to_device(call, DEVICE, torch.bfloat16)

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 # Every type, head_dim, query block and architecture once or more.
 # The others take minutes: ADAPTIVE_LONGFORMER_FULL_GRID.
 INSTANCES = [
-    (Instance(1, 64, 64), 90), (Instance(2, 128, 64), 80), (Instance(1, 32, 128), 120),
+    (Instance(1, 64, 64), 90), (Instance(2, 128, 128), 80), (Instance(1, 96, 128), 120),
+    (Instance(2, 32, 64), 90),
 ]  # fmt: skip
 FULL_GRID = [*product(compiled_cuda.INSTANCES, (80, 90, 120))]
 

@@ -259,16 +259,12 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
 
   const auto count = [&] { return arguments.counts[place.list]; };
   const auto find_step = [&](int candidate, Step& step) {
-    const long long entry = place.list * arguments.max_entries + candidate;
-    const int block = arguments.key_blocks[entry];
-    const KeyBlock keys(arguments, place.batch, block);
-    return step.set(arguments, place, first_query, QUERY_BLOCK, entry, keys, block);
+    return step.set_listed(arguments, place, first_query, QUERY_BLOCK, candidate);
   };
-  const auto keys_of = [&](const Step& step) { return KeyBlock(arguments, place.batch, step.tile(), step.open); };
   const auto load_step = [&](int index) {
     const int stage = index % 2;
     load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
-                                     place, keys_of(steps[index]));
+                                     place, steps[index].keys(arguments, place.batch));
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;
@@ -300,7 +296,7 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
     synchronize_block();
     steps.look_ahead(index, count, find_step);
     const Step& step = steps[index];
-    const KeyBlock keys = keys_of(step);
+    const KeyBlock keys = step.keys(arguments, place.batch);
     const int stage = index % 2;
     float entry_sum = 0.0f;
     NO_UNROLL for (int start = 0; start < KEY_BLOCK; start += CHUNK) {

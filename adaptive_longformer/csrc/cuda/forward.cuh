@@ -27,16 +27,12 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
 
   const auto count = [&] { return arguments.counts[place.list]; };
   const auto find_step = [&](int candidate, Step& step) {
-    const long long entry = place.list * arguments.max_entries + candidate;
-    const int block = arguments.key_blocks[entry];
-    const KeyBlock keys(arguments, place.batch, block);
-    return step.set(arguments, place, first_query, QUERY_BLOCK, entry, keys, block);
+    return step.set_listed(arguments, place, first_query, QUERY_BLOCK, candidate);
   };
-  const auto keys_of = [&](const Step& step) { return KeyBlock(arguments, place.batch, step.tile(), step.open); };
   const auto load_step = [&](int index) {
     const int stage = index % 2;
     load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
-                                     place, keys_of(steps[index]));
+                                     place, steps[index].keys(arguments, place.batch));
   };
 
   load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments, place, first_query);
@@ -82,7 +78,7 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
     }
 
     const Step& step = steps[index];
-    const KeyBlock keys = keys_of(step);
+    const KeyBlock keys = step.keys(arguments, place.batch);
     if (step.is(Step::SPANNED)) {
       const float unscale = 1.0f / scale;
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)

@@ -122,6 +122,14 @@ struct alignas(16) Step {
     return is_visible;
   }
 
+  // Makes the step of a query block and an entry of its list.
+  DEVICE bool set_listed(const Arguments& arguments, const Place& place, int first_query, int num_queries, int candidate) {
+    const long long entry = place.list * arguments.max_entries + candidate;
+    const int block = arguments.key_blocks[entry];
+    return set(arguments, place, first_query, num_queries, entry, KeyBlock(arguments, place.batch, block), block);
+  }
+  DEVICE KeyBlock keys(const Arguments& arguments, int batch) const { return KeyBlock(arguments, batch, tile(), open); }
+
   // Which of the 64 keys the query at a position sees.
   DEVICE Bits visible_keys(const Arguments& arguments, const KeyBlock& keys, int query) const {
     Bits visible = keys.open;
