@@ -10,6 +10,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.conversion.convert import convert_checkpoint
+from adaptive_longformer.modeling.integration.registration import register_with_transformers
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,
@@ -29,7 +30,6 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqModel,
     AdaptiveSparseSeq2SeqPreTrainedModel,
 )
-from adaptive_longformer.modeling.registration import register_with_transformers
 
 register_with_transformers()
 

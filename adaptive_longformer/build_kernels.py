@@ -7,11 +7,11 @@ import time
 
 import torch
 
-from adaptive_longformer.attention.compiled_cuda import INSTANCES
-from adaptive_longformer.attention.cuda_program import CudaProgram, visible_architectures
-from adaptive_longformer.attention.extension import kernel_library
-from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
-from adaptive_longformer.attention.kernel_route import kernel_route
+from adaptive_longformer.attention.backends.cuda import INSTANCES
+from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.cuda_program import CudaProgram, visible_architectures
+from adaptive_longformer.attention.kernels.load import kernel_library
+from adaptive_longformer.attention.kernels.route import kernel_route
 
 KINDS = ("cpu", "cuda")
 

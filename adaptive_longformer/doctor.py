@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from adaptive_longformer.attention.backends import choose_backend
-from adaptive_longformer.attention.extension import ENVIRONMENT, cpp_compiler
+from adaptive_longformer.attention.backends.choose import choose_backend
 from adaptive_longformer.attention.functional import (
     explain_backends,
     make_call,
     sparse_attention,
 )
-from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
-from adaptive_longformer.attention.kernel_route import kernel_route
-from adaptive_longformer.attention.nvrtc import find_nvrtc
+from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.load import ENVIRONMENT, cpp_compiler
+from adaptive_longformer.attention.kernels.nvrtc import find_nvrtc
+from adaptive_longformer.attention.kernels.route import kernel_route
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 

@@ -14,7 +14,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import Adap
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,

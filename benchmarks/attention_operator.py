@@ -33,8 +33,8 @@ from side_by_side.report import Verdicts, notes, plot, text_table, write_json, w
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptive_longformer.attention.backends import BACKENDS
-from adaptive_longformer.attention.flex import TILE
+from adaptive_longformer.attention.backends.choose import BACKENDS
+from adaptive_longformer.attention.backends.flex import TILE
 from adaptive_longformer.attention.functional import make_call, sparse_attention
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
 from adaptive_longformer.patterns.sliding_window import SlidingWindow

@@ -10,7 +10,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from adaptive_longformer.attention.routing import RoutingOptions
+from adaptive_longformer.selection.select_blocks import RoutingOptions
 
 
 @dataclass(frozen=True)

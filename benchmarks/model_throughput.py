@@ -42,7 +42,7 @@ from side_by_side.measure import (
 )
 from side_by_side.report import Verdicts, notes, plot, text_table, write_json
 
-from adaptive_longformer.attention.backends import cpp_is_automatic
+from adaptive_longformer.attention.backends.choose import cpp_is_automatic
 
 FORWARD, FORWARD_BACKWARD, TRAINING_STEP = "forward", "forward+backward", "training step"
 MODES = (FORWARD, FORWARD_BACKWARD, TRAINING_STEP)

@@ -42,7 +42,7 @@ from quality.variants import ABLATIONS, BUDGETS, FEW_PATTERNS, PATTERNS, Variant
 from side_by_side.measure import environment
 
 from adaptive_longformer.analysis.sparsity import SparsityReport
-from adaptive_longformer.modeling.adaptive import (
+from adaptive_longformer.modeling.adaptive_selection import (
     AdaptiveSelection,
     selections,
     set_selection_strength,

@@ -22,8 +22,12 @@ import torch
 from side_by_side.measure import environment, seconds
 from side_by_side.report import write_json
 
-from adaptive_longformer.attention.routing import RoutingOptions, SelectedBlocks, select_blocks
 from adaptive_longformer.patterns import SlidingWindow
+from adaptive_longformer.selection.select_blocks import (
+    RoutingOptions,
+    SelectedBlocks,
+    select_blocks,
+)
 
 BLOCK, HEADS, HEAD_DIM = 64, 2, 64
 SCALES = (64, 256, 1024, 4096)

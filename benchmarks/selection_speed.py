@@ -20,8 +20,12 @@ from side_by_side.measure import default_dtype, environment, interleaved_medians
 from side_by_side.report import Verdicts, write_json
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
-from adaptive_longformer.attention.routing import RoutingOptions, select_blocks, selection_layout
 from adaptive_longformer.patterns import SlidingWindow
+from adaptive_longformer.selection.select_blocks import (
+    RoutingOptions,
+    select_blocks,
+    selection_layout,
+)
 
 WINDOW, OPTIONS = SlidingWindow(256), RoutingOptions()
 

@@ -7,8 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from adaptive_longformer.attention.backends import BACKENDS
-from adaptive_longformer.attention.routing import RoutingOptions
+from adaptive_longformer.attention.backends.choose import BACKENDS
 from adaptive_longformer.configuration.presets import preset
 from adaptive_longformer.configuration.remote_code import write_remote_code
 from adaptive_longformer.patterns.big_bird import BigBird
@@ -19,6 +18,7 @@ from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.patterns.strided import Strided
+from adaptive_longformer.selection.select_blocks import RoutingOptions
 
 ALLOWED = {
     "attention_backend": ("auto", *BACKENDS),
@@ -148,8 +148,8 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             "after_separator", or "auto": "none" for the pattern "big_bird", which has its global
             blocks; otherwise "question" for question answering, "first" for every other model.
         separate_global_projections: Longformer's query_global, key_global and value_global.
-        attention_backend: see `adaptive_longformer.attention.backends`; "auto" takes the first that
-            fits.
+        attention_backend: see `adaptive_longformer.attention.backends.choose`; "auto" takes the
+            first that fits.
         max_global_tokens: at most this many global tokens per sequence, the first ones. On a GPU so
             many rows are computed, and their number is not read back. None: no limit.
         position_style: "roberta" counts the tokens that are not padding from `pad_token_id + 1`,

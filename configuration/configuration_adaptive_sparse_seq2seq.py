@@ -6,13 +6,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from adaptive_longformer.attention.routing import RoutingOptions
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     WITHOUT_GLOBAL_TOKENS,
     AdaptiveSparseConfig,
 )
 from adaptive_longformer.configuration.remote_code import write_remote_code
 from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.selection.select_blocks import RoutingOptions
 
 NORM_STYLES = ("post", "pre")
 POSITIVE = (

@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-from adaptive_longformer.attention.alignment import roll_rows
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
-from adaptive_longformer.attention.coarse_tail import add_coarse_tail, coarse_tail_probabilities
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
@@ -14,12 +12,14 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.masks import padding_to_roll
+from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, SelectionState
+from adaptive_longformer.modeling.alignment import roll_rows
+from adaptive_longformer.modeling.padding import padding_to_roll
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.selection.coarse_tail import add_coarse_tail, coarse_tail_probabilities
 
 _EVERYTHING = Full()
 

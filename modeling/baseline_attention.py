@@ -5,8 +5,8 @@ from torch import nn
 from transformers import initialization as init
 
 from adaptive_longformer.attention.functional import sparse_attention
-from adaptive_longformer.attention.linear import linear_attention
-from adaptive_longformer.attention.lsh import lsh_attention
+from adaptive_longformer.baselines.linear import linear_attention
+from adaptive_longformer.baselines.lsh import lsh_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     BASELINE_PATTERNS,
     AdaptiveSparseConfig,
@@ -14,7 +14,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.modeling.adaptive import JoinParameters, SelectionState
+from adaptive_longformer.modeling.adaptive_selection import JoinParameters, SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
 
 

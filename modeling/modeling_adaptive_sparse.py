@@ -29,7 +29,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
     AdaptiveSparseConfig,
 )
-from adaptive_longformer.modeling.adaptive import (
+from adaptive_longformer.modeling.adaptive_selection import (
     AdaptiveSelection,
     SelectionState,
     mirror_selection_buffers,
@@ -51,7 +51,7 @@ from adaptive_longformer.modeling.losses import (
     span_loss,
     token_loss,
 )
-from adaptive_longformer.modeling.masks import resolve_masks
+from adaptive_longformer.modeling.padding import resolve_masks
 from adaptive_longformer.modeling.question_tokens import (
     first_slots,
     mask_question,

@@ -15,9 +15,9 @@ from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.modeling.adaptive import SelectionState
-from adaptive_longformer.modeling.causal_attention import CausalSparseAttention
-from adaptive_longformer.modeling.causal_cache import causal_cache
+from adaptive_longformer.modeling.adaptive_selection import SelectionState
+from adaptive_longformer.modeling.causal.causal_attention import CausalSparseAttention
+from adaptive_longformer.modeling.causal.causal_cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
     can_read_values,
@@ -26,7 +26,6 @@ from adaptive_longformer.modeling.input_checks import (
     check_tokens,
 )
 from adaptive_longformer.modeling.losses import next_token_loss
-from adaptive_longformer.modeling.masks import padding_to_roll
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseEmbeddings,
     AdaptiveSparseLayer,
@@ -35,6 +34,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     OutputArguments,
     returning_a_dict,
 )
+from adaptive_longformer.modeling.padding import padding_to_roll
 
 # Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "quantized")

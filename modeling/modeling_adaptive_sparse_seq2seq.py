@@ -29,7 +29,7 @@ from typing_extensions import Unpack
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.modeling.adaptive import SelectionState
+from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.baseline_attention import encoder_attention
 from adaptive_longformer.modeling.decoder_attention import (
@@ -46,12 +46,12 @@ from adaptive_longformer.modeling.input_checks import (
     check_tokens,
 )
 from adaptive_longformer.modeling.losses import classification_loss, span_loss, token_loss
-from adaptive_longformer.modeling.masks import resolve_masks
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
     returning_a_dict,
 )
+from adaptive_longformer.modeling.padding import resolve_masks
 
 logger = logging.get_logger(__name__)
 

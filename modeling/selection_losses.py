@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01

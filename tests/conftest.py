@@ -2,7 +2,7 @@
 
 import pytest
 
-from adaptive_longformer.attention import extension
+from adaptive_longformer.attention.kernels import load as extension
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention import extension
+from adaptive_longformer.attention.kernels import load as extension
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")

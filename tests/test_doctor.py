@@ -1,8 +1,8 @@
 import pytest
 
 from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention import extension
-from adaptive_longformer.attention.backends import BACKENDS
+from adaptive_longformer.attention.backends.choose import BACKENDS
+from adaptive_longformer.attention.kernels import load as extension
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 )
 from adaptive_longformer.gpu import move_to_gpu
 from adaptive_longformer.load_checkpoint import load_model, load_tokenizer
-from adaptive_longformer.modeling.adaptive import set_selection_strength
+from adaptive_longformer.modeling.adaptive_selection import set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseModel,
     AdaptiveSparsePreTrainedModel,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adaptive_longformer.analysis.watching import watch
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads
+from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, block_layout
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from adaptive_longformer.analysis.watching import watch
-from adaptive_longformer.attention.coarse_tail import summary_keys
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads
+from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
+from adaptive_longformer.selection.coarse_tail import summary_keys
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, Reads, selections
+from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, selections
 
 See = Callable[[int, AdaptiveSelection, tuple, Reads], None]
 

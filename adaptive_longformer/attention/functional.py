@@ -3,7 +3,7 @@
 import torch
 
 from adaptive_longformer.attention.autocast import autocast_inputs
-from adaptive_longformer.attention.backends import BACKENDS, choose_backend
+from adaptive_longformer.attention.backends.choose import BACKENDS, choose_backend
 from adaptive_longformer.attention.call import (
     AttentionCall,
     AttentionSpan,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adaptive_longformer.modeling.global_tokens import default_global_mask
+from adaptive_longformer.modeling.default_global_tokens import default_global_mask
 
 GLOBAL_TOKENS = ("none", "first", "question", "after_separator")
 IGNORED_LABEL = -100

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
+from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 
 
 class SelectionRampCallback(TrainerCallback):

@@ -11,7 +11,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     BASELINE_PATTERNS,
     SELECTING_PATTERNS,
 )
-from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
+from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.training import adaptive_parameter_groups
 from quality.tasks import FAR_SHARE, MORE_STEPS, PRETRAINING, make_batch
 from quality.variants import BASE, VOCABULARIES, Variant

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 from adaptive_longformer.testing import tiny_adaptive_model, tiny_inputs, tiny_model
 
 

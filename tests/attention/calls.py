@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
-from adaptive_longformer.attention.extension import cpp_compiler, why_unavailable
 from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.kernels.load import cpp_compiler, why_unavailable
 from adaptive_longformer.attention.reference import dense_mask
 from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, block_layout
 

@@ -6,11 +6,6 @@ import pytest
 import torch
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
-from adaptive_longformer.attention.routing import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
 from adaptive_longformer.patterns import (
     BigBird,
     BlockLayout,
@@ -20,6 +15,11 @@ from adaptive_longformer.patterns import (
 )
 from adaptive_longformer.patterns.big_bird import big_bird_layout
 from adaptive_longformer.patterns.block_layout import window_layout
+from adaptive_longformer.selection.select_blocks import (
+    RoutingOptions,
+    select_blocks,
+    selection_layout,
+)
 
 
 @pytest.fixture

@@ -21,12 +21,9 @@ from calls import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from adaptive_longformer.attention import (
-    compiled_cuda,
-    explain_backends,
-    extension,
-    sparse_attention,
-)
+from adaptive_longformer.attention import explain_backends, sparse_attention
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.kernels import load as extension
 from adaptive_longformer.patterns import SlidingWindow, Strided
 
 DEVICE = "cuda"

@@ -7,7 +7,7 @@ import torch
 from calls import random_call, value_and_gradients
 
 from adaptive_longformer.attention import sparse_attention
-from adaptive_longformer.attention.blocked import run_blocked
+from adaptive_longformer.attention.backends.blocked import run_blocked
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.patterns import GlobalTokens, SlidingWindow
 

@@ -6,7 +6,7 @@ from calls import random_call
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_longformer.attention import sparse_attention
-from adaptive_longformer.attention.blocked import blocked_attention
+from adaptive_longformer.attention.backends.blocked import blocked_attention
 from adaptive_longformer.attention.global_rows import absorbed_global_rows, global_rows
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
 

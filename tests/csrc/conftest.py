@@ -9,7 +9,10 @@ import torch
 from emulation import build_emulator
 from pretended_gpu import PretendedGpu
 
-from adaptive_longformer.attention import backends, compiled, compiled_cuda, extension
+from adaptive_longformer.attention.backends import choose as backends
+from adaptive_longformer.attention.backends import compiled
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.kernels import load as extension
 
 
 @pytest.fixture(scope="session")

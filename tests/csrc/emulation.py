@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_longformer.attention import extension
-from adaptive_longformer.attention.cuda_library import CudaLibrary
+from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.cuda_library import CudaLibrary
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = extension.SOURCES / "cuda"

@@ -8,20 +8,16 @@ from test_emulated_cuda import SEED, masks, random_layout
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_longformer.attention import (
-    AttentionSpan,
-    GlobalProjections,
-    compiled,
-    compiled_cuda,
-    routing,
-    sparse_attention,
-)
+from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
+from adaptive_longformer.attention.backends import compiled
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling import attention_layer
-from adaptive_longformer.modeling import masks as model_masks
+from adaptive_longformer.modeling import padding as model_masks
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.patterns import SlidingWindow, block_layout
+from adaptive_longformer.selection import select_blocks as routing
 from adaptive_longformer.testing import randomize_all_parameters
 
 # What reads a value back from the device, copies one there, or gives a size that depends on values.

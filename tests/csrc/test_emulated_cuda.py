@@ -10,14 +10,11 @@ import pytest
 import torch
 from emulation import CUDA_SOURCES, build_emulator
 
-from adaptive_longformer.attention import (
-    AttentionSpan,
-    compiled,
-    compiled_cuda,
-    extension,
-    sparse_attention,
-)
+from adaptive_longformer.attention import AttentionSpan, sparse_attention
+from adaptive_longformer.attention.backends import compiled
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
 from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.kernels import load as extension
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import EntryFlag, SlidingWindow, block_layout

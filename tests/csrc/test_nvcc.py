@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from emulation import CUDA_SOURCES
 
-from adaptive_longformer.attention import extension
+from adaptive_longformer.attention.kernels import load as extension
 
 KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
 

@@ -12,12 +12,14 @@ from test_emulated_cuda import SEED, TOLERANCE, errors, masks, random_layout
 
 from adaptive_longformer import doctor
 from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention import compiled_cuda, cuda_driver, cuda_program, extension
-from adaptive_longformer.attention.cuda_launches import KERNELS, Instance
-from adaptive_longformer.attention.cuda_program import SOURCE, CudaProgram
-from adaptive_longformer.attention.kernel_cache import ExtensionUnavailableError
-from adaptive_longformer.attention.kernel_route import KernelRoute, kernel_route
-from adaptive_longformer.attention.nvrtc import Nvrtc, find_nvrtc
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.kernels import cuda_driver, cuda_program
+from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.cuda_launches import KERNELS, Instance
+from adaptive_longformer.attention.kernels.cuda_program import SOURCE, CudaProgram
+from adaptive_longformer.attention.kernels.nvrtc import Nvrtc, find_nvrtc
+from adaptive_longformer.attention.kernels.route import KernelRoute, kernel_route
 
 # Every value of a parameter occurs with both architectures.
 PAIRS = [

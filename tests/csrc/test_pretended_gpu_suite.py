@@ -21,7 +21,8 @@ from adaptive_longformer import (
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention import dense, sparse_attention
+from adaptive_longformer.attention import sparse_attention
+from adaptive_longformer.attention.backends import sdpa as dense
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.patterns import BigBird, SlidingWindow, big_bird_layout, block_layout
 from adaptive_longformer.patterns.big_bird import _cached_layout as cached_big_bird

@@ -13,9 +13,10 @@ from emulation import CUDA_SOURCES, HERE
 from ptx import cpp_of
 from test_emulated_cuda import SEED, assert_small, errors, masks, random_layout
 
-from adaptive_longformer.attention import compiled_cuda, extension
-from adaptive_longformer.attention.cuda_launches import KERNELS, Instance, instance_of
+from adaptive_longformer.attention.backends import cuda as compiled_cuda
 from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.cuda_launches import KERNELS, Instance, instance_of
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import SlidingWindow

@@ -5,7 +5,7 @@ import torch
 
 from adaptive_longformer.analysis.reading_map import reading_maps
 from adaptive_longformer.analysis.sparsity import sparsity_report
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseModel,

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from adaptive_longformer.attention.functional import sparse_attention
-from adaptive_longformer.modeling.adaptive import AdaptiveSelection, SelectionState, selections
+from adaptive_longformer.modeling.adaptive_selection import (
+    AdaptiveSelection,
+    SelectionState,
+    selections,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForSequenceClassification,
@@ -171,7 +175,7 @@ def test_documents_and_strengths_with_nothing_to_choose_have_no_auxiliary_loss()
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_layers_give_the_same_gradients(use_reentrant, monkeypatch):
-    from adaptive_longformer.modeling import adaptive
+    from adaptive_longformer.modeling import adaptive_selection as adaptive
 
     calls, original = [], adaptive.router_targets
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptive_longformer.modeling.adaptive import selections, set_selection_strength
+from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
 )

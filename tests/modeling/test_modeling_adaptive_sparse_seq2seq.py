@@ -17,6 +17,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling import modeling_adaptive_sparse_seq2seq
+from adaptive_longformer.modeling.integration.registration import SEQ2SEQ_AUTO_MODELS
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
@@ -25,7 +26,6 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqModel,
     shift_tokens_right,
 )
-from adaptive_longformer.modeling.registration import SEQ2SEQ_AUTO_MODELS
 from adaptive_longformer.testing import (
     SEQ2SEQ_MODEL_CLASSES,
     loss_of,

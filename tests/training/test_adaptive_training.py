@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from adaptive_longformer.modeling.adaptive import selections
+from adaptive_longformer.modeling.adaptive_selection import selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
 )

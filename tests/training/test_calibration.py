@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.modeling.adaptive import NO_LIMIT, AdaptiveSelection, selections
+from adaptive_longformer.modeling.adaptive_selection import NO_LIMIT, AdaptiveSelection, selections
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 from adaptive_longformer.testing import tiny_adaptive_model, tiny_inputs, tiny_model
 from adaptive_longformer.training.calibration import calibrate
@@ -36,7 +36,7 @@ def test_a_calibrated_model_gives_the_same_with_fewer_keys(tmp_path):
 
 
 def test_a_layer_whose_heads_read_nothing_more_does_not_search(monkeypatch):
-    from adaptive_longformer.modeling import adaptive
+    from adaptive_longformer.modeling import adaptive_selection as adaptive
 
     model = narrowed_model()
     inputs = tiny_inputs(model, 300)

@@ -1,4 +1,4 @@
-// The C interface between attention/compiled_cpu.py and the kernel: plain structs, no header of torch.
+// The C interface between attention/backends/cpp.py and the kernel: plain structs, no header of torch.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct RowTensor {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// Field by field the `_Arguments` of attention/compiled_cpu.py. Pointers may be null where a comment says so.
+// Field by field the `_Arguments` of attention/backends/cpp.py. Pointers may be null where a comment says so.
 struct Arguments {
   int64_t batch, heads, length, head_dim;
   int64_t element_type;

@@ -1,11 +1,11 @@
-// The vote that selects blocks: what attention/routing.py computes from scores in several passes over memory, in one.
+// The vote that selects blocks: what selection/select_blocks.py computes from scores in several passes over memory, in one.
 #include "problem.h"
 #include "threads.h"
 
 namespace adaptive {
 namespace {
 
-// Field by field the `_VoteArguments` of attention/compiled_vote.py. All arrays are contiguous float32.
+// Field by field the `_VoteArguments` of selection/compiled_vote.py. All arrays are contiguous float32.
 struct VoteArguments {
   int64_t heads, rows, votes, candidates, fan_out;
   int64_t bias_head_stride;  // in rows; 0 if all heads share the bias

@@ -1,4 +1,4 @@
-// What every kernel gets, by value. Field by field the `_Arguments` of attention/compiled_cuda.py.
+// What every kernel gets, by value. Field by field the `_Arguments` of attention/backends/cuda.py.
 #pragma once
 
 #include "device.cuh"

@@ -1,4 +1,4 @@
-// Finds the instance of a kernel for a launch, whose grid, threads and shared memory attention/cuda_launches.py chose.
+// Finds the instance of a kernel for a launch, whose grid, threads and shared memory attention/kernels/cuda_launches.py chose.
 #pragma once
 
 #include "backward.cuh"
@@ -8,7 +8,7 @@ namespace adaptive {
 
 constexpr int NO_INSTANCE = -1, WRONG_SHARED_MEMORY = -2;
 
-// In the order of attention/cuda_launches.py, as the fields of Launch are.
+// In the order of attention/kernels/cuda_launches.py, as the fields of Launch are.
 enum KernelName { FORWARD, ROW_SUMS, GRAD_KEYS, ADD_PARTS, GRAD_QUERIES };
 
 inline const char* launch_error(int error) {

@@ -13,7 +13,7 @@ DEVICE int swizzled(int row, int chunk) {
 }
 
 DEVICE const Half* row_at(const RowTensor& tensor, int batch, int head, int position) {
-  // A row's stride fits into 32 bits, which make one instruction of the product: attention/compiled_cuda.py sees to it.
+  // A row's stride fits into 32 bits, which make one instruction of the product: attention/backends/cuda.py sees to it.
   return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride +
          (long long)position * (int)tensor.row_stride;
 }

@@ -1,0 +1,79 @@
+"""Loads machine code into a GPU and launches its kernels, by the driver's library."""
+
+import ctypes
+from typing import Any
+
+from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.cuda_launches import Launch
+
+LIBRARY = "libcuda.so.1"
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and what is allowed without it.
+_MAX_SHARED_MEMORY = 8
+_ALWAYS_ALLOWED = 48 * 1024
+
+
+class CudaDriver:
+    """The loaded driver.
+
+    Raises:
+        ExtensionUnavailableError: there is none.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL(LIBRARY)
+        except OSError as error:
+            raise ExtensionUnavailableError(f"no CUDA driver: {error}") from error
+
+    def load(self, cubin: bytes) -> ctypes.c_void_p:
+        """Machine code as a module of the current device; it stays there for the process.
+
+        Raises:
+            RuntimeError: the driver refuses it.
+        """
+        module = ctypes.c_void_p()
+        self._check(self._library.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+        return module
+
+    def function(self, module: ctypes.c_void_p, name: str, shared_memory: int) -> ctypes.c_void_p:
+        """A kernel of a module, allowed to use so many bytes of shared memory.
+
+        Raises:
+            RuntimeError: there is no such kernel, or the device has less memory.
+        """
+        function = ctypes.c_void_p()
+        found = self._library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
+        self._check(found, name)
+        if shared_memory > _ALWAYS_ALLOWED:
+            self._check(
+                self._library.cuFuncSetAttribute(
+                    function, ctypes.c_int(_MAX_SHARED_MEMORY), ctypes.c_int(shared_memory)
+                ),
+                f"{shared_memory} bytes of shared memory for {name}",
+            )
+        return function
+
+    def launch(
+        self, function: ctypes.c_void_p, launch: Launch, arguments: Any, stream: int
+    ) -> None:
+        """Launches a kernel whose only parameter is the struct `arguments`.
+
+        Raises:
+            RuntimeError: with the kernel and what the driver says.
+        """
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        error = self._library.cuLaunchKernel(
+            function, ctypes.c_uint(launch.grid_x), ctypes.c_uint(launch.grid_y),
+            ctypes.c_uint(launch.grid_z), ctypes.c_uint(launch.threads), ctypes.c_uint(1),
+            ctypes.c_uint(1), ctypes.c_uint(launch.shared_memory), ctypes.c_void_p(stream),
+            parameters, None,
+        )  # fmt: skip
+        self._check(error, f"the CUDA kernel {launch.name}")
+
+    def _check(self, error: int, what: str) -> None:
+        if error == 0:
+            return
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(error, ctypes.byref(text))
+        reason = text.value.decode() if text.value is not None else f"error {error}"
+        raise RuntimeError(f"{what} failed: {reason}")

@@ -1,0 +1,1 @@
+"""Attention and selections that ours is compared with."""

@@ -1,0 +1,1 @@
+"""Which blocks of keys every block of queries reads."""

@@ -1,0 +1,1 @@
+"""The attention of the causal model, and its cache."""

@@ -1,0 +1,218 @@
+"""The attention layer of the causal model, with and without a cache."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache
+
+from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.adaptive_selection import Reads, SelectionState
+from adaptive_longformer.modeling.alignment import roll_rows
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
+from adaptive_longformer.modeling.causal.causal_cache import SelectionLayer, SinkWindowLayer
+from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
+
+
+class CausalSparseAttention(AdaptiveSparseAttention):
+    """Multi-head attention in the pattern of its layer to earlier tokens, and to the sinks.
+
+    The sinks (Xiao et al. 2023) are the first tokens of a sequence; all later ones see them. Whole
+    sequences go through the sparse operator; new tokens after cached ones attend densely to what
+    the cache has kept, or where the layer chooses blocks, to those, the window and the sinks.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.num_sinks = config.num_sink_tokens if config.uses_global_tokens else 0
+
+    @property
+    def is_selecting(self) -> bool:
+        """Whether blocks of queries choose blocks of keys to read."""
+        return self.adaptive is not None and self.adaptive.is_active
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        sink_rank: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+        past_length: int = 0,
+        first_slots: torch.Tensor | None = None,
+        selection_state: SelectionState | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends and projects.
+
+        Args:
+            hidden_states: [batch, length, hidden_size], of the new tokens.
+            attention_mask: bool [batch, past_length + length], True where a token is not padding;
+                None: all are.
+            sink_rank: int64 [batch, past_length + length], the how-manieth sink a token is, the
+                number of sinks for all others; None: there are no sinks.
+            output_attentions: whether to return the probabilities as well.
+            past_length: tokens that came before these.
+            first_slots: int64 [batch], where a layer that chooses blocks begins to count them:
+                every row's first valid token; None: 0.
+            selection_state: what such a layer remembers of this forward pass.
+            past_key_values: where keys and values are kept.
+
+        Returns:
+            The output [batch, length, hidden_size], and the attention probabilities before dropout
+            or None. Their columns are all tokens, or after cached ones what the cache has kept.
+
+        Raises:
+            ValueError: a layer that chooses blocks is given a cache that does not keep what that
+                takes.
+        """
+        query, key, value = (
+            self._split_heads(projection(hidden_states))
+            for projection in (self.query, self.key, self.value)
+        )
+        kept = queries = cache_layer = None
+        if past_key_values is not None:
+            new_ranks = None if sink_rank is None else sink_rank[:, past_length:]
+            kept = past_key_values.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
+            cache_layer = past_key_values.layers[self.layer_idx]
+            if isinstance(cache_layer, SelectionLayer):
+                queries = cache_layer.add_queries(query)
+            elif self.is_selecting:
+                raise ValueError(
+                    f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
+                    "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
+                    "make one by adaptive_longformer.modeling.causal.causal_cache.causal_cache"
+                )
+        if past_length == 0:
+            context, probabilities = self._attend(
+                query, key, value, attention_mask, sink_rank, first_slots, selection_state,
+                output_attentions,
+            )  # fmt: skip
+        elif self.is_selecting:
+            assert self.adaptive is not None and queries is not None
+            assert isinstance(cache_layer, SelectionLayer)
+            decoding = SelectedDecoding(
+                self.adaptive,
+                cache_layer,
+                attention_mask,
+                sink_rank,
+                first_slots,
+                self.scale,
+                self.dropout_p if self.training else 0.0,
+                selection_state is not None and selection_state.validate,
+            )
+            context, probabilities = decoding.attend(query, queries, output_attentions)
+        else:
+            assert kept is not None and past_key_values is not None
+            visible = self._visible(
+                past_key_values, past_length, query.shape[2], kept[0], attention_mask, sink_rank
+            )
+            context, probabilities = self._attend_to_kept(query, *kept, visible, output_attentions)
+        return self.output(context.transpose(1, 2).flatten(2)), probabilities
+
+    def _attend(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        sink_rank,
+        first_slots,
+        selection_state,
+        output_attentions,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All tokens of the sequences at once."""
+        if first_slots is not None:
+            query, key, value = (roll_rows(t, first_slots, dim=2) for t in (query, key, value))
+            attention_mask = roll_rows(attention_mask, first_slots)
+            if sink_rank is not None:
+                sink_rank = roll_rows(sink_rank, first_slots)
+        global_mask = None if sink_rank is None else sink_rank < self.num_sinks
+        reads = Reads(self.pattern)
+        if self.adaptive is not None:
+            query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
+        where = {
+            "attention_mask": attention_mask,
+            "global_mask": global_mask,
+            "max_global_tokens": self.num_sinks,
+            "is_causal": True,
+            "scale": self.scale,
+            "entry_bias": reads.entry_bias,
+            "span": reads.span,
+        }
+        dropout_p = self.dropout_p if self.training else 0.0
+        context = sparse_attention(
+            query,
+            key,
+            value,
+            reads.pattern_or_layout,
+            dropout_p=dropout_p,
+            dropout_seed=random_seed(query.device) if dropout_p else None,
+            backend=self.config.attention_backend,
+            **where,
+        )
+        assert isinstance(context, torch.Tensor)  # return_lse=False
+        probabilities = None
+        if output_attentions:
+            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
+        if first_slots is not None:
+            # Padding before a sequence has seen it from behind.
+            is_padding = ~attention_mask[:, None, :, None]
+            context = roll_rows(context.masked_fill(is_padding, 0.0), -first_slots, dim=2)
+            if probabilities is not None:
+                probabilities = probabilities.masked_fill(is_padding, 0.0)
+                probabilities = roll_rows(probabilities, -first_slots, dim=2)
+                probabilities = roll_rows(probabilities, -first_slots, dim=3)
+        return context, probabilities
+
+    def _attend_to_kept(
+        self, query, key, value, visible, output_attentions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """New tokens to what the cache has kept; visible: bool [batch or 1, 1, new, kept]."""
+        # A row that sees nothing (padding) attends to everything, then becomes zero.
+        is_empty = ~visible.any(dim=-1, keepdim=True)
+        mask = visible | is_empty
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            scale=self.scale,
+        ).masked_fill(is_empty, 0.0)
+        probabilities = None
+        if output_attentions:
+            scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~mask, -torch.inf)
+            probabilities = scores.softmax(dim=-1).masked_fill(is_empty, 0.0)
+        return context, probabilities
+
+    def _visible(
+        self,
+        past_key_values: Cache,
+        past_length: int,
+        length: int,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        sink_rank: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Which of the kept keys every new token sees: bool [batch or 1, 1, new, kept]."""
+        cache_layer = past_key_values.layers[self.layer_idx]
+        num_packed = 0
+        if isinstance(cache_layer, SinkWindowLayer):
+            num_packed, slots = cache_layer.num_sinks, cache_layer.slots()
+        else:
+            slots = torch.arange(key.shape[2], device=key.device)[None]
+        total = past_length + length
+        query_slot = torch.arange(past_length, total, device=key.device)[:, None]
+        key_slot = slots.clamp(min=0)[:, None]  # [batch or 1, 1, kept]
+        head = torch.zeros((), dtype=torch.int64, device=key.device)
+        visible = self.pattern.allowed(query_slot, key_slot, head, total)
+        if sink_rank is not None:
+            is_sink = (sink_rank < self.num_sinks).take_along_dim(key_slot[:, 0], dim=1)[:, None]
+            # Sinks that the window covers are there twice: only those in front count.
+            is_packed = torch.arange(key.shape[2], device=key.device) < num_packed
+            visible = is_packed | (visible & ~is_sink if num_packed else visible | is_sink)
+        visible = visible & (key_slot <= query_slot) & (slots >= 0)[:, None]
+        if attention_mask is not None:
+            visible = visible & attention_mask.take_along_dim(key_slot[:, 0], dim=1)[:, None]
+        return visible[:, None]

@@ -1,0 +1,1 @@
+"""What makes the models and the attention known to Transformers and PEFT."""

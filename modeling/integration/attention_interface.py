@@ -1,0 +1,320 @@
+"""Our attention inside other Transformers models: `attn_implementation="adaptive_sparse"`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
+
+from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.global_rows import limit_global_tokens
+from adaptive_longformer.modeling.alignment import roll_rows
+from adaptive_longformer.modeling.attention_layer import random_seed
+from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.patterns.block_layout import BlockLayout
+from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.select_blocks import (
+    RoutingOptions,
+    select_blocks,
+    selection_layout,
+)
+
+NAME = "adaptive_sparse"
+# What attention layers of Transformers may ask for; None and False ask for nothing.
+_UNSUPPORTED = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "output_attentions": "attention probabilities (attn_implementation='eager' returns them)",
+    "cu_seq_lens_q": "packed sequences",
+    "cache": "a paged cache",
+}
+
+
+_PLAIN_MASKS = (causal_mask_function, bidirectional_mask_function)
+# Every window has a closure of its own, the code behind it is one of these two.
+_WINDOW_OVERLAYS = (
+    sliding_window_overlay(1).__code__,
+    sliding_window_bidirectional_overlay(1).__code__,
+)
+
+
+@dataclass(frozen=True)
+class AdaptiveSparseOptions:
+    """What a token of a foreign model reads.
+
+    Attributes:
+        attention_window: tokens around each query, half on each side (only the left half under
+            causality); even.
+        num_global_tokens: so many first tokens see all tokens and are seen by all.
+        num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
+        block_size, query_block_size: tokens per block of keys and of queries.
+        top_p: share of its attention after which a block of queries chooses no more.
+
+    Raises:
+        ValueError: a number is out of range, or the sizes do not nest.
+    """
+
+    attention_window: int = 512
+    num_global_tokens: int = 1
+    num_selected_blocks: int = 8
+    block_size: int = 64
+    query_block_size: int = 64
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name, least in (("attention_window", 2), ("num_global_tokens", 0),
+                            ("num_selected_blocks", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"config.{NAME}[{name!r}] is {value!r}, a whole number >= {least} is needed"
+                )
+        if self.attention_window % 2:
+            raise ValueError(
+                f"config.{NAME}['attention_window'] is {self.attention_window}, "
+                "an even number >= 2 is needed"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"config.{NAME}['top_p'] is {self.top_p!r}, a number above 0 and up to 1 is needed"
+            )
+        if self.num_selected_blocks:
+            self.routing_options()
+
+    def routing_options(self) -> RoutingOptions:
+        """The same in the words of the selection."""
+        return RoutingOptions(
+            num_blocks=self.num_selected_blocks,
+            block_size=self.block_size,
+            query_block_size=self.query_block_size,
+        )
+
+
+_overridden: ContextVar[dict[str, Any] | None] = ContextVar("adaptive_sparse_options", default=None)
+
+
+@contextmanager
+def adaptive_sparse_options(**options: Any) -> Iterator[None]:
+    """Sets options of `attn_implementation="adaptive_sparse"` for a while, over those of the
+    models' configurations.
+
+        with adaptive_sparse_options(attention_window=1024, num_selected_blocks=16):
+            model(**inputs)
+
+    Args:
+        options: fields of `AdaptiveSparseOptions`.
+
+    Raises:
+        ValueError: there is no such option, or a number is out of range.
+    """
+    _checked_options(options)
+    token = _overridden.set(options)
+    try:
+        yield
+    finally:
+        _overridden.reset(token)
+
+
+def adaptive_sparse_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Sliding window, first tokens global, and chosen blocks, with the signature of
+    AttentionInterface.
+
+    The dictionary `module.config.adaptive_sparse`, or the context `adaptive_sparse_options`, holds
+    fields of `AdaptiveSparseOptions`.
+
+    Args:
+        module: the attention module; its config and `is_causal` are read.
+        query: [batch, heads, length, head_dim].
+        key, value: [batch, key_value_heads, length, head_dim], a divisor of the query's heads.
+        attention_mask: bool [batch, length], True where a token is not padding, or None.
+        dropout: probability of dropping an attention probability.
+        scaling: factor of the scores; None: head_dim**-0.5.
+        is_causal: None: `module.is_causal`.
+        sliding_window: the layer's own window, the query counted in: then it is all that is read.
+        kwargs: what else the model passes; only what changes nothing is accepted.
+
+    Returns:
+        The output [batch, length, heads, head_dim], and None.
+
+    Raises:
+        NotImplementedError: the model needs something this pattern cannot do.
+        ValueError: the options are wrong.
+    """
+    for name, meaning in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise _not_implemented(f"{meaning} ({name})")
+    if query.shape[2] != key.shape[2]:
+        raise _not_implemented(
+            f"{query.shape[2]} queries for {key.shape[2]} keys "
+            "(cross-attention, or decoding with a cache: pass use_cache=False)"
+        )
+    if value.shape[-1] != query.shape[-1]:
+        raise _not_implemented("values of another head size than the queries")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise _not_implemented(
+            f"an attention_mask of shape {tuple(attention_mask.shape)}; pass [batch, length]"
+        )
+    options = _options(module.config)
+    window = SlidingWindow(options.attention_window // 2)
+    if sliding_window is not None:
+        # A layer that is local by itself stays what it is. Transformers counts the query in.
+        options = replace(options, num_global_tokens=0, num_selected_blocks=0)
+        window = SlidingWindow(sliding_window - 1)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    shifts = None
+    if options.num_selected_blocks:
+        # Blocks start at the first real token, wherever the padding is.
+        shifts = padding_to_roll(attention_mask)
+    if shifts is not None:
+        assert attention_mask is not None
+        query, key, value = (
+            roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        attention_mask = roll_rows(attention_mask, shifts)
+    output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
+    output = output.transpose(1, 2)
+    if shifts is not None:
+        output = roll_rows(output, -shifts)
+    return output.contiguous(), None
+
+
+def adaptive_sparse_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The padding mask as it is, with the signature of AttentionMaskInterface.
+
+    Returns:
+        bool [batch, length], True where a token is not padding, or None.
+
+    Raises:
+        NotImplementedError: the model asks for more than causality, padding and a sliding window,
+            such as packed sequences.
+    """
+    if mask_function not in _PLAIN_MASKS and not _is_sliding_window(mask_function):
+        raise _not_implemented(
+            "a mask beyond causality, padding and a sliding window (chunks, or "
+            "packed sequences; if positions are regular, pass an attention_mask of ones)"
+        )
+    return attention_mask
+
+
+def _is_sliding_window(mask_function: Callable) -> bool:
+    """Whether it is the mask of a layer's own window, whose size the layer also passes as
+    `sliding_window`: an overlay and causality, or nothing, joined by `and_masks`.
+    """
+    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
+        return False
+    overlay, rest = parts[0]
+    return rest in _PLAIN_MASKS and getattr(overlay, "__code__", None) in _WINDOW_OVERLAYS
+
+
+def _options(config: Any) -> AdaptiveSparseOptions:
+    return _checked_options({**(getattr(config, NAME, None) or {}), **(_overridden.get() or {})})
+
+
+def _checked_options(given: dict[str, Any]) -> AdaptiveSparseOptions:
+    allowed = [field.name for field in fields(AdaptiveSparseOptions)]
+    if unknown := set(given) - set(allowed):
+        raise ValueError(
+            f"config.{NAME} has unknown options {sorted(unknown)}, allowed are {sorted(allowed)}"
+        )
+    return AdaptiveSparseOptions(**given)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    window: SlidingWindow,
+    options: AdaptiveSparseOptions,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Attention in the window, to the first tokens and to the chosen blocks."""
+    global_mask = _first_tokens(query, attention_mask, options.num_global_tokens)
+    pattern_or_layout: Pattern | BlockLayout = window
+    length = query.shape[2]
+    if options.num_selected_blocks and length > window.left + 1:
+        routing = options.routing_options()
+        selected = select_blocks(
+            query.detach(),
+            key.detach(),
+            window,
+            routing,
+            attention_mask=attention_mask,
+            global_mask=global_mask,
+            max_global_tokens=options.num_global_tokens,
+            is_causal=is_causal,
+            scale=scale,
+            top_p=options.top_p,
+        )
+        pattern_or_layout, _ = selection_layout(selected, window, length, routing)
+    output = sparse_attention(
+        query,
+        key,
+        value,
+        pattern_or_layout,
+        attention_mask=attention_mask,
+        is_causal=is_causal,
+        global_mask=global_mask,
+        max_global_tokens=options.num_global_tokens,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=random_seed(query.device) if dropout_p else None,
+    )
+    assert isinstance(output, torch.Tensor)  # return_lse=False
+    return output
+
+
+def _first_tokens(
+    query: torch.Tensor, attention_mask: torch.Tensor | None, num_global_tokens: int
+) -> torch.Tensor | None:
+    """The first tokens of every sequence that are not padding: bool [batch, length]."""
+    if num_global_tokens == 0:
+        return None
+    if attention_mask is None:
+        attention_mask = torch.ones(
+            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
+        )
+    return limit_global_tokens(attention_mask, num_global_tokens)
+
+
+def _not_implemented(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"attn_implementation={NAME!r} does not support {what}; "
+        "use attn_implementation='sdpa' or 'eager' for this model"
+    )
