@@ -173,7 +173,7 @@ def test_a_read_only_cache_is_named(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o500)
     script = (
-        "from adaptive_longformer.attention import extension as e; print(e.why_unavailable('cpu'))"
+        "from adaptive_longformer.attention.kernels import load as e; print(e.why_unavailable('cpu'))"
     )
     command = [sys.executable, "-c", script]
     if os.geteuid() == 0:
