@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from adaptive_longformer.attention.backends.choose import choose_backend
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.functional import (
     explain_backends,
-    make_call,
     sparse_attention,
 )
 from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError

@@ -35,7 +35,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.backends.choose import BACKENDS
 from adaptive_longformer.attention.backends.flex import TILE
-from adaptive_longformer.attention.functional import make_call, sparse_attention
+from adaptive_longformer.attention.call import make_call
+from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from adaptive_longformer.attention.global_rows import limit_global_tokens
+from adaptive_longformer.attention.global_keys import limit_global_tokens
 from adaptive_longformer.modeling.alignment import left_padding
 from adaptive_longformer.modeling.default_global_tokens import default_global_mask
 from adaptive_longformer.modeling.input_checks import can_read_values

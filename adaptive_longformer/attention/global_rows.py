@@ -7,101 +7,189 @@ applied (`GlobalProjections`) and G * heads < hidden_size they are absorbed:
     score = q . (W_k x + b_k) = (W_k^T q) . x + q . b_k
     output = W_v (sum p x) + b_v sum p
 
-so that the keys and the values are the hidden states themselves and all tokens are projected not
-once. Each way is one operator with a hand-written backward pass: the number of global tokens is
-looked up inside (unless `max_global_tokens` gives it), so that torch.compile sees fixed shapes, and
-without any global token all gradients are zeros instead of missing.
+so that the keys and the values are the hidden states themselves, the same for all heads, and all
+tokens are projected not once. With more they are applied to all tokens.
+
+These functions are the inside of operators, where the number of global tokens is known, and nothing
+is recorded for autograd. Without any global token all gradients are zeros instead of missing.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from adaptive_longformer.attention.autocast import without_autocast
 from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
-from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.memory_format import like_projection
 
 # Scores of one chunk of global rows; bounds the memory when very many tokens are global.
 _MAX_SCORES = 2**24
+# Separate queries, keys and values, as operators name them.
+GLOBAL_TENSORS = ("query_global", "key_global", "value_global")
 
 
-def limit_global_tokens(global_mask: torch.Tensor, max_global_tokens: int) -> torch.Tensor:
-    """Keeps the first `max_global_tokens` global tokens of every sequence; bool [batch, length]."""
-    return global_mask & (global_mask.cumsum(dim=1) <= max_global_tokens)
+def write_global_rows(output: torch.Tensor, lse: torch.Tensor, call: AttentionCall) -> None:
+    """Writes the rows of global queries over those of the output [batch, heads, length, head_dim]
+    and the log-sum-exp [batch, heads, length].
+    """
+    rows = _rows_of(call)
+    if rows is None or rows.count == 0:
+        return
+    results, sums = rows.forward()
+    rows.scatter_(output, results)
+    rows.scatter_(lse, sums)
 
 
-def pack_global_tokens(
-    global_mask: torch.Tensor, max_global_tokens: int | None = None
-) -> torch.Tensor:
-    """Positions of the global tokens, int64 [batch, columns], filled up with `length`.
+def global_gradients(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    call: AttentionCall,
+    others: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The gradients of what global queries read, by the names of the operator's arguments.
 
     Args:
-        global_mask: bool [batch, length].
-        max_global_tokens: so many columns (or as many as tokens, if these are fewer), where no row
-            has more global tokens; None: as many as the row with most of them has, which is read
-            back from the device.
+        grad_output, grad_lse: of all rows.
+        call: whose rows they are.
+        others: the gradients by the same names that come from ordinary rows, if any do: those of
+            query, which are zero in the rows of global queries, key and value. They are changed.
     """
-    width = max_global_tokens
-    if width is None:
-        width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
-    order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
-    return order.where(global_mask.gather(1, order), global_mask.shape[1])
+    rows = _rows_of(call)
+    if rows is None:
+        return {}
+    results = {
+        name: others[name] if name in others else _zeros_like(tensor)
+        for name, tensor in rows.inputs().items()
+    }
+    if rows.count > 0:
+        rows.backward(rows.gather(grad_output), rows.gather(grad_lse[..., None]), results)
+    return results
 
 
-def merge_global_rows(
-    output: torch.Tensor, lse: torch.Tensor, call: AttentionCall
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of a call with the rows of its global queries replaced by attention to every
-    key.
-    """
-    assert call.global_mask is not None
-    options = (
-        call.attention_mask,
-        call.global_mask,
-        call.max_global_tokens,
-        call.is_causal,
-        call.scale,
-        call.dropout_p,
-        call.dropout_seed,
-    )
-    if isinstance(call.global_qkv, GlobalProjections):
-        return absorbed_global_rows(output, lse, *call.global_qkv, *options)
-    query, key, value = call.global_qkv or (call.query, call.key, call.value)
-    return global_rows(output, lse, query, key, value, *options)
+def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros with the strides that operators promise for the gradient of a tensor."""
+    if tensor.ndim == 4:
+        return like_projection(tensor, zero=True)
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _rows_of(call: AttentionCall) -> "_Rows | None":
+    if call.global_keys is None:
+        return None
+    return (_ProjectedRows if isinstance(call.global_qkv, GlobalProjections) else _Rows)(call)
 
 
 class _Rows:
-    """The queries at the packed positions and their masks; shared by the operators below."""
+    """Queries, keys and values that are given: the call's own, or separate ones.
 
-    def __init__(
-        self,
-        batch: int,
-        heads: int,
-        length: int,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor,
-        max_global_tokens: int | None,
-        is_causal: bool,
-        dropout_p: float,
-        dropout_seed: torch.Tensor | None,
-    ) -> None:
-        self.positions = pack_global_tokens(global_mask, max_global_tokens)  # [batch, G]
-        self.valid = self.positions < length
-        self.safe_positions = self.positions.clamp(max=max(length - 1, 0))
-        self.attention_mask = attention_mask
-        self.is_causal = is_causal
-        self.dropout_p = dropout_p
+    Attributes:
+        positions: of the global tokens, int64 [batch, G], `length` in empty slots.
+        query: scaled [batch, heads, G, width].
+        key, value: [batch, heads or 1, length, width].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __init__(self, call: AttentionCall) -> None:
+        assert call.global_keys is not None
+        self.call, self.positions = call, call.global_keys.packed()
+        self.batch, self.heads, self.length, _ = call.query.shape
         self.count = self.positions.shape[1]
-        self.batch, self.heads, self.length = batch, heads, length
-        self.batch_index = torch.arange(batch, device=global_mask.device)[:, None]
-        if dropout_p > 0:
-            assert dropout_seed is not None
-            rows = row_keys(dropout_seed, batch, heads, length)
-            index = self.safe_positions[:, None].expand(batch, heads, self.count)
-            self.row_keys = rows.gather(2, index)[..., None]
-            self.column_keys = column_keys(dropout_seed, length)
+        if self.count == 0:
+            return
+        self.valid = self.positions < self.length
+        self.safe_positions = self.positions.clamp(max=self.length - 1)
+        self.batch_index = torch.arange(self.batch, device=self.positions.device)[:, None]
+        if call.dropout_p > 0:
+            assert call.dropout_seed is not None
+            words = row_keys(call.dropout_seed, self.batch, self.heads, self.length)
+            index = self.safe_positions[:, None].expand(-1, self.heads, -1)
+            self.row_keys = words.gather(2, index)[..., None]
+            self.column_keys = column_keys(call.dropout_seed, self.length)
+        self.read()
+
+    def read(self) -> None:
+        """Sets query, key and value."""
+        query, key, value = self.inputs().values()
+        self.query = self.gather(query) * self.call.scale
+        self.key, self.value = self.readable(key), self.readable(value)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors that the rows are computed from, by their names as operator arguments."""
+        call = self.call
+        if call.global_qkv is None:
+            return {"query": call.query, "key": call.key, "value": call.value}
+        assert not isinstance(call.global_qkv, GlobalProjections)
+        return dict(zip(GLOBAL_TENSORS, call.global_qkv, strict=True))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output rows [batch, heads, G, head_dim] and log-sum-exp [batch, heads, G]."""
+        results, sums = [], []
+        for chunk in self.chunks():
+            _, dropped, lse = self.probabilities(chunk)
+            results.append(self.results(dropped))
+            sums.append(lse)
+        return torch.cat(results, dim=2), torch.cat(sums, dim=2)
+
+    def results(self, dropped: torch.Tensor) -> torch.Tensor:
+        """Output rows of probabilities [batch, heads, g, length], after dropout."""
+        return dropped @ self.value
+
+    def backward(
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, results: dict[str, torch.Tensor]
+    ) -> None:
+        """Adds the gradients of `inputs`, by their names, to `results`, in their types.
+
+        Args:
+            grad_rows: of the output rows, [batch, heads, G, head_dim].
+            grad_lse: of the log-sum-exp, [batch, heads, G, 1].
+            results: that of the query is zero at the rows of global queries.
+        """
+        query, key, value = self.inputs()
+        grad_query, grad_key, grad_value = self.gradients(grad_rows, grad_lse)
+        self.scatter_(results[query], grad_query * self.call.scale)
+        results[key] += grad_key.to(results[key].dtype)
+        results[value] += grad_value.to(results[value].dtype)
+
+    def gradients(
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, grad_mass: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of query, key and value, in their shapes.
+
+        Args:
+            grad_rows: of probabilities @ value, [batch, heads, G, width].
+            grad_lse: of the log-sum-exp, [batch, heads, G, 1].
+            grad_mass: of the sum of the probabilities after dropout, [batch, heads, G, 1].
+        """
+        grad_query = []
+        grad_key, grad_value = torch.zeros_like(self.key), torch.zeros_like(self.value)
+        for chunk in self.chunks():
+            probabilities, dropped, _ = self.probabilities(chunk)
+            grad = grad_rows[:, :, chunk]
+            grad_value += self.over_keys(dropped, grad)
+            grad_probabilities = grad @ self.value.mT
+            if grad_mass is not None:
+                grad_probabilities += grad_mass[:, :, chunk]
+            grad_probabilities = self.drop(grad_probabilities, chunk)
+            inner = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
+            grad_scores = probabilities * (grad_probabilities - inner + grad_lse[:, :, chunk])
+            grad_query.append(grad_scores @ self.key)
+            grad_key += self.over_keys(grad_scores, self.query[:, :, chunk])
+            self.collect(dropped, grad_scores)
+        return torch.cat(grad_query, dim=2), grad_key, grad_value
+
+    def collect(self, dropped: torch.Tensor, grad_scores: torch.Tensor) -> None:
+        """What a subclass needs of each chunk, besides."""
+
+    def over_keys(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Sums of rows [batch, heads, g, width] over the queries, by weights [..., g, length]; over
+        the heads too, where these have the keys in common.
+        """
+        if self.key.shape[1] == 1:
+            weights, rows = weights.flatten(1, 2)[:, None], rows.flatten(1, 2)[:, None]
+        return weights.mT @ rows
 
     def chunks(self) -> Iterator[slice]:
         step = max(1, _MAX_SCORES // max(1, self.batch * self.heads * self.length))
@@ -109,11 +197,10 @@ class _Rows:
             yield slice(start, min(start + step, self.count))
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[batch, heads, length, width] -> [batch, heads, G, width]; zero in empty slots."""
-        index = self.safe_positions[:, None, :, None].expand(
-            -1, tensor.shape[1], -1, tensor.shape[3]
-        )
-        return tensor.gather(2, index).masked_fill(~self.valid[:, None, :, None], 0.0)
+        """[batch, heads, length, width] -> [batch, heads, G, width], precise; empty slots are 0."""
+        index = self.safe_positions[:, None, :, None]
+        index = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        return _precise(tensor.gather(2, index).masked_fill(~self.valid[:, None, :, None], 0.0))
 
     def scatter_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes [batch, heads, G, ...] into [batch, heads, length, ...] at the valid positions."""
@@ -126,20 +213,16 @@ class _Rows:
         is_used = self.valid[:, :1].view(self.batch, *(1,) * (source.ndim - 1))
         target[index] = torch.where(is_used, source.to(target.dtype), target[index])
 
-    def forward(
-        self, query, key, value, chunk: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Probabilities, the same with dropout, and LSE of a chunk of (scaled) queries [batch,
-        heads, g, width].
+    def probabilities(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities [batch, heads, g, length] of a chunk of queries, the same with dropout, and
+        log-sum-exp.
         """
-        scores = query @ key.transpose(-1, -2)  # [batch, heads, g, length]
-        if self.attention_mask is not None:
-            scores.masked_fill_(~self.attention_mask[:, None, None, :], -torch.inf)
-        if self.is_causal:
-            later = (
-                torch.arange(self.length, device=scores.device)
-                > self.safe_positions[:, None, chunk, None]
-            )
+        scores = self.query[:, :, chunk] @ self.key.mT
+        if self.call.attention_mask is not None:
+            scores.masked_fill_(~self.call.attention_mask[:, None, None, :], -torch.inf)
+        if self.call.is_causal:
+            key_index = torch.arange(self.length, device=scores.device)
+            later = key_index > self.safe_positions[:, None, chunk, None]
             scores.masked_fill_(later, -torch.inf)
         lse = scores.logsumexp(dim=-1, keepdim=True)
         probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
@@ -147,448 +230,135 @@ class _Rows:
 
     def drop(self, tensor: torch.Tensor, chunk: slice) -> torch.Tensor:
         """The tensor [batch, heads, g, length] with dropout applied."""
-        if self.dropout_p == 0:
+        dropout_p = self.call.dropout_p
+        if dropout_p == 0:
             return tensor
-        keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, self.dropout_p)
-        return zero_dropped_(tensor / (1 - self.dropout_p), keep)
+        keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, dropout_p)
+        return zero_dropped_(tensor / (1 - dropout_p), keep)
 
     def readable(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Keys, values or states [batch, ..., length, width] in float32 at least, zero in padding:
-        NaN * 0 is NaN.
+        """Keys, values or states [batch, ..., length, width], precise, and zero in padding: NaN * 0
+        is NaN.
         """
-        tensor = _precise(tensor)
-        if self.attention_mask is None:
+        tensor, mask = _precise(tensor), self.call.attention_mask
+        if mask is None:
             return tensor
-        padding = ~self.attention_mask[..., None]
+        padding = ~mask[..., None]
         return tensor.masked_fill(padding if tensor.ndim == 3 else padding[:, None], 0.0)
+
+
+class _ProjectedRows(_Rows):
+    """Queries, keys and values by projections that are applied here, or absorbed while that is
+    cheaper.
+    """
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        assert isinstance(self.call.global_qkv, GlobalProjections)
+        named = self.call.global_qkv._asdict()
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def read(self) -> None:
+        given = self.inputs()
+        self.states = self.readable(given.pop("hidden_states"))  # [batch, length, hidden_size]
+        self.parameters = {name: _precise(tensor) for name, tensor in given.items()}
+        self.is_absorbed = self.count * self.heads < self.states.shape[-1]
+        self.row_states = self.states[self.batch_index, self.safe_positions]
+        # [batch, heads, G, head_dim]
+        self.projected = self.project("query", self.row_states) * self.call.scale
+        if self.is_absorbed:
+            self.query = self.projected @ self.by_head("key_weight")
+            self.key = self.value = self.states[:, None]
+        else:
+            self.query = self.projected
+            self.key, self.value = (self.project(name, self.states) for name in ("key", "value"))
+
+    def project(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """[batch, n, hidden_size] -> [batch, heads, n, head_dim]"""
+        weight, bias = self.parameters[f"{name}_weight"], self.parameters.get(f"{name}_bias")
+        projected = torch.nn.functional.linear(states, weight, bias)
+        return projected.view(*states.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def by_head(self, name: str) -> torch.Tensor:
+        """A weight as [heads, head_dim, hidden_size], a bias as [heads, 1, head_dim], or 0."""
+        if name not in self.parameters:
+            return self.states.new_zeros(())
+        tensor = self.parameters[name]
+        return tensor.reshape(self.heads, *((-1, tensor.shape[1]) if tensor.ndim > 1 else (1, -1)))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        results, lse = super().forward()
+        if self.is_absorbed:
+            lse = lse + (self.projected * self.by_head("key_bias")).sum(dim=-1)
+        return results, lse
+
+    def results(self, dropped: torch.Tensor) -> torch.Tensor:
+        context = super().results(dropped)
+        if not self.is_absorbed:
+            return context
+        mass = dropped.sum(dim=-1, keepdim=True)
+        return context @ self.by_head("value_weight").mT + mass * self.by_head("value_bias")
+
+    def backward(
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, results: dict[str, torch.Tensor]
+    ) -> None:
+        grads: dict[str, torch.Tensor] = {}
+        if self.is_absorbed:
+            grad_projected, grad_states = self.absorbed_gradients(grad_rows, grad_lse, grads)
+        else:
+            grad_projected, grad_key, grad_value = self.gradients(grad_rows, grad_lse)
+            grad_states = self.project_backward("key", grad_key, self.states, grads)
+            grad_states += self.project_backward("value", grad_value, self.states, grads)
+        grad_projected = grad_projected * self.call.scale
+        grad_row_states = self.project_backward("query", grad_projected, self.row_states, grads)
+        index = self.safe_positions[..., None].expand_as(grad_row_states)
+        grad_states.scatter_add_(1, index, grad_row_states * self.valid[..., None])
+        grads["hidden_states"] = grad_states
+        for name, result in results.items():
+            result.copy_(grads[name].view(result.shape))
+
+    def absorbed_gradients(
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, grads: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of `projected` and of the states; those of the parameters of key and value
+        are put into `grads`.
+        """
+        self.contexts, self.masses, self.offsets = [], [], []
+        grad_mass = (grad_rows * self.by_head("value_bias")).sum(dim=-1, keepdim=True)
+        grad_query, grad_key, grad_value = self.gradients(
+            grad_rows @ self.by_head("value_weight"), grad_lse, grad_mass
+        )
+        context, mass, offset = (
+            torch.cat(parts, dim=2) for parts in (self.contexts, self.masses, self.offsets)
+        )
+        grads["key_weight"] = _over_rows(self.projected, grad_query)
+        grads["key_bias"] = (offset * self.projected).sum(dim=(0, 2))
+        grads["value_weight"] = _over_rows(grad_rows, context)
+        grads["value_bias"] = (mass * grad_rows).sum(dim=(0, 2))
+        grad_projected = grad_query @ self.by_head("key_weight").mT
+        grad_projected += offset * self.by_head("key_bias")
+        return grad_projected, grad_key[:, 0].add_(grad_value[:, 0])
+
+    def collect(self, dropped: torch.Tensor, grad_scores: torch.Tensor) -> None:
+        if self.is_absorbed:
+            self.contexts.append(dropped @ self.value)
+            self.masses.append(dropped.sum(dim=-1, keepdim=True))
+            # The sum over keys is zero but for a gradient of the log-sum-exp.
+            self.offsets.append(grad_scores.sum(dim=-1, keepdim=True))
+
+    def project_backward(
+        self, name: str, grad: torch.Tensor, states: torch.Tensor, grads: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The gradient of the states of `project`; those of its parameters are put into `grads`."""
+        grad = grad.transpose(1, 2).flatten(2)  # [batch, n, heads * head_dim]
+        grads[f"{name}_weight"] = grad.flatten(0, 1).mT @ states.flatten(0, 1)
+        grads[f"{name}_bias"] = grad.sum(dim=(0, 1))
+        return grad @ self.parameters[f"{name}_weight"]
+
+
+def _over_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, G, a], [batch, heads, G, b] -> [heads, a, b], summed over batch and G."""
+    return left.transpose(0, 1).flatten(1, 2).mT @ right.transpose(0, 1).flatten(1, 2)
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@torch.library.custom_op(
-    "adaptive_longformer::global_rows", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
-@without_autocast
-def global_rows(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor,
-    max_global_tokens: int | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE with the rows of global queries computed from query, key and value.
-
-    Shapes as in `sparse_attention`; global_mask marks no padding.
-    """
-    batch, heads, length, _ = query.shape
-    rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
-        dropout_seed,
-    )  # fmt: skip
-    output, lse = (
-        like_projection(output).copy_(output),
-        lse.clone(memory_format=torch.contiguous_format),
-    )
-    if rows.count == 0:
-        return output, lse
-    query_rows, key, value = (
-        _precise(rows.gather(query)) * scale,
-        rows.readable(key),
-        rows.readable(value),
-    )
-    results, sums = [], []
-    for chunk in rows.chunks():
-        _, dropped_probabilities, chunk_lse = rows.forward(
-            query_rows[:, :, chunk], key, value, chunk
-        )
-        results.append(dropped_probabilities @ value)
-        sums.append(chunk_lse)
-    rows.scatter_(output, torch.cat(results, dim=2))
-    rows.scatter_(lse, torch.cat(sums, dim=2))
-    return output, lse
-
-
-@global_rows.register_fake
-def _(output, lse, *_):
-    return like_projection(output), lse.new_empty(lse.shape)
-
-
-@torch.library.custom_op(
-    "adaptive_longformer::global_rows_backward", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
-@without_autocast
-def _global_rows_backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor,
-    max_global_tokens: int | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, length, _ = query.shape
-    rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
-        dropout_seed,
-    )  # fmt: skip
-    local = _local_gradients(grad_output, grad_lse, global_mask)
-    inputs = (query, key, value)
-    if rows.count == 0:
-        nothing = [like_projection(tensor, zero=True) for tensor in inputs]
-        return *local, nothing[0], nothing[1], nothing[2]
-    precise = torch.promote_types(query.dtype, torch.float32)
-    grads = [like_projection(tensor, precise, zero=True) for tensor in inputs]
-    query_rows, exact_key, exact_value = (
-        _precise(rows.gather(query)) * scale,
-        rows.readable(key),
-        rows.readable(value),
-    )
-    grad_rows = _precise(rows.gather(grad_output))
-    grad_lse_rows = _precise(rows.gather(grad_lse[..., None]))
-    grad_query_rows = []
-    for chunk in rows.chunks():
-        probabilities, dropped_probabilities, _ = rows.forward(
-            query_rows[:, :, chunk], exact_key, exact_value, chunk
-        )
-        grad = grad_rows[:, :, chunk]
-        grads[2] += dropped_probabilities.transpose(-1, -2) @ grad
-        grad_scores = _softmax_backward(
-            probabilities,
-            rows.drop(grad @ exact_value.transpose(-1, -2), chunk),
-            grad_lse_rows[:, :, chunk],
-        )
-        grad_query_rows.append(grad_scores @ exact_key * scale)
-        grads[1] += grad_scores.transpose(-1, -2) @ query_rows[:, :, chunk]
-    rows.scatter_(grads[0], torch.cat(grad_query_rows, dim=2))
-    grads = [grad.to(query.dtype) for grad in grads]
-    return *local, grads[0], grads[1], grads[2]
-
-
-def _local_gradients(
-    grad_output: torch.Tensor, grad_lse: torch.Tensor, global_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reaches the rows of ordinary queries."""
-    local = like_projection(grad_output).copy_(grad_output)
-    local.masked_fill_(global_mask[:, None, :, None], 0.0)
-    return local, grad_lse.masked_fill(global_mask[:, None], 0.0).contiguous()
-
-
-def _softmax_backward(probabilities, grad_probabilities, grad_lse) -> torch.Tensor:
-    """Gradient of the scores from those of the probabilities and of the LSE [..., 1]."""
-    inner = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
-    return probabilities * (grad_probabilities - inner + grad_lse)
-
-
-@_global_rows_backward.register_fake
-def _(grad_output, grad_lse, query, key, value, *_):
-    local = like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)
-    return *local, *(like_projection(tensor) for tensor in (query, key, value))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    tensors = [value for value in inputs[2:] if isinstance(value, torch.Tensor)]
-    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs[2:]]
-    ctx.plain = [value for value in inputs[2:] if not isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*tensors)
-
-
-def _saved_inputs(ctx) -> list:
-    tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
-    return [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
-
-
-def _backward(ctx, grad_output, grad_lse):
-    grads = _global_rows_backward(grad_output, grad_lse, *_saved_inputs(ctx))
-    return *grads, *(None,) * 7
-
-
-global_rows.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op(
-    "adaptive_longformer::absorbed_global_rows", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
-@without_autocast
-def absorbed_global_rows(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    hidden_states: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_bias: torch.Tensor | None,
-    key_weight: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    value_weight: torch.Tensor,
-    value_bias: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor,
-    max_global_tokens: int | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE with the rows of global queries computed from the hidden states.
-
-    Shapes as in `GlobalProjections` and `sparse_attention`; global_mask marks no padding.
-    """
-    batch, heads, length, _ = output.shape
-    rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
-        dropout_seed,
-    )  # fmt: skip
-    output, lse = (
-        like_projection(output).copy_(output),
-        lse.clone(memory_format=torch.contiguous_format),
-    )
-    if rows.count == 0:
-        return output, lse
-    layer = _AbsorbedLayer(
-        rows,
-        hidden_states,
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        value_weight,
-        value_bias,
-        scale,
-    )
-    results, sums = [], []
-    for chunk in rows.chunks():
-        _, dropped_probabilities, chunk_lse = rows.forward(
-            layer.query[:, :, chunk], layer.key, layer.value, chunk
-        )
-        results.append(layer.read(dropped_probabilities))
-        sums.append(chunk_lse + layer.score_offset[:, :, chunk])
-    rows.scatter_(output, torch.cat(results, dim=2))
-    rows.scatter_(lse, torch.cat(sums, dim=2))
-    return output, lse
-
-
-@absorbed_global_rows.register_fake
-def _(output, lse, *_):
-    return like_projection(output), lse.new_empty(lse.shape)
-
-
-class _AbsorbedLayer:
-    """Queries, keys and values of global rows; the keys are the hidden states while that is
-    cheaper.
-    """
-
-    def __init__(
-        self,
-        rows: _Rows,
-        hidden_states,
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        value_weight,
-        value_bias,
-        scale,
-    ) -> None:
-        self.rows, self.scale = rows, scale
-        self.states = rows.readable(hidden_states)  # [batch, length, hidden_size]
-        self.is_absorbed = rows.count * rows.heads < self.states.shape[-1]
-
-        def by_head(weight, bias) -> tuple[torch.Tensor, torch.Tensor]:
-            weight = _precise(weight).unflatten(
-                0, (rows.heads, -1)
-            )  # [heads, head_dim, hidden_size]
-            if bias is None:
-                return weight, weight.new_zeros(weight.shape[:2])
-            return weight, _precise(bias).unflatten(0, (rows.heads, -1))  # [heads, head_dim]
-
-        self.query_weight, self.query_bias = by_head(query_weight, query_bias)
-        self.key_weight, self.key_bias = by_head(key_weight, key_bias)
-        self.value_weight, self.value_bias = by_head(value_weight, value_bias)
-        # [batch, G, hidden_size]
-        self.row_states = self.states[rows.batch_index, rows.safe_positions]
-        projected = self._project(self.row_states, self.query_weight, self.query_bias)
-        self.projected_query = projected * scale  # [batch, heads, G, head_dim]
-        if self.is_absorbed:
-            self.query = self.projected_query @ self.key_weight  # [batch, heads, G, hidden_size]
-            self.key = self.value = self.states[:, None]
-            self.score_offset = (self.projected_query * self.key_bias[:, None]).sum(dim=-1)
-        else:
-            self.query = self.projected_query
-            self.score_offset = self.query.new_zeros(()).expand(self.query.shape[:3])
-            self.key = self._project(self.states, self.key_weight, self.key_bias)
-            self.value = self._project(self.states, self.value_weight, self.value_bias)
-
-    @staticmethod
-    def _project(states, weight, bias) -> torch.Tensor:
-        """[batch, n, hidden_size] -> [batch, heads, n, head_dim]"""
-        projected = torch.nn.functional.linear(states, weight.flatten(0, 1), bias.flatten())
-        return projected.unflatten(-1, weight.shape[:2]).transpose(1, 2)
-
-    def read(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Output rows [batch, heads, g, head_dim] of probabilities (with dropout)."""
-        context = probabilities @ self.value
-        if not self.is_absorbed:
-            return context
-        mass = probabilities.sum(dim=-1, keepdim=True)
-        return context @ self.value_weight.transpose(-1, -2) + mass * self.value_bias[:, None]
-
-    def backward(self, grad_rows: torch.Tensor, grad_lse_rows: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of hidden_states and of the six parameters."""
-        grad_states = torch.zeros_like(self.states)
-        grad_projected = torch.zeros_like(self.projected_query)
-        grad_key_weight, grad_key_bias = map(torch.zeros_like, (self.key_weight, self.key_bias))
-        grad_value_weight, grad_value_bias = map(
-            torch.zeros_like, (self.value_weight, self.value_bias)
-        )
-        grad_key, grad_value = torch.zeros_like(self.key), torch.zeros_like(self.value)
-        for chunk in self.rows.chunks():
-            query, projected = self.query[:, :, chunk], self.projected_query[:, :, chunk]
-            grad = grad_rows[:, :, chunk]
-            probabilities, with_dropout, _ = self.rows.forward(query, self.key, self.value, chunk)
-            if self.is_absorbed:
-                mass = with_dropout.sum(dim=-1, keepdim=True)
-                context = with_dropout @ self.value
-                grad_value_weight += torch.einsum("bhgd,bhge->hde", grad, context)
-                grad_value_bias += (grad * mass).sum(dim=(0, 2))
-                grad_context = grad @ self.value_weight  # [batch, heads, g, hidden_size]
-                grad_probabilities = grad_context @ self.value.transpose(-1, -2)
-                grad_probabilities += (grad * self.value_bias[:, None]).sum(dim=-1, keepdim=True)
-                grad_states += torch.einsum("bhgn,bhge->bne", with_dropout, grad_context)
-            else:
-                grad_probabilities = grad @ self.value.transpose(-1, -2)
-                grad_value += with_dropout.transpose(-1, -2) @ grad
-            grad_scores = _softmax_backward(
-                probabilities,
-                self.rows.drop(grad_probabilities, chunk),
-                grad_lse_rows[:, :, chunk],
-            )
-            grad_query = grad_scores @ self.key
-            if self.is_absorbed:
-                # The sum over keys is zero but for a gradient of the LSE.
-                offset = grad_scores.sum(dim=-1, keepdim=True)
-                grad_projected[:, :, chunk] = (
-                    grad_query @ self.key_weight.transpose(-1, -2) + offset * self.key_bias[:, None]
-                )
-                grad_key_weight += torch.einsum("bhgd,bhge->hde", projected, grad_query)
-                grad_key_bias += (offset * projected).sum(dim=(0, 2))
-                grad_states += torch.einsum("bhgn,bhge->bne", grad_scores, query)
-            else:
-                grad_projected[:, :, chunk] = grad_query
-                grad_key += grad_scores.transpose(-1, -2) @ query
-        if not self.is_absorbed:
-            grad_states += self._project_backward(
-                grad_key, self.states, self.key_weight, grad_key_weight, grad_key_bias
-            )
-            grad_states += self._project_backward(
-                grad_value, self.states, self.value_weight, grad_value_weight, grad_value_bias
-            )
-        grad_query_weight, grad_query_bias = map(
-            torch.zeros_like, (self.query_weight, self.query_bias)
-        )
-        grad_row_states = self._project_backward(
-            grad_projected * self.scale,
-            self.row_states,
-            self.query_weight,
-            grad_query_weight,
-            grad_query_bias,
-        )
-        index = self.rows.safe_positions[..., None].expand_as(grad_row_states)
-        grad_states.scatter_add_(1, index, grad_row_states * self.rows.valid[..., None])
-        return [
-            grad_states,
-            grad_query_weight,
-            grad_query_bias,
-            grad_key_weight,
-            grad_key_bias,
-            grad_value_weight,
-            grad_value_bias,
-        ]
-
-    @staticmethod
-    def _project_backward(grad, states, weight, grad_weight, grad_bias) -> torch.Tensor:
-        """Adds to the parameters' gradients in place; returns that of the states."""
-        grad_weight += torch.einsum("bhnd,bne->hde", grad, states)
-        grad_bias += grad.sum(dim=(0, 2))
-        return grad.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
-
-
-@torch.library.custom_op(
-    "adaptive_longformer::absorbed_global_rows_backward", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
-@without_autocast
-def _absorbed_global_rows_backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor,
-    hidden_states: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_bias: torch.Tensor | None,
-    key_weight: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    value_weight: torch.Tensor,
-    value_bias: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor,
-    max_global_tokens: int | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    batch, heads, length, _ = grad_output.shape
-    rows = _Rows(
-        batch, heads, length, attention_mask, global_mask, max_global_tokens, is_causal, dropout_p,
-        dropout_seed,
-    )  # fmt: skip
-    inputs = (
-        hidden_states,
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        value_weight,
-        value_bias,
-    )
-    local = _local_gradients(grad_output, grad_lse, global_mask)
-    if rows.count == 0:
-        return [*local] + [
-            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            for tensor in inputs
-            if tensor is not None
-        ]
-    layer = _AbsorbedLayer(rows, *inputs, scale)
-    grads = layer.backward(
-        _precise(rows.gather(grad_output)), _precise(rows.gather(grad_lse[..., None]))
-    )
-    return [*local] + [
-        grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
-        for grad, tensor in zip(grads, inputs, strict=True)
-        if tensor is not None
-    ]
-
-
-@_absorbed_global_rows_backward.register_fake
-def _(grad_output, grad_lse, *inputs):
-    local = [like_projection(grad_output), grad_lse.new_empty(grad_lse.shape)]
-    return local + [tensor.new_empty(tensor.shape) for tensor in inputs[:7] if tensor is not None]
-
-
-def _absorbed_backward(ctx, grad_output, grad_lse):
-    inputs = _saved_inputs(ctx)
-    grads = iter(_absorbed_global_rows_backward(grad_output, grad_lse, *inputs))
-    local = (next(grads), next(grads))
-    return *local, *(None if tensor is None else next(grads) for tensor in inputs[:7]), *(None,) * 7
-
-
-absorbed_global_rows.register_autograd(_absorbed_backward, setup_context=_setup_context)

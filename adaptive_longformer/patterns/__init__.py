@@ -11,7 +11,7 @@ from adaptive_longformer.patterns.block_layout import (
 from adaptive_longformer.patterns.fixed import Fixed
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import Pattern, Union, pattern_from_spec
+from adaptive_longformer.patterns.pattern import Pattern, Union, pattern_from_code
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.patterns.strided import Strided
@@ -31,7 +31,7 @@ __all__ = [
     "Union",
     "big_bird_layout",
     "block_layout",
-    "pattern_from_spec",
+    "pattern_from_code",
     "random_draw",
     "split_window",
 ]

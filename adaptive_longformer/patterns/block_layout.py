@@ -11,7 +11,7 @@ import torch
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import Pattern, pattern_from_spec, union
+from adaptive_longformer.patterns.pattern import Pattern, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 MIN_BLOCK_SIZE = 8
@@ -188,7 +188,7 @@ class BlockLayout:
         if bool((is_needed & (self._times_listed(is_window) == 0)).any()):
             raise ValueError(
                 "BlockLayout: key_blocks lacks WINDOW entries: every list needs one for each block "
-                f"that the window {self.window.spec} touches; window=None needs none"
+                f"that the window {self.window} touches; window=None needs none"
             )
 
     def select(self, keep: torch.Tensor) -> "BlockLayout":
@@ -266,6 +266,8 @@ def split_window(pattern: Pattern) -> tuple[SlidingWindow | None, Pattern | None
     attention is a window that reaches everywhere. Global tokens are not part of the result: the
     operator moves them into the global mask.
     """
+    if isinstance(pattern, SlidingWindow) and pattern.is_contiguous:
+        return pattern, None
     if any(isinstance(part, Full) for part in pattern.parts):
         return SlidingWindow(_EVERYWHERE), None
     bands = [part for part in pattern.parts if isinstance(part, SlidingWindow)]
@@ -307,16 +309,14 @@ def block_layout(
         once.
     """
     device = torch.device(device)
-    layout = _cached_layout(
-        pattern.spec, length, query_block_size, key_block_size, num_heads, device
-    )
+    layout = _cached_layout(pattern, length, query_block_size, key_block_size, num_heads, device)
     return kept_in_graphs(layout, device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _cached_layout(
-    spec: str,
+    pattern: Pattern,
     length: int,
     query_block_size: int,
     key_block_size: int,
@@ -325,7 +325,7 @@ def _cached_layout(
 ) -> BlockLayout:
     # Built on the CPU, whatever the caller's default device is.
     with torch.device("cpu"):
-        window, rest = split_window(pattern_from_spec(spec))
+        window, rest = split_window(pattern)
         sizes = (length, query_block_size, key_block_size)
         pieces = []
         if rest is not None:
@@ -336,7 +336,7 @@ def _cached_layout(
             pieces.append(window_entries(window, *sizes))
         if not pieces:
             raise ValueError(
-                f"block_layout: pattern {spec!r} has only global tokens, nothing is left for the "
+                f"block_layout: pattern {pattern} has only global tokens, nothing is left for the "
                 "lists"
             )
         heads = max(blocks.shape[0] for blocks, _ in pieces)

@@ -29,6 +29,13 @@ class GlobalTokens(Pattern):
                 )
         super().__post_init__()
 
+    def _numbers(self) -> tuple[int, ...]:
+        return self.positions
+
+    @classmethod
+    def _of_numbers(cls, *numbers: int) -> "GlobalTokens":
+        return cls(numbers)
+
     def mask(self, length: int, device: torch.device) -> torch.Tensor:
         """Boolean tensor [length], True at the global positions."""
         index = torch.arange(length, device=device)

@@ -1,39 +1,53 @@
 """What an attention pattern is: a rule that says which keys a query may attend to."""
 
-import ast
-import re
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
-_SPEC = re.compile(r"^(\w+)(\(.*\))$")
-_REGISTRY: dict[str, type["Pattern"]] = {}
+_REGISTRY: dict[int, type["Pattern"]] = {}
 
 
 @dataclass(frozen=True)
 class Pattern(ABC):
     """Which keys each query may attend to, before padding, causality and global tokens are applied.
 
-    A pattern is immutable and hashable. `spec` is its text form, `pattern_from_spec` reads it back;
-    operators that can only take plain values carry the pattern as this text.
+    A pattern is immutable and hashable. Operators, which take only numbers, carry its `code`.
+
+    Attributes:
+        kind: a number made from the name, the same in every process.
+        code: the kind, how many numbers follow, and these; `pattern_from_code` reads
+            it back, in any process that has imported the class.
     """
 
     name: ClassVar[str]
-    spec: str = field(init=False, repr=False, compare=False, default="")
+    kind: ClassVar[int]
+    code: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            _REGISTRY[cls.name] = cls
+            cls.kind = zlib.crc32(cls.name.encode())
+            _REGISTRY[cls.kind] = cls
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spec", self._build_spec())
+        object.__setattr__(self, "code", self._encode())
 
-    def _build_spec(self) -> str:
-        values = tuple(getattr(self, f.name) for f in fields(self) if f.init)
-        return f"{self.name}{values!r}"
+    def _encode(self) -> tuple[int, ...]:
+        numbers = self._numbers()
+        return (self.kind, len(numbers), *numbers)
+
+    def _numbers(self) -> tuple[int, ...]:
+        """The fields as whole numbers, which `_of_numbers` takes."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    @classmethod
+    def _of_numbers(cls, *numbers: int) -> "Pattern":
+        return cls(*numbers)
 
     @abstractmethod
     def allowed(
@@ -70,7 +84,7 @@ class Pattern(ABC):
         return Union((*self.parts, *other.parts))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Union(Pattern):
     """The union of patterns: a key is visible if any part lets it through. Written `a | b`."""
 
@@ -82,8 +96,11 @@ class Union(Pattern):
             raise ValueError("Union: members is empty, at least one pattern is needed")
         super().__post_init__()
 
-    def _build_spec(self) -> str:
-        return " | ".join(member.spec for member in self.members)
+    def _encode(self) -> tuple[int, ...]:
+        return tuple(number for member in self.members for number in member.code)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.members))
 
     def allowed(self, query_index, key_index, head_index, length):
         result = self.members[0].allowed(query_index, key_index, head_index, length)
@@ -107,23 +124,24 @@ def union(patterns: tuple[Pattern, ...]) -> Pattern | None:
     return patterns[0] if len(patterns) == 1 else Union(patterns)
 
 
-def pattern_from_spec(spec: str) -> Pattern:
-    """Reads a pattern back from `Pattern.spec`.
+@lru_cache(maxsize=1024)
+def pattern_from_code(code: Sequence[int]) -> Pattern | None:
+    """Reads a pattern back from `Pattern.code`, a tuple; None of an empty one.
 
     Raises:
-        ValueError: the text names no known pattern or its arguments are malformed.
+        ValueError: the numbers name no known pattern.
     """
-    patterns = []
-    for part in spec.split(" | "):
-        match = _SPEC.match(part)
-        if match is None or match[1] not in _REGISTRY:
+    patterns, rest = [], tuple(code)
+    while rest:
+        kind, (count, *_) = _REGISTRY.get(rest[0]), (*rest[1:], 0)
+        if kind is None or len(rest) < 2 + count:
             raise ValueError(
-                f"pattern spec {part!r} is not one of {sorted(_REGISTRY)} with its arguments"
+                f"pattern code {tuple(code)} is not made of one of "
+                f"{sorted(known.name for known in _REGISTRY.values())} and its numbers"
             )
-        patterns.append(_REGISTRY[match[1]](*ast.literal_eval(match[2])))
-    result = union(tuple(patterns))
-    assert result is not None
-    return result
+        patterns.append(kind._of_numbers(*rest[2 : 2 + count]))
+        rest = rest[2 + count :]
+    return union(tuple(patterns))
 
 
 def check_positive(pattern: str, **values: int) -> None:

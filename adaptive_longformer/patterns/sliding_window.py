@@ -48,6 +48,15 @@ class SlidingWindow(Pattern):
             check_positive("SlidingWindow", dilation=self.dilation)
         super().__post_init__()
 
+    def _numbers(self) -> tuple[int, ...]:
+        dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
+        return (self.left, self.right, *dilation)
+
+    @classmethod
+    def _of_numbers(cls, *numbers: int) -> "SlidingWindow":
+        left, right, *dilation = numbers
+        return cls(left, right, tuple(dilation))
+
     def allowed(self, query_index, key_index, head_index, length):
         offset = key_index - query_index
         if self.dilation == 1:

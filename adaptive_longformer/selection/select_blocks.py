@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
-from adaptive_longformer.attention.global_rows import limit_global_tokens, pack_global_tokens
+from adaptive_longformer.attention.global_keys import limit_global_tokens, pack_global_tokens
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,

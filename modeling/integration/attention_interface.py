@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 )
 
 from adaptive_longformer.attention.functional import sparse_attention
-from adaptive_longformer.attention.global_rows import limit_global_tokens
+from adaptive_longformer.attention.global_keys import limit_global_tokens
 from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import random_seed
 from adaptive_longformer.modeling.padding import padding_to_roll

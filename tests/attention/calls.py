@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.kernels.load import cpp_compiler, why_unavailable
+from adaptive_longformer.attention.operator import GRADIENTS, expand
 from adaptive_longformer.attention.reference import dense_mask
 from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, block_layout
 
@@ -64,7 +65,7 @@ def readable(value):
     """The id of a test's parameter."""
     if isinstance(value, dict):
         return "-".join(f"{name}={item}" for name, item in value.items())
-    return getattr(value, "spec", str(value))
+    return str(value)
 
 
 def routed_layout(length=300, query_block=64, key_block=64, batch=1, heads=1, window=None):
@@ -199,6 +200,22 @@ def assert_backend_matches(pattern, backend, *, tolerance, exact_dtype=torch.flo
             bound = tolerance * max(1.0, float(e.abs().max()))
             error = float((a.double() - e.double()).abs().max())
             assert error <= bound, f"result {index}: error {error:.2e} above {bound:.2e}"
+
+
+def check_operator(operator, call):
+    """torch's opcheck of an operator of `define_operator` with a call, and of its backward pass by
+    itself, whose strides torch.compile relies on.
+    """
+    arguments = expand(call)
+    torch.library.opcheck(operator, arguments)
+    output, lse = (result.detach() for result in operator(*arguments))
+    needed = [getattr(arguments, name) is not None for name in GRADIENTS]
+    detached = [
+        argument.detach() if isinstance(argument, torch.Tensor) else argument
+        for argument in arguments
+    ]
+    backward = getattr(torch.ops.adaptive_longformer, f"{operator._name}_backward").default
+    torch.library.opcheck(backward, (output, lse, output, lse, needed, *detached))
 
 
 def to_device(call, device, dtype):

@@ -8,7 +8,8 @@ from calls import random_call, value_and_gradients
 
 from adaptive_longformer.attention import sparse_attention
 from adaptive_longformer.attention.backends.blocked import run_blocked
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
+from adaptive_longformer.attention.global_keys import GlobalKeys, pack_global_tokens
 from adaptive_longformer.patterns import GlobalTokens, SlidingWindow
 
 PATTERN = SlidingWindow(5)
@@ -17,8 +18,12 @@ PATTERN = SlidingWindow(5)
 def results_with(max_global_tokens, call):
     """Output and gradients of the blocked backend, as on a device where nothing is looked up."""
     tensors, options, leaves = call
-    made = replace(make_call(*tensors, PATTERN, **options), max_global_tokens=max_global_tokens)
-    output, lse = run_blocked(made)
+    call = make_call(*tensors, PATTERN, **options)
+    if max_global_tokens is not None:
+        mask = call.global_keys.mask
+        keys = GlobalKeys(mask, pack_global_tokens(mask, max_global_tokens))
+        call = replace(call, global_keys=keys)
+    output, lse = run_blocked(call)
     is_valid = options["attention_mask"][:, None, :, None]
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     loss = output.masked_fill(~is_valid, 0.0).mul(weight).sum() + lse[:, :, 10].sum()

@@ -1,13 +1,16 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from calls import random_call
+from calls import check_operator, random_call
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_longformer.attention import sparse_attention
 from adaptive_longformer.attention.backends.blocked import blocked_attention
-from adaptive_longformer.attention.global_rows import absorbed_global_rows, global_rows
+from adaptive_longformer.attention.call import make_call
+from adaptive_longformer.attention.global_keys import GlobalKeys
+from adaptive_longformer.attention.operator import collapse, expand, global_rows
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
 
 OPERATORS = torch.ops.adaptive_longformer
@@ -17,30 +20,43 @@ def tensors_of(*shapes):
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def test_opcheck_of_blocked_attention():
-    query, key, value = tensors_of(*[(1, 2, 40, 8)] * 3)
+@pytest.mark.parametrize("global_qkv", [None, "explicit", "absorbed"])
+def test_opcheck_of_blocked_attention(global_qkv):
     layout = block_layout(SlidingWindow(4) | Strided(16), 40, query_block_size=16, key_block_size=8)
-    bias = torch.randn(1, 2, *layout.key_blocks.shape[2:], dtype=torch.float64, requires_grad=True)
-    span = torch.rand(2, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(1, 40) > 0.2
-    arguments = (
-        query, key, value, "", layout.key_blocks, layout.counts, layout.flags, 16, 8,
-        layout.window.spec, layout.pattern.spec, bias, span, 5.0, mask, mask, 40, False, 0.3, 0.1,
-        torch.tensor(5),
+    tensors, options, _ = random_call(
+        layout, batch=1, length=40, padding="left", global_tokens="few", global_qkv=global_qkv,
+        span=True, entry_bias=True, dropout_p=0.1,
     )  # fmt: skip
-    torch.library.opcheck(blocked_attention, arguments)
+    check_operator(blocked_attention, make_call(*tensors, layout, **options))
 
 
-def test_opcheck_of_global_rows():
-    output, query, key, value = tensors_of(*[(2, 2, 12, 4)] * 4)
-    (lse,) = tensors_of((2, 2, 12))
-    mask = torch.zeros(2, 12, dtype=torch.bool)
-    mask[1, :2] = True
-    states, *parameters = tensors_of((2, 12, 8), *[(8, 8), (8,)] * 3)
-    for max_global_tokens in (None, 3):
-        tail = (None, mask, max_global_tokens, False, 0.5, 0.1, torch.tensor(5))
-        torch.library.opcheck(global_rows, (output, lse, query, key, value, *tail))
-        torch.library.opcheck(absorbed_global_rows, (output, lse, states, *parameters, *tail))
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("global_qkv", [None, "explicit", "absorbed"])
+def test_opcheck_of_global_rows(global_qkv, is_packed):
+    pattern = SlidingWindow(2) | Strided(3)
+    tensors, options, _ = random_call(
+        pattern, length=12, global_tokens="few", global_qkv=global_qkv, dropout_p=0.1
+    )
+    if global_qkv is not None:
+        tensors = [tensor.detach() for tensor in tensors]  # they are not read
+    call = make_call(*tensors, pattern, **options)
+    if not is_packed:
+        call = replace(call, global_keys=GlobalKeys(call.global_keys.mask))
+    output, lse = tensors_of((2, 2, 12, 8), (2, 2, 12))
+    torch.library.opcheck(global_rows, (output, lse, *expand(call)))
+
+
+def test_a_call_survives_being_taken_apart():
+    """With every kind of argument, for a pattern and for a layout."""
+    layout = block_layout(SlidingWindow(4) | Strided(16), 40, query_block_size=16, key_block_size=8)
+    for pattern in (SlidingWindow(3, 1) | Strided(5), layout):
+        options = {"span": True, "entry_bias": pattern is layout, "dropout_p": 0.1}
+        tensors, options, _ = random_call(
+            pattern, length=40, padding="right", global_tokens="few", global_qkv="absorbed",
+            is_causal=True, **options,
+        )  # fmt: skip
+        call = make_call(*tensors, pattern, scale=0.7, **options)
+        assert collapse(expand(call)) == call
 
 
 @pytest.mark.slow
@@ -66,9 +82,7 @@ def test_compiled_operator_is_one_graph_with_the_same_values_and_gradients(backe
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize(
-    "name", ["compiled_attention", "blocked_attention", "global_rows", "absorbed_global_rows"]
-)
+@pytest.mark.parametrize("name", ["compiled_attention", "blocked_attention", "global_rows"])
 def test_torch_compile_keeps_what_caches_or_looks_up_out_of_its_cuda_graphs(name):
     """What mode "reduce-overhead" runs first is in the memory of a graph, where torch refuses
     lists that stay; and a graph cannot wait for the number of global tokens.

@@ -62,13 +62,13 @@ def gpu_machine(emulator, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, imitation)
     # Short documents are for the kernels too, or nothing would be seen of them.
     monkeypatch.setattr(backends, "DENSE_CROSSOVER", {})
-    launched, run = [], compiled_cuda._Call.run
+    launched, run = [], compiled_cuda.CudaArguments.run
 
-    def counted(call, launches):
+    def counted(arguments, launches):
         launched.extend(launch.name for launch in launches)
-        run(call, launches)
+        run(arguments, launches)
 
-    monkeypatch.setattr(compiled_cuda._Call, "run", counted)
+    monkeypatch.setattr(compiled_cuda.CudaArguments, "run", counted)
     caches = (compiled._check_cuda_kernel, compiled_cuda._pattern_lists)
     for cache in caches:
         cache.cache_clear()

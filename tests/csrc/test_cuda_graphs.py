@@ -8,10 +8,15 @@ from test_emulated_cuda import SEED, masks, random_layout
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
+from adaptive_longformer.attention import (
+    AttentionSpan,
+    GlobalProjections,
+    global_keys,
+    sparse_attention,
+)
 from adaptive_longformer.attention.backends import compiled
 from adaptive_longformer.attention.backends import cuda as compiled_cuda
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling import attention_layer
 from adaptive_longformer.modeling import padding as model_masks
@@ -51,6 +56,13 @@ def global_projections(batch, length, size, dtype):
     return GlobalProjections(*(tensor.to(dtype).requires_grad_() for tensor in tensors))
 
 
+def with_global_rows(call, count):
+    """The call with as many rows of global queries as on a GPU, whose mask is not looked at."""
+    mask = call.global_keys.mask
+    positions = None if count is None else global_keys.pack_global_tokens(mask, count)
+    return replace(call, global_keys=global_keys.GlobalKeys(mask, positions))
+
+
 def run_call(max_global_tokens, global_qkv):
     """Output, LSE and all gradients of a call with everything in it, by the CUDA kernels."""
     length, heads = 100, 1
@@ -73,8 +85,7 @@ def run_call(max_global_tokens, global_qkv):
     if global_qkv == "absorbed":
         options["global_qkv"] = global_projections(2, length, 32 * heads, torch.bfloat16)
         leaves += options["global_qkv"]
-    call = make_call(*leaves[:3], layout, **options)
-    call = replace(call, max_global_tokens=max_global_tokens)
+    call = with_global_rows(make_call(*leaves[:3], layout, **options), max_global_tokens)
     upstream = torch.ones(2, heads, length, 32, dtype=torch.bfloat16)
     with NoWaiting():
         output, lse = compiled.run_compiled(call)
@@ -84,7 +95,7 @@ def run_call(max_global_tokens, global_qkv):
 
 @pytest.mark.parametrize("global_qkv", [None, "absorbed"])
 def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch, global_qkv):
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda call: compiled_cuda)
     assert all(tensor.isfinite().all() for tensor in run_call(8, global_qkv)[2:])
     with pytest.raises(AssertionError, match="waits for the device"):
         run_call(None, global_qkv)
@@ -136,13 +147,14 @@ def on_a_gpu(monkeypatch, max_global_tokens):
 
     def run_call(*tensors, return_lse, backend, **options):
         assert not return_lse
-        call = make_call(*tensors, **options)
-        return compiled.run_compiled(replace(call, max_global_tokens=max_global_tokens))[0]
+        call = with_global_rows(make_call(*tensors, **options), max_global_tokens)
+        return compiled.run_compiled(call)[0]
 
     def no_list(tensor):
         raise AssertionError("tolist waits for the device")
 
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda call: compiled_cuda)
+    monkeypatch.setattr(global_keys, "_may_read", lambda tensor: False)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
     monkeypatch.setattr(
         routing, "route_blocks", lambda *given: route_blocks(*given[:-1], max_global_tokens)

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import check_operator
 from emulation import CUDA_SOURCES, build_emulator
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
 from adaptive_longformer.attention.backends import compiled
 from adaptive_longformer.attention.backends import cuda as compiled_cuda
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.kernels import load as extension
-from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import EntryFlag, SlidingWindow, block_layout
 
@@ -90,10 +90,10 @@ def errors(pattern, length, *, heads=1, head_dim=32, dtype=torch.bfloat16, batch
     loss = (output * grad_output).sum() + (finite_lse * grad_lse).sum()
     expected = [output, finite_lse, *torch.autograd.grad(loss, exact, materialize_grads=True)]
 
-    arguments = operator_arguments(make_call(*tensors[:3], pattern, **options))
+    call = make_call(*tensors[:3], pattern, **options)
     with torch.no_grad():
-        actual_output, actual_lse = compiled_cuda.forward(arguments)
-        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, arguments)
+        actual_output, actual_lse = compiled_cuda.forward(call)
+        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, call)
     assert torch.equal((actual_lse == -torch.inf) & is_local, is_empty & is_local)
     assert (actual_output[is_empty & is_local] == 0).all()
     actual = [actual_output, actual_lse.masked_fill(is_empty, 0.0)]
@@ -206,11 +206,11 @@ def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypat
     ]
     layout = random_layout(length, routed=routed)
     layout = replace(layout.select(layout.flags == EntryFlag.ROUTED), window=None)
-    arguments = operator_arguments(make_call(*tensors, layout, attention_mask=mask))
+    call = make_call(*tensors, layout, attention_mask=mask)
     upstream = torch.randn(1, 1, length, 32, generator=generator).bfloat16()
     with torch.no_grad():
-        output, lse = compiled_cuda.forward(arguments)
-        grads = compiled_cuda.backward(upstream, lse * 0, output, lse, arguments)
+        output, lse = compiled_cuda.forward(call)
+        grads = compiled_cuda.backward(upstream, lse * 0, output, lse, call)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = sparse_attention(*exact, layout, attention_mask=mask, backend="blocked")
     expected_grads = torch.autograd.grad(expected, exact, upstream.double())
@@ -226,10 +226,10 @@ def test_nan_in_padding_does_not_leak(emulator):
     results = []
     for fill in (0.0, torch.nan):
         inputs = [tensor.masked_fill(~mask[:, None, :, None], fill) for tensor in tensors]
-        arguments = operator_arguments(make_call(*inputs, SlidingWindow(30), attention_mask=mask))
-        output, lse = compiled_cuda.forward(arguments)
+        call = make_call(*inputs, SlidingWindow(30), attention_mask=mask)
+        output, lse = compiled_cuda.forward(call)
         grad = torch.ones_like(output).masked_fill(~mask[:, None, :, None], 0.0)
-        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, arguments)
+        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, call)
         results.append([output, *grads[:3]])
     for clean, dirty in zip(*results):
         assert torch.equal(clean.transpose(1, 2)[mask], dirty.transpose(1, 2)[mask])
@@ -238,12 +238,12 @@ def test_nan_in_padding_does_not_leak(emulator):
 def test_any_order_of_warps_gives_the_same_bits(emulator):
     torch.manual_seed(0)
     tensors = [torch.randn(1, 1, 130, 32, dtype=torch.bfloat16) for _ in range(3)]
-    arguments = operator_arguments(make_call(*tensors, SlidingWindow(50)))
+    call = make_call(*tensors, SlidingWindow(50))
     results = []
     for seed in (1, 2, 3):
         emulator.library.adaptive_emulator_seed(seed)
-        output, lse = compiled_cuda.forward(arguments)
-        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
+        output, lse = compiled_cuda.forward(call)
+        results.append([output, *compiled_cuda.backward(output, lse, output, lse, call)[:3]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -328,9 +328,9 @@ def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
     global_mask = torch.arange(length)[None] == 3
     results = []
     for lists in (pattern, pattern, block_layout(pattern, length)):
-        arguments = operator_arguments(make_call(*tensors, lists, global_mask=global_mask))
-        output, lse = compiled_cuda.forward(arguments)
-        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
+        call = make_call(*tensors, lists, global_mask=global_mask)
+        output, lse = compiled_cuda.forward(call)
+        results.append([output, *compiled_cuda.backward(output, lse, output, lse, call)[:3]])
     compiled_cuda._pattern_lists.cache_clear()
     assert len(made) == 2
     for other in results[1:]:
@@ -339,15 +339,15 @@ def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
 
 def test_a_pattern_without_split_columns_takes_no_room_for_their_sums(emulator):
     tensors = [torch.randn(1, 1, 70, 32, dtype=torch.bfloat16) for _ in range(3)]
-    arguments = operator_arguments(make_call(*tensors, SlidingWindow(9)))
-    lists = compiled_cuda._lists_of(arguments, 0)
-    assert lists.items().num_slots == 0 and compiled_cuda._lists_of(arguments, 0) is lists
+    call = make_call(*tensors, SlidingWindow(9))
+    lists = compiled_cuda._lists_of(call, 0)
+    assert lists.items().num_slots == 0 and compiled_cuda._lists_of(call, 0) is lists
 
 
 @pytest.mark.parametrize("is_permuted", [False, True], ids=["contiguous", "permuted"])
 def test_operators_pass_opcheck(emulator, monkeypatch, is_permuted):
     """Also the backward pass by itself, whose strides torch.compile relies on."""
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda call: compiled_cuda)
     torch.manual_seed(0)
     length, layout = 40, random_layout(40, heads=2)
     tensors = [torch.randn(1, 2, length, 32).bfloat16().requires_grad_() for _ in range(3)]
@@ -359,12 +359,4 @@ def test_operators_pass_opcheck(emulator, monkeypatch, is_permuted):
         *tensors, layout, entry_bias=bias.requires_grad_(), span=span, dropout_p=0.1,
         dropout_seed=SEED, **masks(length),
     )  # fmt: skip
-    arguments = operator_arguments(call)
-    torch.library.opcheck(compiled.compiled_attention, arguments)
-    output, lse = (result.detach() for result in compiled.compiled_attention(*arguments))
-    detached = [
-        argument.detach() if isinstance(argument, torch.Tensor) else argument
-        for argument in arguments
-    ]
-    backward = torch.ops.adaptive_longformer.compiled_attention_backward.default
-    torch.library.opcheck(backward, (output, lse, output, lse, *detached))
+    check_operator(compiled.compiled_attention, call)

@@ -23,7 +23,7 @@ from adaptive_longformer import (
 from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention import sparse_attention
 from adaptive_longformer.attention.backends import sdpa as dense
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.patterns import BigBird, SlidingWindow, big_bird_layout, block_layout
 from adaptive_longformer.patterns.big_bird import _cached_layout as cached_big_bird
 from adaptive_longformer.patterns.block_layout import _cached_layout as cached_lists

@@ -14,10 +14,9 @@ from ptx import cpp_of
 from test_emulated_cuda import SEED, assert_small, errors, masks, random_layout
 
 from adaptive_longformer.attention.backends import cuda as compiled_cuda
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.kernels import load as extension
 from adaptive_longformer.attention.kernels.cuda_launches import KERNELS, Instance, instance_of
-from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import SlidingWindow
 
@@ -165,7 +164,7 @@ def test_ptx_machine_catches(mutant, tmp_path, monkeypatch):
     call = make_call(*tensors, SlidingWindow(90))
     expected, _ = reference_attention(make_call(*map(torch.Tensor.double, tensors), call.pattern))
     try:
-        output, _ = compiled_cuda.forward(operator_arguments(call))
+        output, _ = compiled_cuda.forward(call)
     except RuntimeError as error:
         assert mutant != "none" and str(error).startswith("forward: ")
         return

@@ -8,7 +8,7 @@ from adaptive_longformer.patterns import (
     RandomBlocks,
     SlidingWindow,
     Strided,
-    pattern_from_spec,
+    pattern_from_code,
     split_window,
 )
 
@@ -80,10 +80,11 @@ def test_random_blocks_of_a_short_sequence_are_all_of_its_blocks():
         GlobalTokens((0, 4)),
         SlidingWindow(1) | Strided(7) | GlobalTokens((0,)),
     ],
-    ids=lambda pattern: pattern.spec,
+    ids=str,
 )
-def test_spec_reads_back_to_the_same_pattern(pattern):
-    again = pattern_from_spec(pattern.spec)
+def test_code_reads_back_to_the_same_pattern(pattern):
+    assert all(type(number) is int for number in pattern.code)
+    again = pattern_from_code(pattern.code)
     assert again == pattern
     assert hash(again) == hash(pattern)
 
@@ -111,7 +112,8 @@ def test_split_window_keeps_the_widest_band_and_leaves_the_rest():
         (lambda: Fixed(4, 5), "summary_size is 5, at most stride = 4"),
         (lambda: RandomBlocks(0), "num_blocks is 0"),
         (lambda: GlobalTokens((-1,)), "positions has -1"),
-        (lambda: pattern_from_spec("nonsense(1)"), "nonsense"),
+        (lambda: pattern_from_code((5, 1, 1)), "not made of one of"),
+        (lambda: pattern_from_code(Strided(7).code[:-1]), "not made of one of"),
     ],
 )
 def test_bad_arguments_are_named_with_what_is_allowed(make, message):

@@ -17,21 +17,11 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
-from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.memory_format import like_projection
-from adaptive_longformer.attention.operator import (
-    OperatorArguments,
-    define_operator,
-    run_operator,
-)
-from adaptive_longformer.attention.padding import readable
+from adaptive_longformer.attention.operator import define_operator, run_operator
+from adaptive_longformer.attention.padding import ordinary_tokens, readable
 from adaptive_longformer.attention.reference import MIN_WEIGHT
-from adaptive_longformer.patterns.block_layout import (
-    BlockLayout,
-    EntryFlag,
-    split_window,
-)
-from adaptive_longformer.patterns.pattern import pattern_from_spec
+from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, split_window
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Scores per tile: 4 MB of float32 stay in a CPU's cache (measured best of 0.5 to 8 MB); a GPU wants
@@ -71,25 +61,24 @@ class _Tile:
 class _Problem:
     """The inputs of one call, prepared once for the forward or the backward walk over the tiles."""
 
-    def __init__(self, arguments: OperatorArguments) -> None:
-        query, key, value = arguments.query, arguments.key, arguments.value
-        attention_mask, global_mask = arguments.attention_mask, arguments.global_mask
+    def __init__(self, call: AttentionCall) -> None:
+        query, key, value = call.query, call.key, call.value
         self.batch, self.heads, self.length, self.head_dim = query.shape
-        self.device, self.is_causal = query.device, arguments.is_causal
-        self.scale, self.dropout_p = arguments.scale, arguments.dropout_p
+        self.device, self.is_causal = query.device, call.is_causal
+        self.scale, self.dropout_p = call.scale, call.dropout_p
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         # Low precision stays on the matrix units of a GPU; a CPU has none, and is more exact in
         # float32.
         self.matmul_dtype = query.dtype if query.device.type == "cuda" else self.dtype
-        query, key, value = readable(query, key, value, attention_mask)
+        query, key, value = readable(query, key, value, call.attention_mask)
         self.query, self.key, self.value = query, key, value
-        self.span_length, self.span_ramp = arguments.span_length, arguments.span_ramp
+        self.span_length, self.span_ramp = call.span or (None, 1.0)
 
-        extra, window = self._lists_and_window(arguments)
+        extra, window = _lists_and_window(call)
         self.extra = extra
-        self.entry_bias = arguments.entry_bias
+        self.entry_bias = call.entry_bias
         if extra is not None:
-            self._drop_window_entries(extra, arguments.entry_bias)
+            self._drop_window_entries(extra, call.entry_bias)
         self.window = window
         if window is None:
             self.left, self.right = 0, -1
@@ -105,18 +94,13 @@ class _Problem:
         self.band = self._band()
         self.span_tables = self._span_tables()
 
+        # [batch, length]: ordinary keys
+        near_valid = self.near_valid = ordinary_tokens(call.attention_mask, call.global_mask)
         self.positions = None
-        near_valid = attention_mask
-        if global_mask is not None:
-            # [batch, G]
-            self.positions = pack_global_tokens(global_mask, arguments.max_global_tokens)
-            near_valid = ~global_mask if near_valid is None else near_valid & ~global_mask
-            if self.positions.shape[1] == 0:
-                self.positions = None
-        if self.positions is not None:
+        if call.global_keys is not None and call.global_keys.packed().shape[1] > 0:
+            self.positions = call.global_keys.packed()  # [batch, G]
             self.position_valid = self.positions < self.length
             self.safe_positions = self.positions.clamp(max=self.length - 1)
-        self.near_valid = near_valid  # [batch, length]: ordinary keys, neither padding nor global
         self.near_invalid_before = None
         if near_valid is not None and self.device.type == "cpu":
             zero = torch.zeros(self.batch, 1, dtype=torch.int64)
@@ -124,22 +108,11 @@ class _Problem:
                 [zero, (~near_valid).cumsum(dim=1)], dim=1
             ).tolist()
         if self.dropout_p > 0:
-            assert arguments.dropout_seed is not None
-            self.row_keys = row_keys(arguments.dropout_seed, self.batch, self.heads, self.length)
-            self.column_keys = column_keys(arguments.dropout_seed, self.length)
+            assert call.dropout_seed is not None
+            self.row_keys = row_keys(call.dropout_seed, self.batch, self.heads, self.length)
+            self.column_keys = column_keys(call.dropout_seed, self.length)
         if self.extra is not None:
             self.key_tiles, self.value_tiles = self._as_blocks(key), self._as_blocks(value)
-
-    def _lists_and_window(
-        self, arguments: OperatorArguments
-    ) -> tuple[BlockLayout | None, SlidingWindow | None]:
-        """The lists of blocks, None if the window is all there is, and the window."""
-        if arguments.key_blocks is None:
-            window, rest = split_window(pattern_from_spec(arguments.pattern))
-            if rest is None:
-                return None, window
-        layout = arguments.layout()
-        return layout, layout.window
 
     def _drop_window_entries(self, layout: BlockLayout, entry_bias: torch.Tensor | None) -> None:
         """Keeps only the entries besides the window, and remembers where they stood for the bias
@@ -448,6 +421,16 @@ class _Problem:
         return keep_words(self.row_keys[tile.at][..., None], prepared.column_words, self.dropout_p)
 
 
+def _lists_and_window(call: AttentionCall) -> tuple[BlockLayout | None, SlidingWindow | None]:
+    """The lists of blocks, None if the window is all there is, and the window."""
+    if call.pattern is not None:
+        window, rest = split_window(call.pattern)
+        if rest is None:
+            return None, window
+    layout = call.lists()
+    return layout, layout.window
+
+
 @dataclass
 class _Prepared:
     """What one tile reads."""
@@ -460,10 +443,10 @@ class _Prepared:
     positions: torch.Tensor | None
 
 
-def _forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of every row, as an ordinary row."""
-    problem = _Problem(arguments)
-    query, scale, dropout_p = arguments.query, arguments.scale, arguments.dropout_p
+    problem = _Problem(call)
+    query, scale, dropout_p = call.query, call.scale, call.dropout_p
     output = like_projection(query)
     lse = torch.empty(query.shape[:3], dtype=problem.dtype, device=query.device)
     for tile in problem.tiles():
@@ -492,13 +475,12 @@ def _backward(
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    arguments: OperatorArguments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, entry bias and span."""
-    problem = _Problem(arguments)
-    query, key, value = arguments.query, arguments.key, arguments.value
-    entry_bias, span_length = arguments.entry_bias, arguments.span_length
-    scale, dropout_p = arguments.scale, arguments.dropout_p
+    call: AttentionCall,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, entry_bias and span.length."""
+    problem = _Problem(call)
+    query, key, value = call.query, call.key, call.value
+    scale, dropout_p = call.scale, call.dropout_p
     dtype, matmul_dtype = problem.dtype, problem.matmul_dtype
     grad_query = like_projection(query)
     grad_key, grad_value = (
@@ -506,9 +488,8 @@ def _backward(
         like_projection(value, dtype, zero=True),
     )
     grads = _Accumulators(problem, grad_key, grad_value)
-    # Rows that see nothing have an LSE of -inf; with 0 instead, their weights come out as exp(-inf)
-    # = 0.
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    # Rows that see nothing have an LSE of -inf; with inf instead, their weights come out as 0.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     for tile in problem.tiles():
         prepared = problem.prepare(tile)
         if prepared is None:
@@ -533,9 +514,9 @@ def _backward(
         grad_query[tile.at] = (low_grad_scores @ prepared.key).to(dtype) * scale
         grad_key_tile = low_grad_scores.transpose(-1, -2) @ query_tile
         grads.add(tile, prepared, grad_key_tile.to(dtype), grad_value_tile.to(dtype))
-        if entry_bias is not None or span_length is not None:
+        if call.entry_bias is not None or call.span is not None:
             grads.add_biases(tile, prepared, grad_scores)
-    return grad_query, *grads.finish(key, value, entry_bias, span_length)
+    return grad_query, *grads.finish(call)
 
 
 class _Accumulators:
@@ -603,14 +584,8 @@ class _Accumulators:
             block = tile.start // problem.extra.query_block_size
             self.entry_bias[tile.batch, tile.heads, block, : per_entry.shape[-1]] += per_entry
 
-    def finish(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        entry_bias: torch.Tensor | None,
-        span_length: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of key, value, entry_bias and span_length, in the shapes and types of
+    def finish(self, call: AttentionCall) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of key, value, entry_bias and span.length, in the shapes and types of
         these.
         """
         problem = self.problem
@@ -624,16 +599,19 @@ class _Accumulators:
             shape = (problem.batch, problem.heads, rows, problem.head_dim)
             self.grad_key += self.block_key.view(shape)[:, :, : problem.length]
             self.grad_value += self.block_value.view(shape)[:, :, : problem.length]
-        grad_bias = key.new_zeros(0)
+        grad_bias, entry_bias = None, call.entry_bias
         if entry_bias is not None:
-            grad_bias = entry_bias.new_zeros(entry_bias.shape)
+            grad_bias = torch.zeros_like(entry_bias, memory_format=torch.contiguous_format)
             if problem.entry_bias is not None:
                 order = problem.entry_order.expand_as(self.entry_bias)
                 full = self.entry_bias.new_zeros(*self.entry_bias.shape[:3], entry_bias.shape[-1])
                 full.scatter_(-1, order, self.entry_bias)
                 grad_bias = full.sum_to_size(entry_bias.shape).to(entry_bias.dtype)
-        grad_span = key.new_zeros(0) if span_length is None else self.span.to(span_length.dtype)
-        return self.grad_key.to(key.dtype), self.grad_value.to(value.dtype), grad_bias, grad_span
+        grad_span = None if call.span is None else self.span.to(call.span.length.dtype)
+        return (
+            self.grad_key.to(call.key.dtype), self.grad_value.to(call.value.dtype), grad_bias,
+            grad_span,
+        )  # fmt: skip
 
 
 blocked_attention = define_operator("blocked_attention", _forward, _backward)

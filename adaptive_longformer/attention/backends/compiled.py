@@ -4,18 +4,12 @@ first use.
 
 import torch
 
-from adaptive_longformer.attention.backends import cpp as compiled_cpu
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.backends import cpp, cuda
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.cuda_launches import shared_memory_bytes
 from adaptive_longformer.attention.kernels.load import until_forgotten, why_unavailable
-from adaptive_longformer.attention.operator import (
-    DEFAULT_BLOCK_SIZE,
-    OperatorArguments,
-    define_operator,
-    run_operator,
-)
+from adaptive_longformer.attention.operator import define_operator, run_operator
 from adaptive_longformer.patterns.block_layout import split_window
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 
@@ -27,7 +21,7 @@ def cpp_supports(call: AttentionCall) -> str | None:
     """None, or why the C++ kernel for CPUs cannot run the call. Builds the kernel if need be."""
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, the kernel is for CPUs"
-    if call.query.dtype not in compiled_cpu.ELEMENT_TYPES:
+    if call.query.dtype not in cpp.ELEMENT_TYPES:
         return f"{call.query.dtype} is not one of float32, bfloat16 and float16"
     return why_not_whole_blocks(call) or _why_no_cpu_library()
 
@@ -37,15 +31,12 @@ def cuda_supports(call: AttentionCall) -> str | None:
     query, layout = call.query, call.layout
     if query.device.type != "cuda":
         return f"tensors are on {query.device}, the kernel is for CUDA devices"
-    if query.dtype not in compiled_cuda.ELEMENT_TYPES:
+    if query.dtype not in cuda.ELEMENT_TYPES:
         return f"{query.dtype} is not one of bfloat16 and float16"
-    if query.shape[3] not in compiled_cuda.HEAD_DIMS:
-        return f"head_dim {query.shape[3]} is not one of {compiled_cuda.HEAD_DIMS}"
-    query_block, key_block = block_sizes(call)
-    if (
-        query_block not in compiled_cuda.QUERY_BLOCK_SIZES
-        or key_block != compiled_cuda.KEY_BLOCK_SIZE
-    ):
+    if query.shape[3] not in cuda.HEAD_DIMS:
+        return f"head_dim {query.shape[3]} is not one of {cuda.HEAD_DIMS}"
+    query_block, key_block = call.block_sizes
+    if query_block not in cuda.QUERY_BLOCK_SIZES or key_block != cuda.KEY_BLOCK_SIZE:
         return f"blocks of {query_block} x {key_block} tokens, 64 x 64 or 128 x 64 is needed"
     if max(query.shape[:2]) > _MOST_REPEATS:
         return (
@@ -66,19 +57,14 @@ def run_compiled(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return run_operator(compiled_attention, call)
 
 
-def block_sizes(call: AttentionCall) -> tuple[int, int]:
-    """Tokens of the query blocks and the key blocks of a call's lists."""
-    if call.layout is None:
-        return DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE
-    return call.layout.query_block_size, call.layout.key_block_size
-
-
 def why_not_whole_blocks(call: AttentionCall) -> str | None:
     """None if the pattern beside the window lets all or no pairs of a tile through, or why not."""
-    pattern = call.layout.pattern if call.layout is not None else None
-    if call.pattern is not None:
+    if call.layout is not None:
+        pattern = call.layout.pattern
+    else:
+        assert call.pattern is not None
         pattern = split_window(call.pattern)[1]
-    query_block, key_block = block_sizes(call)
+    query_block, key_block = call.block_sizes
     for part in pattern.parts if pattern is not None else ():
         is_aligned = (
             isinstance(part, RandomBlocks)
@@ -86,7 +72,7 @@ def why_not_whole_blocks(call: AttentionCall) -> str | None:
             and part.block_size % key_block == 0
         )
         if not is_aligned:
-            return f"{part.spec} is not made of whole blocks of {query_block} x {key_block} tokens"
+            return f"{part} is not made of whole blocks of {query_block} x {key_block} tokens"
     return None
 
 
@@ -125,13 +111,13 @@ def _check_cuda_kernel(
     )
 
 
-def _kernels(arguments: OperatorArguments):
-    return compiled_cuda if arguments.query.is_cuda else compiled_cpu
+def _kernels(call: AttentionCall):
+    return cuda if call.query.is_cuda else cpp
 
 
-def _forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp by the compiled kernel of the query's device."""
-    return _kernels(arguments).forward(arguments)
+    return _kernels(call).forward(call)
 
 
 def _backward(
@@ -139,9 +125,9 @@ def _backward(
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    arguments: OperatorArguments,
-) -> tuple[torch.Tensor, ...]:
-    return _kernels(arguments).backward(grad_output, grad_lse, output, lse, arguments)
+    call: AttentionCall,
+) -> tuple[torch.Tensor | None, ...]:
+    return _kernels(call).backward(grad_output, grad_lse, output, lse, call)
 
 
 compiled_attention = define_operator("compiled_attention", _forward, _backward)

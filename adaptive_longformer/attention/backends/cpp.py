@@ -4,11 +4,11 @@ import ctypes
 
 import torch
 
-from adaptive_longformer.attention.global_rows import pack_global_tokens
-from adaptive_longformer.attention.kernels.kernel_call import KernelCall, RowTensor, fields
+from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.kernels.kernel_call import KernelArguments, RowTensor, fields
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.attention.memory_format import like_projection
-from adaptive_longformer.attention.operator import OperatorArguments
+from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.attention.reference import MIN_WEIGHT
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,7 +18,45 @@ _ERRORS = {
 }
 
 
-class _Arguments(ctypes.Structure):
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp."""
+    arguments = CpuArguments(call)
+    output = like_projection(call.query)
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+    arguments.set_rows(output=output)
+    arguments.set_arrays(lse=lse)
+    arguments.run("adaptive_attention_forward")
+    return output, lse
+
+
+def backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, entry_bias and span.length (None where that is None)."""
+    arguments = CpuArguments(call)
+    grads = [like_projection(tensor) for tensor in (call.query, call.key, call.value)]
+    arguments.set_rows(
+        output=output, grad_output=grad_output,
+        grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
+    )  # fmt: skip
+    arguments.set_arrays(lse=lse, grad_lse=grad_lse)
+    rows = (*call.query.shape[:2], arguments.num_query_blocks)
+    grad_bias = grad_span = None
+    if call.entry_bias is not None:
+        grad_bias = torch.zeros((*rows, arguments.max_entries), dtype=torch.float32)
+        arguments.set_arrays(grad_entry_bias=grad_bias)
+    if call.span is not None:
+        grad_span = torch.empty(rows, dtype=torch.float32)
+        arguments.set_arrays(grad_span=grad_span)
+    arguments.run("adaptive_attention_backward")
+    return *grads, *arguments.bias_gradients(grad_bias, grad_span)
+
+
+class CpuArguments(KernelArguments):
     """`Arguments` of csrc/cpu/arguments.h, field by field."""
 
     _fields_ = [
@@ -44,119 +82,69 @@ class _Arguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
     ]
 
-
-def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp."""
-    call, query = _Call(arguments), arguments.query
-    output = like_projection(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    call.set_rows(output=output)
-    call.set_arrays(lse=lse)
-    call.run("adaptive_attention_forward")
-    return output, lse
-
-
-def backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    arguments: OperatorArguments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
-    call = _Call(arguments)
-    query, key, value = arguments.query, arguments.key, arguments.value
-    grads = like_projection(query), like_projection(key), like_projection(value)
-    call.set_rows(output=output, grad_output=grad_output)
-    call.set_rows(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
-    call.set_arrays(lse=lse, grad_lse=grad_lse)
-    grad_bias = grad_span = None
-    if call.entry_bias is not None:
-        shape = (*query.shape[:2], *call.key_blocks.shape[2:])
-        grad_bias = torch.zeros(shape, dtype=torch.float32)
-        call.set_arrays(grad_entry_bias=grad_bias)
-    if call.span_length is not None:
-        shape = (*query.shape[:2], call.key_blocks.shape[2])
-        grad_span = torch.empty(shape, dtype=torch.float32)
-        call.set_arrays(grad_span=grad_span)
-    call.run("adaptive_attention_backward")
-    return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
-
-
-class _Call(KernelCall):
-    def __init__(self, inputs: OperatorArguments) -> None:
-        arguments, query = _Arguments(), inputs.query
-        super().__init__(inputs, arguments)
-        arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
-        arguments.element_type = ELEMENT_TYPES[query.dtype]
-        arguments.query_block_size = inputs.query_block_size
-        arguments.key_block_size = inputs.key_block_size
-        arguments.is_causal = inputs.is_causal
-        arguments.scale = inputs.scale
-        arguments.num_threads = torch.get_num_threads()
-        self.set_rows(query=query, key=inputs.key, value=inputs.value)
-
-        layout = inputs.layout()
-        self.key_blocks = layout.key_blocks
-        self.set_arrays(
-            key_blocks=layout.key_blocks.int(),
-            counts=layout.counts.int(),
-            flags=layout.flags.expand(layout.key_blocks.shape).int(),
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(call)
+        layout = call.lists()
+        self.element_type, self.num_threads = (
+            ELEMENT_TYPES[call.query.dtype],
+            torch.get_num_threads(),
         )
-        arguments.num_query_blocks, arguments.max_entries = self.key_blocks.shape[2:]
-        strides = _broadcast_strides(self.key_blocks)
-        arguments.list_batch_stride, arguments.list_head_stride = strides
+        self.key_block_size = layout.key_block_size
+        self.set_rows(query=call.query, key=call.key, value=call.value)
+        key_blocks = layout.key_blocks.int()
+        self.set_arrays(
+            key_blocks=key_blocks,
+            counts=layout.counts.int(),
+            flags=layout.flags.expand(key_blocks.shape).int(),
+        )
+        self.num_query_blocks, self.max_entries = key_blocks.shape[2:]
+        self.list_batch_stride, self.list_head_stride = _broadcast_strides(key_blocks)
         self.set_window(layout.window)
-        if self.entry_bias is not None:
-            self.set_arrays(entry_bias=self.entry_bias.float())
-            strides = _broadcast_strides(self.entry_bias)
-            arguments.bias_batch_stride, arguments.bias_head_stride = strides
-        if self.span_length is not None:
-            self._set_span(self.span_length.detach().float(), inputs.span_ramp)
-
-        is_listed = inputs.attention_mask
-        if inputs.attention_mask is not None:
-            self.set_arrays(is_padding=~inputs.attention_mask)
-        if inputs.global_mask is not None:
-            is_ordinary = ~inputs.global_mask
-            is_listed = is_ordinary if is_listed is None else is_listed & is_ordinary
-            positions = pack_global_tokens(inputs.global_mask, inputs.max_global_tokens)
-            arguments.num_global = positions.shape[1]
+        if call.entry_bias is not None:
+            self.set_arrays(entry_bias=call.entry_bias.float())
+            self.bias_batch_stride, self.bias_head_stride = _broadcast_strides(call.entry_bias)
+        if call.span is not None:
+            self._set_span(call.span.length.detach().float(), call.span.ramp)
+        if call.attention_mask is not None:
+            self.set_arrays(is_padding=~call.attention_mask)
+        if call.global_keys is not None:
+            positions = call.global_keys.packed()
+            self.num_global = positions.shape[1]
             self.set_arrays(global_positions=positions)
+        is_listed = ordinary_tokens(call.attention_mask, call.global_mask)
         if is_listed is not None:
             self.set_arrays(is_listed=is_listed)
-        if inputs.dropout_p > 0:
-            arguments.dropout_p = inputs.dropout_p
-            self.set_dropout_words(inputs)
+        if call.dropout_p > 0:
+            self.dropout_p = call.dropout_p
+            self.set_dropout_words()
 
     def set_rows(self, **tensors: torch.Tensor) -> None:
         """Points fields at tensors [batch, heads, length, head_dim] of any strides."""
         for name, tensor in tensors.items():
             if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
                 tensor = tensor.contiguous()
-            setattr(self.arguments, name, self.row_tensor(tensor))
+            self.point_to_rows(name, tensor)
 
     def _set_span(self, span_length: torch.Tensor, ramp: float) -> None:
         """The span's log weight and its slope as tables over the offset key - query, wide enough
         for every tile.
         """
-        arguments = self.arguments
-        margin = arguments.query_block_size + 2 * arguments.key_block_size + 64
-        center = arguments.left + margin
-        offset = torch.arange(center + arguments.right + margin + 1) - center
+        margin = self.query_block_size + 2 * self.key_block_size + 64
+        center = self.left + margin
+        offset = torch.arange(center + self.right + margin + 1) - center
         weight = (span_length[:, None] + ramp - offset.abs()) / ramp
         log_weight = weight.clamp(MIN_WEIGHT, 1.0).log().masked_fill(weight <= 0, -torch.inf)
         is_flat = (weight < MIN_WEIGHT) | (weight > 1)
         slope = (weight * ramp).reciprocal().masked_fill(is_flat, 0.0)
-        arguments.span_columns, arguments.span_center = offset.numel(), center
+        self.span_columns, self.span_center = offset.numel(), center
         self.set_arrays(span_length=span_length, span_log_weight=log_weight, span_slope=slope)
 
     def run(self, function: str) -> None:
-        if self.query.numel() == 0:
+        if self.call.query.numel() == 0:
             return  # the lists of no sequence have no place in memory
         library = kernel_library("cpu")
-        assert library.adaptive_attention_arguments_size() == ctypes.sizeof(_Arguments)
-        status = getattr(library, function)(ctypes.byref(self.arguments))
+        assert library.adaptive_attention_arguments_size() == ctypes.sizeof(self)
+        status = getattr(library, function)(ctypes.byref(self))
         if status != 0:
             raise (MemoryError if status == 1 else ValueError)(_ERRORS[status])
 

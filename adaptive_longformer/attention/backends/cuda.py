@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from adaptive_longformer.attention.global_rows import pack_global_tokens
+from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.cuda_launches import (
     KEY_BLOCK_SIZE,
     Instance,
@@ -17,12 +17,12 @@ from adaptive_longformer.attention.kernels.cuda_launches import (
     backward_launches,
     forward_launches,
 )
-from adaptive_longformer.attention.kernels.kernel_call import KernelCall, RowTensor, fields
+from adaptive_longformer.attention.kernels.kernel_call import KernelArguments, RowTensor, fields
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.attention.memory_format import like_projection
-from adaptive_longformer.attention.operator import OperatorArguments
+from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
-from adaptive_longformer.patterns.pattern import pattern_from_spec
+from adaptive_longformer.patterns.pattern import Pattern
 
 ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 96, 128)
@@ -33,33 +33,6 @@ INSTANCES = [
 # A column of the transposed lists with more entries than this is split into items of so many, whose
 # sums are added in a fixed order: a block that everyone reads would keep one processor busy alone.
 _ITEM_ENTRIES = 64
-
-
-class _Arguments(ctypes.Structure):
-    """`Arguments` of csrc/cuda/arguments.cuh, field by field."""
-
-    _fields_ = [
-        *fields(ctypes.c_int, "element_type head_dim query_block_size batch heads length"),
-        *fields(ctypes.c_int, "num_query_blocks max_entries num_sequence_blocks num_blocks"),
-        *fields(ctypes.c_int, "list_batches list_heads is_causal has_window left right"),
-        *fields(ctypes.c_int, "has_dropout dropout_threshold"),
-        *fields(ctypes.c_float, "scale keep_factor span_ramp"),
-        *fields(ctypes.c_int, "num_items num_slots"),
-        *fields(RowTensor, "query key value"),
-        *fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
-        *fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
-        *fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
-        *fields(ctypes.c_void_p, "span_length"),
-        *fields(RowTensor, "output"),
-        *fields(ctypes.c_void_p, "lse"),
-        *fields(RowTensor, "grad_output"),
-        *fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
-        *fields(RowTensor, "grad_query grad_key grad_value"),
-        *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
-        *fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
-        *fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
-        *fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
-    ]
 
 
 @dataclass(frozen=True)
@@ -168,39 +141,25 @@ def _packed_lists(layout: BlockLayout, num_packs: int) -> _Lists:
     return _Lists(layout, num_packs, order.int())
 
 
-def _lists_of(inputs: OperatorArguments, num_packs: int) -> _Lists:
+def _lists_of(call: AttentionCall, num_packs: int) -> _Lists:
     """The lists of a call. Those of a pattern are kept: they are the same in every layer and step,
     and making them anew can take longer than the attention.
     """
-    query = inputs.query
+    query, pattern = call.query, call.pattern
     # What is made while a CUDA graph is captured belongs to the graph.
     is_capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-    if inputs.key_blocks is not None or is_capturing:
-        return _packed_lists(inputs.layout(), num_packs)
-    return _pattern_lists(
-        inputs.pattern, query.shape[2], inputs.query_block_size, query.shape[1], query.device,
-        num_packs,
-    )  # fmt: skip
+    if pattern is None or is_capturing:
+        return _packed_lists(call.lists(), num_packs)
+    heads, length = query.shape[1:3]
+    return _pattern_lists(pattern, length, heads, query.device, num_packs)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _pattern_lists(
-    pattern: str,
-    length: int,
-    query_block_size: int,
-    heads: int,
-    device: torch.device,
-    num_packs: int,
+    pattern: Pattern, length: int, heads: int, device: torch.device, num_packs: int
 ) -> _Lists:
-    layout = block_layout(
-        pattern_from_spec(pattern),
-        length,
-        query_block_size=query_block_size,
-        key_block_size=KEY_BLOCK_SIZE,
-        num_heads=heads,
-        device=device,
-    )
+    layout = block_layout(pattern, length, num_heads=heads, device=device)
     lists = _packed_lists(layout, num_packs)
     # Waiting once for the number of slots saves the room for as many as there could be, and makes
     # the lists ready for every stream.
@@ -209,14 +168,14 @@ def _pattern_lists(
     return replace(lists, known_items=items)
 
 
-def forward(arguments: OperatorArguments) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp."""
-    call, query = _Call(arguments), arguments.query
-    output = like_projection(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    call.set_rows(output=output)
-    call.set_arrays(lse=lse)
-    call.run(forward_launches(call.arguments))
+    arguments = CudaArguments(call)
+    output = like_projection(call.query)
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+    arguments.set_rows(output=output)
+    arguments.set_arrays(lse=lse)
+    arguments.run(forward_launches(arguments))
     return output, lse
 
 
@@ -225,88 +184,110 @@ def backward(
     grad_lse: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    arguments: OperatorArguments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, entry_bias and span_length (empty where that is None)."""
-    call = _Call(arguments)
-    query, key, value = arguments.query, arguments.key, arguments.value
+    call: AttentionCall,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, entry_bias and span.length (None where that is None)."""
+    arguments, query = CudaArguments(call), call.query
     # Only keys that some list may show are written.
     grads = (
         like_projection(query),
-        like_projection(key, zero=True),
-        like_projection(value, zero=True),
+        like_projection(call.key, zero=True),
+        like_projection(call.value, zero=True),
     )
-    call.set_rows(output=output, grad_output=grad_output)
-    call.set_rows(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
-    call.set_arrays(lse=lse, grad_lse=grad_lse)
-    call.set_gradient_items()
-    lists = (*query.shape[:2], call.layout.num_query_blocks)
+    arguments.set_rows(
+        output=output, grad_output=grad_output,
+        grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
+    )  # fmt: skip
+    arguments.set_arrays(lse=lse, grad_lse=grad_lse)
+    arguments.set_gradient_items()
+    rows = (*query.shape[:2], arguments.num_query_blocks)
     grad_bias = grad_span = None
     if call.entry_bias is not None:
-        grad_bias = query.new_zeros((*lists, call.layout.key_blocks.shape[3]), dtype=torch.float32)
-        call.set_arrays(grad_entry_bias=grad_bias)
-    if call.span_length is not None:
-        grad_span = query.new_empty(lists, dtype=torch.float32)
-        call.set_arrays(grad_span=grad_span)
-    call.run(backward_launches(call.arguments))
-    return *grads, call.reduce_entry_bias(grad_bias), call.reduce_span(grad_span)
+        grad_bias = query.new_zeros((*rows, arguments.max_entries), dtype=torch.float32)
+        arguments.set_arrays(grad_entry_bias=grad_bias)
+    if call.span is not None:
+        grad_span = query.new_empty(rows, dtype=torch.float32)
+        arguments.set_arrays(grad_span=grad_span)
+    arguments.run(backward_launches(arguments))
+    if grad_bias is not None:
+        grad_bias = grad_bias[..., arguments.num_packs :]
+    return *grads, *arguments.bias_gradients(grad_bias, grad_span)
 
 
-class _Call(KernelCall):
-    def __init__(self, inputs: OperatorArguments) -> None:
-        arguments, query = _Arguments(), inputs.query
-        super().__init__(inputs, arguments)
-        arguments.batch, arguments.heads, arguments.length, arguments.head_dim = query.shape
-        arguments.element_type = ELEMENT_TYPES[query.dtype]
-        arguments.query_block_size = inputs.query_block_size
-        arguments.is_causal, arguments.scale = inputs.is_causal, inputs.scale
-        self.set_rows(query=query, key=inputs.key, value=inputs.value)
+class CudaArguments(KernelArguments):
+    """`Arguments` of csrc/cuda/arguments.cuh, field by field."""
 
-        self._set_lists(inputs)
-        if self.entry_bias is not None:
-            padded = torch.nn.functional.pad(self.entry_bias.float(), (self.num_packs, 0))
+    _fields_ = [
+        *fields(ctypes.c_int, "element_type head_dim query_block_size batch heads length"),
+        *fields(ctypes.c_int, "num_query_blocks max_entries num_sequence_blocks num_blocks"),
+        *fields(ctypes.c_int, "list_batches list_heads is_causal has_window left right"),
+        *fields(ctypes.c_int, "has_dropout dropout_threshold"),
+        *fields(ctypes.c_float, "scale keep_factor span_ramp"),
+        *fields(ctypes.c_int, "num_items num_slots"),
+        *fields(RowTensor, "query key value"),
+        *fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
+        *fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
+        *fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
+        *fields(ctypes.c_void_p, "span_length"),
+        *fields(RowTensor, "output"),
+        *fields(ctypes.c_void_p, "lse"),
+        *fields(RowTensor, "grad_output"),
+        *fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
+        *fields(RowTensor, "grad_query grad_key grad_value"),
+        *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
+        *fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
+        *fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
+        *fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
+    ]
+
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(call)
+        self.element_type = ELEMENT_TYPES[call.query.dtype]
+        self.set_rows(query=call.query, key=call.key, value=call.value)
+        self._set_lists()
+        if call.entry_bias is not None:
+            padded = torch.nn.functional.pad(call.entry_bias.float(), (self.num_packs, 0))
             self.set_arrays(entry_bias=padded)
             rows = padded.shape[2]
-            arguments.bias_batch_stride = padded.shape[1] * rows if padded.shape[0] > 1 else 0
-            arguments.bias_head_stride = rows if padded.shape[1] > 1 else 0
-        if self.span_length is not None:
-            self.set_arrays(span_length=self.span_length.detach().float())
-            arguments.span_ramp = inputs.span_ramp
-        if inputs.attention_mask is not None:
-            self.set_arrays(is_padding=~inputs.attention_mask)
-        arguments.keep_factor = 1 / (1 - inputs.dropout_p)
-        if inputs.dropout_p > 0:
-            arguments.has_dropout = 1
-            self.set_dropout_words(inputs)
+            self.bias_batch_stride = padded.shape[1] * rows if padded.shape[0] > 1 else 0
+            self.bias_head_stride = rows if padded.shape[1] > 1 else 0
+        if call.span is not None:
+            self.set_arrays(span_length=call.span.length.detach().float())
+            self.span_ramp = call.span.ramp
+        if call.attention_mask is not None:
+            self.set_arrays(is_padding=~call.attention_mask)
+        self.keep_factor = 1 / (1 - call.dropout_p)
+        if call.dropout_p > 0:
+            self.has_dropout = 1
+            self.set_dropout_words()
 
-    def _set_lists(self, inputs: OperatorArguments) -> None:
+    def _set_lists(self) -> None:
         """Packs the global keys, marks the open keys, and sets the lists."""
-        arguments, query, length = self.arguments, self.query, self.query.shape[2]
+        call, device = self.call, self.call.query.device
+        batch, _, length, _ = call.query.shape
         num_sequence_blocks = -(-length // KEY_BLOCK_SIZE)
         padded = num_sequence_blocks * KEY_BLOCK_SIZE
-        is_open = torch.arange(padded, device=query.device).expand(query.shape[0], -1) < length
-        listed, global_mask = inputs.attention_mask, inputs.global_mask
-        if global_mask is not None:
-            listed = ~global_mask if listed is None else listed & ~global_mask
+        is_open = torch.arange(padded, device=device).expand(batch, -1) < length
+        listed = ordinary_tokens(call.attention_mask, call.global_mask)
         if listed is not None:
             is_open = is_open & torch.nn.functional.pad(listed, (0, padded - length))
         self.num_packs = 0
-        if global_mask is not None:
-            positions = pack_global_tokens(global_mask, inputs.max_global_tokens)
+        if call.global_keys is not None:
+            positions = call.global_keys.packed()
             self.num_packs = -(-positions.shape[1] // KEY_BLOCK_SIZE)
             missing = self.num_packs * KEY_BLOCK_SIZE - positions.shape[1]
             positions = torch.nn.functional.pad(positions, (0, missing), value=length)
             is_open = torch.cat([is_open, positions < length], dim=1)
             self.set_arrays(global_positions=positions.int())
         num_blocks = num_sequence_blocks + self.num_packs
-        arguments.num_sequence_blocks, arguments.num_blocks = num_sequence_blocks, num_blocks
-        self.lists = _lists_of(inputs, self.num_packs)
-        self.layout = layout = self.lists.layout
+        self.num_sequence_blocks, self.num_blocks = num_sequence_blocks, num_blocks
+        self.lists = _lists_of(call, self.num_packs)
+        layout = self.lists.layout
         self.set_window(layout.window)
-        arguments.list_batches, arguments.list_heads = layout.key_blocks.shape[:2]
-        arguments.num_query_blocks, arguments.max_entries = layout.key_blocks.shape[2:]
+        self.list_batches, self.list_heads = layout.key_blocks.shape[:2]
+        self.num_query_blocks, self.max_entries = layout.key_blocks.shape[2:]
         bits = is_open.view(-1, num_blocks, KEY_BLOCK_SIZE).long()
-        bits = (bits << torch.arange(KEY_BLOCK_SIZE, device=query.device)).sum(dim=-1)
+        bits = (bits << torch.arange(KEY_BLOCK_SIZE, device=device)).sum(dim=-1)
         self.set_arrays(
             key_blocks=layout.key_blocks,
             counts=layout.counts,
@@ -317,15 +298,15 @@ class _Call(KernelCall):
 
     def set_gradient_items(self) -> None:
         """The transposed lists, and room for what the backward pass keeps between its kernels."""
-        arguments, query = self.arguments, self.query
-        items = self.lists.items()
-        arguments.num_items, arguments.num_slots = items.column.numel(), items.num_slots
-        list_batches, list_heads = self.layout.key_blocks.shape[:2]
+        query, items = self.call.query, self.lists.items()
+        self.num_items, self.num_slots = items.column.numel(), items.num_slots
         parts = (
-            query.shape[0] // max(list_batches, 1) * (query.shape[1] // max(list_heads, 1)),
+            query.shape[0]
+            // max(self.list_batches, 1)
+            * (query.shape[1] // max(self.list_heads, 1)),
             items.num_slots * KEY_BLOCK_SIZE * query.shape[3],
         )
-        rows = (*query.shape[:2], self.layout.num_query_blocks * self.layout.query_block_size)
+        rows = (*query.shape[:2], self.num_query_blocks * self.query_block_size)
         self.set_arrays(
             transposed_query_blocks=items.query_blocks,
             transposed_entries=items.entries,
@@ -350,19 +331,17 @@ class _Call(KernelCall):
             is_aligned &= all(stride % 8 == 0 for stride in tensor.stride()[:3])
             if not is_aligned or tensor.stride(2) >= 2**31 // KEY_BLOCK_SIZE:
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
-            setattr(self.arguments, name, self.row_tensor(tensor))
+            self.point_to_rows(name, tensor)
 
     def run(self, launches: list[Launch]) -> None:
         """Launches kernels one after the other on torch's current stream."""
-        if self.query.numel() == 0:
+        query = self.call.query
+        if query.numel() == 0:
             return
         kernels, device, stream = kernel_library("cuda"), 0, 0
-        if self.query.is_cuda:
-            device = self.query.device.index
-            stream = torch.cuda.current_stream(self.query.device).cuda_stream
-        with torch.cuda.device_of(self.query):
+        if query.is_cuda:
+            device = query.device.index
+            stream = torch.cuda.current_stream(query.device).cuda_stream
+        with torch.cuda.device_of(query):
             for launch in launches:
-                kernels.launch(launch, self.arguments, device, stream)
-
-    def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
-        return super().reduce_entry_bias(None if grad is None else grad[..., self.num_packs :])
+                kernels.launch(launch, self, device, stream)

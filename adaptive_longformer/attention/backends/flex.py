@@ -14,13 +14,12 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from adaptive_longformer.attention.backends.compiled import block_sizes, why_not_whole_blocks
+from adaptive_longformer.attention.backends.compiled import why_not_whole_blocks
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.global_rows import merge_global_rows, pack_global_tokens
 from adaptive_longformer.attention.kernels.load import until_forgotten
-from adaptive_longformer.attention.operator import operator_arguments
-from adaptive_longformer.attention.padding import readable
+from adaptive_longformer.attention.operator import merge_global_rows
+from adaptive_longformer.attention.padding import ordinary_tokens, readable
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 
 TILE = 128
@@ -47,7 +46,7 @@ def flex_supports(call: AttentionCall) -> str | None:
         return "FlexAttention has no dropout of attention weights (dropout_p > 0)"
     if call.span is not None:
         return "it has no adaptive span"
-    query_block, key_block = block_sizes(call)
+    query_block, key_block = call.block_sizes
     if TILE % query_block != 0 or TILE % key_block != 0:
         return f"blocks of {query_block} x {key_block} tokens do not divide tiles of {TILE}"
     # One number for every pair of blocks: O(length^2), if with a small factor.
@@ -105,23 +104,20 @@ class _Slots:
     """
 
     def __init__(self, call: AttentionCall) -> None:
-        arguments = operator_arguments(call)
-        self.layout = layout = arguments.layout()
+        self.layout = layout = call.lists()
         self.is_causal = call.is_causal
         self.batch, self.heads, self.length, _ = call.query.shape
         device, size = call.query.device, layout.key_block_size
         slots = layout.num_key_blocks * size
         positions = torch.arange(slots, device=device)[None]
         is_open = positions < self.length
-        listed = call.attention_mask
-        if call.global_mask is not None:
-            listed = ~call.global_mask if listed is None else listed & ~call.global_mask
+        listed = ordinary_tokens(call.attention_mask, call.global_mask)
         if listed is not None:
             filled = torch.nn.functional.pad(listed, (0, slots - self.length), value=False)
             is_open = is_open & filled
         num_packs = 0
-        if call.global_mask is not None:
-            packed = pack_global_tokens(call.global_mask, call.max_global_tokens)  # [batch, G]
+        if call.global_keys is not None:
+            packed = call.global_keys.packed()  # [batch, G]
             num_packs = -(-packed.shape[1] // size)
             filler = num_packs * size - packed.shape[1]
             packed = torch.nn.functional.pad(packed, (0, filler), value=self.length)

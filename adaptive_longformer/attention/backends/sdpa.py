@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.global_rows import merge_global_rows
+from adaptive_longformer.attention.operator import merge_global_rows
 from adaptive_longformer.attention.padding import readable
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.pattern import Pattern

@@ -1,12 +1,11 @@
-"""What calls of the CPU and the CUDA library have in common: a struct that points into tensors."""
+"""What the argument structs of the CPU and the CUDA library have in common."""
 
 import ctypes
-from typing import Any
 
 import torch
 
+from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
-from adaptive_longformer.attention.operator import OperatorArguments
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 
@@ -26,59 +25,69 @@ def fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
-class KernelCall:
-    """One call of a library, with the tensors that its struct points into.
+class KernelArguments(ctypes.Structure):
+    """The argument struct of a library for a call, and the tensors that it points into.
 
-    Args:
-        inputs: of the operator.
-        arguments: the library's struct, empty.
+    Its fields are those of the library's header, see the subclasses.
+
+    Attributes:
+        call: what is computed.
     """
 
-    def __init__(self, inputs: OperatorArguments, arguments: Any) -> None:
-        self.query, self.arguments = inputs.query, arguments
-        self.entry_bias, self.span_length = inputs.entry_bias, inputs.span_length
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__()
+        self.call = call
         self._kept_alive: list[torch.Tensor] = []
+        self.batch, self.heads, self.length, self.head_dim = call.query.shape
+        self.query_block_size = call.block_sizes[0]
+        self.is_causal, self.scale = call.is_causal, call.scale
 
-    def row_tensor(self, tensor: torch.Tensor) -> RowTensor:
-        """A [batch, heads, length, head_dim] whose last dimension is contiguous, kept alive."""
+    def point_to_rows(self, name: str, tensor: torch.Tensor) -> None:
+        """Points a field at a [batch, heads, length, head_dim] whose last dimension is
+        contiguous.
+        """
         self._kept_alive.append(tensor)
-        return RowTensor(tensor.data_ptr(), *tensor.stride()[:3])
+        setattr(self, name, RowTensor(tensor.data_ptr(), *tensor.stride()[:3]))
 
     def set_arrays(self, **tensors: torch.Tensor) -> None:
         """Points fields at the elements of tensors."""
         for name, tensor in tensors.items():
             tensor = tensor.contiguous()
             self._kept_alive.append(tensor)
-            setattr(self.arguments, name, tensor.data_ptr())
+            setattr(self, name, tensor.data_ptr())
 
     def set_window(self, window: SlidingWindow | None) -> None:
         """What WINDOW entries mean, if there are any."""
         if window is None:
             return
         assert window.right is not None
-        length = self.query.shape[2]
-        self.arguments.has_window = 1
-        self.arguments.left = min(window.left, length)
-        self.arguments.right = min(window.right, length)
+        length = self.call.query.shape[2]
+        self.has_window = 1
+        self.left, self.right = min(window.left, length), min(window.right, length)
 
-    def set_dropout_words(self, inputs: OperatorArguments) -> None:
+    def set_dropout_words(self) -> None:
         """The threshold and the words that dropout compares with it; for dropout_p > 0."""
-        assert inputs.dropout_seed is not None
-        batch, heads, length, _ = self.query.shape
-        self.arguments.dropout_threshold = threshold(inputs.dropout_p)
+        call = self.call
+        assert call.dropout_seed is not None
+        batch, heads, length, _ = call.query.shape
+        self.dropout_threshold = threshold(call.dropout_p)
         self.set_arrays(
-            row_words=row_keys(inputs.dropout_seed, batch, heads, length),
-            column_words=column_keys(inputs.dropout_seed, length),
+            row_words=row_keys(call.dropout_seed, batch, heads, length),
+            column_words=column_keys(call.dropout_seed, length),
         )
 
-    def reduce_entry_bias(self, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the entry bias in its own shape, empty where there is none."""
-        if grad is None or self.entry_bias is None:
-            return self.query.new_zeros(0)
-        return grad.sum_to_size(self.entry_bias.shape).to(self.entry_bias.dtype).contiguous()
+    def bias_gradients(
+        self, grad_bias: torch.Tensor | None, grad_span: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of entry_bias and span.length in their shapes and types.
 
-    def reduce_span(self, grad: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the span in its own shape, empty where there is none."""
-        if grad is None or self.span_length is None:
-            return self.query.new_zeros(0)
-        return grad.sum(dim=(0, 2)).to(self.span_length.dtype)
+        Args:
+            grad_bias: [batch, heads, query_blocks, entries], or None.
+            grad_span: [batch, heads, query_blocks], or None.
+        """
+        bias, span = self.call.entry_bias, self.call.span
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+        if grad_span is not None and span is not None:
+            grad_span = grad_span.sum(dim=(0, 2)).to(span.length.dtype)
+        return grad_bias, grad_span

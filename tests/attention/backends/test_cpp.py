@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import skip_without_cpp_compiler
+from calls import check_operator, skip_without_cpp_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adaptive_longformer.attention import AttentionSpan, explain_backends, sparse_attention
 from adaptive_longformer.attention.backends.compiled import compiled_attention, run_compiled
-from adaptive_longformer.attention.backends.cpp import _Arguments
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.backends.cpp import CpuArguments
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.kernels import load as extension
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.patterns import (
@@ -318,26 +318,22 @@ def test_unsupported_calls_have_a_reason():
 
 
 def test_argument_struct_has_the_size_of_the_library():
-    assert kernel_library("cpu").adaptive_attention_arguments_size() == ctypes.sizeof(_Arguments)
-
-
-def operator_arguments(length=70, dtype=torch.float32):
-    torch.manual_seed(0)
-    tensors = [torch.randn(1, 2, length, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
-    layout = random_layout(length, SlidingWindow(20), query_block=16, key_block=16)
-    bias = torch.randn(1, 2, *layout.key_blocks.shape[2:], requires_grad=True)
-    span = torch.tensor([5.0, 12.0], requires_grad=True)
-    attention_mask, global_mask = masks(1, length)
-    return (
-        *tensors, "", layout.key_blocks, layout.counts, layout.flags, 16, 16,
-        SlidingWindow(20).spec, "", bias, span, 8.0, attention_mask, global_mask, None, False, 0.25,
-        0.1, SEED,
-    )  # fmt: skip
+    assert kernel_library("cpu").adaptive_attention_arguments_size() == ctypes.sizeof(CpuArguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operator_passes_opcheck(dtype):
-    torch.library.opcheck(compiled_attention, operator_arguments(dtype=dtype))
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 70, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    layout = random_layout(70, SlidingWindow(20), query_block=16, key_block=16)
+    bias = torch.randn(1, 2, *layout.key_blocks.shape[2:], requires_grad=True)
+    span = AttentionSpan(torch.tensor([5.0, 12.0], requires_grad=True), 8.0)
+    attention_mask, global_mask = masks(1, 70)
+    call = make_call(
+        *tensors, layout, entry_bias=bias, span=span, attention_mask=attention_mask,
+        global_mask=global_mask, dropout_p=0.1, dropout_seed=SEED,
+    )  # fmt: skip
+    check_operator(compiled_attention, call)
 
 
 def test_compiles_as_one_graph():

@@ -9,7 +9,7 @@ from calls import random_call, routed_layout
 from adaptive_longformer.attention import explain_backends, sparse_attention
 from adaptive_longformer.attention.backends import choose as backends
 from adaptive_longformer.attention.backends import flex
-from adaptive_longformer.attention.functional import make_call
+from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.patterns import (
     Full,
     RandomBlocks,

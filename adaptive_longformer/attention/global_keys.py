@@ -1,0 +1,80 @@
+"""Which tokens are global keys, and where they stand: packed once, read by every layer."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils.import_utils import is_tracing
+
+
+@dataclass(frozen=True)
+class GlobalKeys:
+    """The global tokens of a batch. `global_keys` makes it once per forward pass of a model.
+
+    Attributes:
+        mask: bool [batch, length], True for a global token; none of them is padding.
+        positions: int64 [batch, columns], see `pack_global_tokens`. None: not known, because the
+            number of global tokens is data that may not be read here (torch.compile, without
+            `max_global_tokens` or on a CPU). Operators then pack the mask inside.
+    """
+
+    mask: torch.Tensor
+    positions: torch.Tensor | None = None
+
+    def packed(self) -> torch.Tensor:
+        """The positions; only for the inside of operators, where the number may be read."""
+        return pack_global_tokens(self.mask) if self.positions is None else self.positions
+
+
+def global_keys(
+    global_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    max_global_tokens: int | None = None,
+) -> GlobalKeys:
+    """The tokens of a mask that are not padding, at most so many, packed where that may be done.
+
+    Args:
+        global_mask: bool [batch, length], True for a global token.
+        attention_mask: bool [batch, length], True where a token is not padding; None: all are.
+        max_global_tokens: the first ones of every sequence; a GPU then packs so many columns
+            without reading a number back. None: no limit, and the number is read.
+    """
+    if attention_mask is not None:
+        global_mask = global_mask & attention_mask
+    width = None
+    if max_global_tokens is not None:
+        global_mask = limit_global_tokens(global_mask, max_global_tokens)
+        # On a CPU nobody waits for the number, and columns without a token cost time.
+        width = None if global_mask.device.type == "cpu" else max_global_tokens
+    if width is None and not _may_read(global_mask):
+        return GlobalKeys(global_mask)
+    return GlobalKeys(global_mask, pack_global_tokens(global_mask, width))
+
+
+def no_global_keys(batch: int, length: int, device: torch.device) -> GlobalKeys:
+    """A mask without any global token, as if there could be some."""
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    return GlobalKeys(mask, torch.zeros(batch, 0, dtype=torch.int64, device=device))
+
+
+def limit_global_tokens(global_mask: torch.Tensor, max_global_tokens: int) -> torch.Tensor:
+    """Keeps the first `max_global_tokens` global tokens of every sequence; bool [batch, length]."""
+    return global_mask & (global_mask.cumsum(dim=1) <= max_global_tokens)
+
+
+def pack_global_tokens(global_mask: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """Positions of the global tokens in their order, int64 [batch, columns], filled with `length`.
+
+    Args:
+        global_mask: bool [batch, length].
+        width: so many columns (or as many as tokens, if these are fewer), where no row has more
+            global tokens; None: as many as the row with most of them has, which is read back from
+            the device.
+    """
+    if width is None:
+        width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
+    order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
+    return order.where(global_mask.gather(1, order), global_mask.shape[1])
+
+
+def _may_read(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_meta or is_tracing(tensor))
