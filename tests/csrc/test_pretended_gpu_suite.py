@@ -156,7 +156,7 @@ def test_a_call_with_everything_can_be_captured(capture, has_layout):
 def test_an_adaptive_layer_can_be_captured(capture, gpu_machine):
     layer = test_cuda_graphs.adaptive_layer(
         hidden_size=64, num_attention_heads=2, attention_backend="cuda",
-        attention_probs_dropout_prob=0.0, router_aux_loss_coef=0.0,
+        attention_probs_dropout_prob=0.0,
     ).cuda()  # fmt: skip
     hidden_states = torch.randn(1, 150, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     position = torch.arange(150, device="cuda")[None]
