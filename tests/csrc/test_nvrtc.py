@@ -13,7 +13,6 @@ from emulation import CUDA_SOURCES, compile_emulated
 from test_emulated_cuda import SEED, TOLERANCE, errors, masks, random_layout
 
 from adaptive_longformer import doctor
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention.backends import cuda
 from adaptive_longformer.attention.kernels import (
     build,
@@ -27,6 +26,7 @@ from adaptive_longformer.attention.kernels.cuda_library import ARGUMENTS, SOURCE
 from adaptive_longformer.attention.kernels.load import kernel_route
 from adaptive_longformer.attention.kernels.nvrtc import Nvrtc, find_nvrtc
 from adaptive_longformer.testing import use_library
+from adaptive_longformer_command_line import main
 
 # Every value of a parameter occurs with both architectures.
 PAIRS = [

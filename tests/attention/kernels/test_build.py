@@ -31,9 +31,7 @@ def test_every_source_is_in_the_library(sandbox, tmp_path):
 @needs_compiler
 def test_the_first_error_of_a_compiler_is_the_reason(sandbox, tmp_path):
     (sandbox / "csrc" / "cpu" / "answer.cpp").write_text("int answer( { }")
-    with pytest.raises(
-        KernelsUnavailableError, match=r"the build failed: .*answer.cpp:1.* error: "
-    ):
+    with pytest.raises(KernelsUnavailableError, match=r"build failed: .*answer.cpp:1.* error: "):
         build.build_library("cpu", tmp_path)
 
 
@@ -107,7 +105,7 @@ def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(nvcc, monkey
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     build.check_compilers("cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(KernelsUnavailableError, match="names 'Hopper', numbers as '8.0;9.0"):
+    with pytest.raises(KernelsUnavailableError, match=r"names 'Hopper', numbers as '8\.0;9\.0"):
         build.check_compilers("cuda")
 
 
