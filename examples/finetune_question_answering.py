@@ -1,8 +1,8 @@
-"""Fine-tune an encoder-decoder to answer questions about long documents in its own words.
+r"""Fine-tune an encoder-decoder to answer questions about long documents in its own words.
 
-    python examples/finetune_question_answering.py --model allenai/led-base-16384 \\
+    python examples/finetune_question_answering.py --model allenai/led-base-16384 \
         --dataset deepmind/narrativeqa --max-train 100 --max-eval 20
-    python examples/finetune_question_answering.py --model my-led \\
+    python examples/finetune_question_answering.py --model my-led \
         --data-file train.jsonl --eval-file validation.jsonl
 
 A line of a data file has a "document" and "queries", a list of {"query", "answer"}; or a "query"

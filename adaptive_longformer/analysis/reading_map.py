@@ -86,6 +86,7 @@ def save_reading_maps(maps: list[ReadingMap], file: str | Path, title: str = "")
             start = block * reads.key_block_size
             axis.axvspan(start, start + reads.key_block_size, color="tab:cyan")
         axis.set(title=f"layer {number}", xlabel="token that is read", ylabel="token that reads")
+    assert image is not None  # a model has layers
     figure.colorbar(image, ax=axes, label="share of heads that read it", shrink=0.7)
     figure.suptitle(title or "Who reads whom")
     label = "block with a global token, which all read and which reads all"
