@@ -16,8 +16,8 @@ from typing_extensions import Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
-from adaptive_longformer.modeling.causal.causal_attention import CausalSparseAttention
-from adaptive_longformer.modeling.causal.causal_cache import causal_cache
+from adaptive_longformer.modeling.causal.attention import CausalSparseAttention
+from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
     can_read_values,

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection
-from adaptive_longformer.modeling.causal.causal_cache import SelectionLayer
+from adaptive_longformer.modeling.causal.cache import SelectionLayer
 
 
 class SelectedDecoding:

@@ -9,7 +9,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import Adap
 from adaptive_longformer.modeling.adaptive_selection import Reads, SelectionState
 from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
-from adaptive_longformer.modeling.causal.causal_cache import SelectionLayer, SinkWindowLayer
+from adaptive_longformer.modeling.causal.cache import SelectionLayer, SinkWindowLayer
 from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
 
 
@@ -81,7 +81,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                 raise ValueError(
                     f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
                     "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
-                    "make one by adaptive_longformer.modeling.causal.causal_cache.causal_cache"
+                    "make one by adaptive_longformer.modeling.causal.cache.causal_cache"
                 )
         if past_length == 0:
             context, probabilities = self._attend(
