@@ -1,6 +1,5 @@
 """The configuration of the adaptive_sparse_seq2seq encoder-decoder."""
 
-
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
