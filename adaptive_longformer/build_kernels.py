@@ -16,24 +16,6 @@ from adaptive_longformer.attention.kernels.route import kernel_route
 KINDS = ("cpu", "cuda")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `build-kernels` and its arguments."""
-    parser = subparsers.add_parser(
-        "build-kernels",
-        help="compile the attention kernels now instead of at their first use",
-        description=(
-            "Compile the attention kernels into the cache, for this machine's processor and GPUs. "
-            "Without it they are compiled at their first use."
-        ),
-    )
-    parser.add_argument(
-        "kinds",
-        nargs="*",
-        metavar="KIND",
-        help="cpu, cuda (default: cpu, and cuda where torch sees a GPU)",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Build each kind and say where it is, or why it could not be built.
 

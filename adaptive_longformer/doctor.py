@@ -32,18 +32,6 @@ _LONG_LENGTH = 4096
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `doctor`, which has no arguments."""
-    subparsers.add_parser(
-        "doctor",
-        help="what each attention backend can do on this machine, and why not",
-        description=(
-            "Say what each attention backend can do on this machine, check its result, and say "
-            "which one is chosen. Compiles the kernels if they are not in the cache yet."
-        ),
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the report.
 

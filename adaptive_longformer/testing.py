@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,7 +119,6 @@ def tiny_adaptive_model(
         "query_block_size": 16,
         "num_selected_blocks": 4,
         "selection_strength": 1.0,
-        "selection_top_p": 1.0,
     }
     model = tiny_model(model_class, **{**values, **overrides})
     generator = torch.Generator().manual_seed(1)
@@ -126,6 +126,13 @@ def tiny_adaptive_model(
         for part in selections(model):
             for parameter in (part.gate, part.budget, part.span):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5)
+    return model
+
+
+def vary_selection(model: Model, **options: Any) -> Model:
+    """Sets options of the selection that no configuration has; returns the model."""
+    for part in selections(model):
+        part.options = replace(part.options, **options)
     return model
 
 

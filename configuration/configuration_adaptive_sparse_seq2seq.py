@@ -39,19 +39,12 @@ ENCODER_ATTENTION_FIELDS = (
     "num_random_blocks",
     "block_size",
     "attention_seed",
-    "num_hashes",
     "query_block_size",
     "num_selected_blocks",
     "selection_strength",
-    "selection_top_p",
-    "selection_start_nodes",
-    "selection_beam_width",
     "selection_sub_block_size",
-    "selection_tokens_per_vote",
     "num_learned_global_blocks",
     "router_rank",
-    "router_aux_loss_coef",
-    "coarse_tail",
     "target_density",
     "head_budgets",
     "head_windows",
@@ -94,12 +87,10 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
         attention_pattern: of the encoder, see `AdaptiveSparseConfig`; the decoder's self-attention
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
-            attention_seed, num_hashes, query_block_size, num_selected_blocks, selection_strength,
-            selection_top_p, selection_start_nodes, selection_beam_width, selection_sub_block_size,
-            selection_tokens_per_vote, num_learned_global_blocks, router_rank, router_aux_loss_coef,
-            coarse_tail, target_density, head_budgets, head_windows, separate_global_projections,
-            attention_backend, max_global_tokens, zero_padded_rows: of the encoder, see
-            `AdaptiveSparseConfig`.
+            attention_seed, query_block_size, num_selected_blocks, selection_strength,
+            selection_sub_block_size, num_learned_global_blocks, router_rank, target_density,
+            head_budgets, head_windows, separate_global_projections, attention_backend,
+            max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -154,19 +145,12 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
-    num_hashes: int = 2
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
-    selection_top_p: float | int = 0.95
-    selection_start_nodes: int = 256
-    selection_beam_width: int = 64
     selection_sub_block_size: int = 0
-    selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
     router_rank: int = 0
-    router_aux_loss_coef: float | int = 0.0
-    coarse_tail: bool = False
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None

@@ -18,7 +18,6 @@ from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, rand
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.pattern import Pattern
-from adaptive_longformer.selection.coarse_tail import add_coarse_tail, coarse_tail_probabilities
 
 _EVERYTHING = Full()
 
@@ -116,39 +115,23 @@ class AdaptiveSparseAttention(nn.Module):
             "entry_bias": reads.entry_bias,
             "span": reads.span,
         }
-        dropout = {
-            "dropout_p": dropout_p,
-            "dropout_seed": random_seed(query.device) if dropout_p else None,
-        }
-        attended = sparse_attention(
+        context = sparse_attention(
             query,
             key,
             value,
             reads.pattern_or_layout,
-            return_lse=reads.tail is not None,
+            dropout_p=dropout_p,
+            dropout_seed=random_seed(query.device) if dropout_p else None,
             backend=self.config.attention_backend,
-            **dropout,
             **where,
         )
-        masks = {"attention_mask": attention_mask, "global_mask": global_mask, "scale": self.scale}
-        tail_share = None
-        if reads.tail is None:
-            assert isinstance(attended, torch.Tensor)  # return_lse=False
-            context = attended
-        else:
-            context, lse = attended
-            context, tail_share = add_coarse_tail(
-                context, lse, query, key, value, reads.tail, **masks, **dropout
-            )
+        assert isinstance(context, torch.Tensor)  # return_lse=False
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
-            if reads.tail is not None and tail_share is not None:
-                coarse = coarse_tail_probabilities(query, key, reads.tail, **masks)
-                probabilities = torch.lerp(probabilities, coarse, tail_share[..., None])
         output = padding.restored(self.output(context))
         return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
 

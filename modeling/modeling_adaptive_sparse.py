@@ -58,7 +58,7 @@ from adaptive_longformer.modeling.losses import (
     token_loss,
 )
 from adaptive_longformer.modeling.padding import first_valid_token
-from adaptive_longformer.modeling.selection_losses import density_loss, router_loss
+from adaptive_longformer.modeling.selection_losses import density_loss
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -303,16 +303,12 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         set_selection_strength(self, strength)
 
     def add_selection_losses(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a head with what `config.target_density` and `config.router_aux_loss_coef`
-        add to it in training.
-        """
+        """The loss of a head with what `config.target_density` adds to it in training."""
         config = self.config
         if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
             return loss
         if config.target_density is not None:
             loss = loss + density_loss(self, config.target_density)
-        if config.router_aux_loss_coef:
-            loss = loss + config.router_aux_loss_coef * router_loss(self)
         return loss
 
     def head_loss(

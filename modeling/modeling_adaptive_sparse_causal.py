@@ -89,7 +89,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
 
     Raises:
         ValueError: the pattern is none for a causal model, or has separate global projections,
-            learned global blocks, a router or a coarse tail.
+            learned global blocks or a router.
     """
 
     _can_record_outputs = {
@@ -118,10 +118,6 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             raise ValueError(
                 f"router_rank is {config.router_rank}, 0 is needed in a causal model: the router "
                 "is for encoders"
-            )
-        if config.attention_pattern == "adaptive" and config.coarse_tail:
-            raise ValueError(
-                "coarse_tail is True, False is needed in a causal model: the tail is for encoders"
             )
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)

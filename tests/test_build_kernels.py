@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer_command_line import main
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")

@@ -1,8 +1,8 @@
 import pytest
 
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention.backends.choose import BACKENDS
 from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer_command_line import main
 
 
 @pytest.fixture

@@ -59,7 +59,6 @@ class AdaptiveSparseOptions:
         num_global_tokens: so many first tokens see all tokens and are seen by all.
         num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
         block_size, query_block_size: tokens per block of keys and of queries.
-        top_p: share of its attention after which a block of queries chooses no more.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -70,7 +69,6 @@ class AdaptiveSparseOptions:
     num_selected_blocks: int = 8
     block_size: int = 64
     query_block_size: int = 64
-    top_p: float = 0.95
 
     def __post_init__(self) -> None:
         for name, least in (("attention_window", 2), ("num_global_tokens", 0),
@@ -84,10 +82,6 @@ class AdaptiveSparseOptions:
             raise ValueError(
                 f"config.{NAME}['attention_window'] is {self.attention_window}, "
                 "an even number >= 2 is needed"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"config.{NAME}['top_p'] is {self.top_p!r}, a number above 0 and up to 1 is needed"
             )
         if self.num_selected_blocks:
             self.routing_options()
@@ -270,7 +264,6 @@ def _attend(
             max_global_tokens=options.num_global_tokens,
             is_causal=is_causal,
             scale=scale,
-            top_p=options.top_p,
         )
         pattern_or_layout, _ = selection_layout(selected, window, length, routing)
     output = sparse_attention(

@@ -11,7 +11,6 @@ from emulation import CUDA_SOURCES, compile_emulated
 from test_emulated_cuda import SEED, TOLERANCE, errors, masks, random_layout
 
 from adaptive_longformer import doctor
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention.backends import cuda as compiled_cuda
 from adaptive_longformer.attention.kernels import cuda_driver, cuda_program
 from adaptive_longformer.attention.kernels import load as extension
@@ -20,6 +19,7 @@ from adaptive_longformer.attention.kernels.cuda_launches import KERNELS, Instanc
 from adaptive_longformer.attention.kernels.cuda_program import SOURCE, CudaProgram
 from adaptive_longformer.attention.kernels.nvrtc import Nvrtc, find_nvrtc
 from adaptive_longformer.attention.kernels.route import KernelRoute, kernel_route
+from adaptive_longformer_command_line import main
 
 # Every value of a parameter occurs with both architectures.
 PAIRS = [
