@@ -18,10 +18,20 @@ struct Pieces {
   int count, piece_depth, stride;
 };
 
+// Memory that is read next, a line of LINE floats for each step of a product until all are on their way.
+struct Fetch {
+  const float *next, *end;
+};
+
+constexpr int LINE = 16;
+
 // c[ROWS x VECTORS * WIDTH] = (ACCUMULATE ? c : 0) + a[ROWS x depth] b[depth x VECTORS * WIDTH], row-major, b from a
 // column on. With TRANSPOSED a is stored as [depth x ROWS].
 template <int ROWS, int VECTORS, bool TRANSPOSED, bool ACCUMULATE>
-ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, int column, float* c, int c_stride) {
+ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, int column, float* c, int c_stride,
+                                 Fetch& fetch) {
+  const float* line = fetch.next;
+  const int64_t step = line < fetch.end ? LINE : 0;
   Floats sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
@@ -31,6 +41,8 @@ ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, 
   for (int piece = 0; piece < b.count; piece++) {
     const float* b_row = b.first_rows[piece] + column;
     for (int k = 0; k < b.piece_depth; k++) {
+      __builtin_prefetch(line, 0, 2);
+      line += step;
       Floats right[VECTORS];
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; j++) right[j] = load<Floats>(b_row + j * WIDTH);
@@ -44,6 +56,7 @@ ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, 
       b_row += b.stride;
     }
   }
+  fetch.next = line;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
@@ -52,7 +65,8 @@ ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, 
 
 // c[rows x columns] = (ACCUMULATE ? c : 0) + a b, with columns a multiple of WIDTH; a as in multiply_rows.
 template <bool TRANSPOSED, bool ACCUMULATE>
-void multiply(const float* a, int a_stride, const Pieces& b, float* c, int c_stride, int rows, int columns) {
+void multiply(const float* a, int a_stride, const Pieces& b, float* c, int c_stride, int rows, int columns,
+              Fetch fetch) {
   int column = 0;
   const auto panel = [&](auto vectors) {
     constexpr int VECTORS = decltype(vectors)::value;
@@ -60,7 +74,8 @@ void multiply(const float* a, int a_stride, const Pieces& b, float* c, int c_str
     const auto run = [&](auto count) {
       constexpr int ROWS = decltype(count)::value;
       multiply_rows<ROWS, VECTORS, TRANSPOSED, ACCUMULATE>(a + (int64_t)row * (TRANSPOSED ? 1 : a_stride), a_stride, b,
-                                                           column, c + (int64_t)row * c_stride + column, c_stride);
+                                                           column, c + (int64_t)row * c_stride + column, c_stride,
+                                                           fetch);
       row += ROWS;
     };
     constexpr int MOST = MAX_ROWS * 2 / VECTORS;
