@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-SOURCES := adaptive_longformer configuration modeling tests $(wildcard examples benchmarks)
+SOURCES := adaptive_longformer adaptive_longformer_command_line.py configuration modeling tests $(wildcard examples benchmarks)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 # Two workers on two cores, one thread each.

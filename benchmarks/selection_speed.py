@@ -53,7 +53,7 @@ def calls_of(length: int, args: argparse.Namespace, device: torch.device) -> dic
     span = torch.full((args.heads,), 256.0, device=device, requires_grad=True)
 
     def selection():
-        selected = select_blocks(query, key, WINDOW, OPTIONS, global_mask=global_mask, top_p=0.95)
+        selected = select_blocks(query, key, WINDOW, OPTIONS, global_mask=global_mask)
         return selection_layout(selected, WINDOW, length, OPTIONS)
 
     layout, slots = selection()

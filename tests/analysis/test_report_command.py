@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.analysis.reading_map import reading_maps
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
@@ -18,6 +17,7 @@ from adaptive_longformer.testing import (
     tiny_seq2seq_model,
 )
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer_command_line import main
 
 
 @pytest.fixture(scope="module")
