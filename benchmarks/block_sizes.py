@@ -107,9 +107,7 @@ def time_cells(length: int, mode: str, args: argparse.Namespace) -> list[dict]:
         for sizes, call in calls.items():
             begin = time.process_time(), time.perf_counter()
             call.run(mode, "cpp")
-            samples[sizes].append(
-                (time.process_time() - begin[0], time.perf_counter() - begin[1])
-            )
+            samples[sizes].append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
     cells = []
     for (query_block, key_block), call in calls.items():
         processor, clock = zip(*samples[query_block, key_block][1:])
