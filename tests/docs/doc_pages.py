@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "model_cards" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # Fences that hold nothing to run.
 PROSE = ("text", "json", "toml")
 COMMANDS = ("adaptive-longformer", "python", "make", "pip", "accelerate")
