@@ -1,7 +1,8 @@
 """Makers of tiny models and inputs, and other pieces that tests share."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import distributed, multiprocessing, nn
 from torch.multiprocessing.spawn import spawn
 from transformers.cache_utils import Cache
 
+from adaptive_longformer.attention.kernels.load import loaded
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
@@ -251,6 +253,20 @@ def assert_padding_changes_nothing(
     }
     actual = hidden_states_of(model, padded)[:, left : left + length]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@contextmanager
+def use_library(kind: str, library: Any) -> Iterator[None]:
+    """Has the kernels of a kind, "cpu" or "cuda", run by a library; None: none is loaded yet."""
+    before = loaded.pop(kind, None)
+    if library is not None:
+        loaded[kind] = library
+    try:
+        yield
+    finally:
+        loaded.pop(kind, None)
+        if before is not None:
+            loaded[kind] = before
 
 
 def run_two_processes(function: Callable[..., None], folder: Path, *args: Any) -> None:

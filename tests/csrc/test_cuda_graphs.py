@@ -9,8 +9,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
-from adaptive_longformer.attention.backends import compiled
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.backends import compiled, cuda
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling import attention_layer
@@ -84,7 +83,7 @@ def run_call(max_global_tokens, global_qkv):
 
 @pytest.mark.parametrize("global_qkv", [None, "absorbed"])
 def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch, global_qkv):
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     assert all(tensor.isfinite().all() for tensor in run_call(8, global_qkv)[2:])
     with pytest.raises(AssertionError, match="waits for the device"):
         run_call(None, global_qkv)
@@ -139,7 +138,7 @@ def on_a_gpu(monkeypatch, max_global_tokens):
     def no_list(tensor):
         raise AssertionError("tolist waits for the device")
 
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
     monkeypatch.setattr(
         routing, "route_blocks", lambda *given: route_blocks(*given[:-1], max_global_tokens)
