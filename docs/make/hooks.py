@@ -1,7 +1,7 @@
 """Lets the built site show what the pages link to outside of docs, and the README as first page.
 
-Links stay as they are on GitHub: `../benchmarks/results/x.json` works there, and here it becomes
-`repository/benchmarks/results/x.json`, a copy of the file.
+Links in the sources lead to files of the repository, so that they work where it is browsed. Here
+they lead to the file's place in the site: a page of docs, or a copy below `repository/`.
 """
 
 import posixpath
@@ -10,53 +10,56 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#]+)")
-_COPIES = "repository"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    pages = {"index.md": readme}
-    for file in files.documentation_pages():
-        pages[file.src_uri] = Path(file.abs_src_path or "").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=_with_copies("index.md", readme)))
-    wanted = {target for uri, text in pages.items() for target in _outside(uri, text).values()}
-    for name in sorted(wanted):
-        files.append(
-            File.generated(config, f"{_COPIES}/{name}", content=(ROOT / name).read_bytes())
-        )
+    """Adds the README, and copies of all files outside of docs that a page links to."""
+    waiting = ["README.md", *(f"docs/{page.src_uri}" for page in files.documentation_pages())]
+    seen = set(waiting)
+    while waiting:
+        name = waiting.pop()
+        if name.endswith(".md"):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            waiting += [target for target in _targets(name, text).values() if target not in seen]
+            seen.update(waiting)
+            content: str | bytes = _for_the_site(name, text)
+        else:
+            content = (ROOT / name).read_bytes()
+        place = _place(name)
+        if (old := files.get_file_from_path(place)) is not None:
+            if not name.endswith(".md"):
+                continue
+            files.remove(old)
+        files.append(File.generated(config, place, content=content))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return (
-        markdown if page.file.src_uri == "index.md" else _with_copies(page.file.src_uri, markdown)
-    )
+def _place(name: str) -> str:
+    """Where a file of the repository is in the site."""
+    if name == "README.md":
+        return "index.md"
+    if name.startswith("docs/") and not name.startswith("docs/make/"):
+        return name.removeprefix("docs/")
+    return f"repository/{name}"
 
 
-def _outside(uri: str, text: str) -> dict[str, str]:
-    """Links of a page that lead to files of the repository outside of docs, by file."""
-    # The README stands at the top, the other pages in docs.
-    folder = "" if uri == "index.md" else posixpath.join("docs", posixpath.dirname(uri))
-    found = {}
-    for link in _LINK.findall(text):
-        name = posixpath.normpath(posixpath.join(folder, link))
-        is_page = uri == "index.md" and (ROOT / "docs" / name).is_file()
-        is_docs = name.startswith("docs/") and not name.startswith("docs/make/")
-        if not is_page and not is_docs and (ROOT / name).is_file():
-            found[link] = name
-    return found
+def _targets(name: str, text: str) -> dict[str, str]:
+    """The links of a page to files of the repository, and these files."""
+    folder = posixpath.dirname(name)
+    paths = {link: posixpath.normpath(posixpath.join(folder, link)) for link in _LINK.findall(text)}
+    return {link: path for link, path in paths.items() if (ROOT / path).is_file()}
 
 
-def _with_copies(uri: str, text: str) -> str:
-    outside = _outside(uri, text)
-    up = "../" * uri.count("/")
+def _for_the_site(name: str, text: str) -> str:
+    targets = _targets(name, text)
+    folder = posixpath.dirname(_place(name)) or "."
 
     def replace(match: re.Match) -> str:
-        name = outside.get(match[1])
-        return match[1] if name is None else f"{up}{_COPIES}/{name}"
+        if match[1] not in targets:
+            return match[1]
+        return posixpath.relpath(_place(targets[match[1]]), folder)
 
     return _LINK.sub(replace, text)
