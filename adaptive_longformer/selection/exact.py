@@ -24,6 +24,8 @@ from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Pla
 
 # Keys of a place, at least, and the means that stand for them in the coarser stage.
 _KEYS_PER_PLACE, _MEANS_PER_PLACE = 64, 4
+# Queries that share their places, at least, where they may.
+_QUERIES_PER_LIST = 64
 # Scores in memory at a time, by device.
 _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
@@ -41,31 +43,36 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
     """
     if call.num_sequence_keys > num_candidates:
         blocks_per_place = -(-_KEYS_PER_PLACE // call.keys_per_block)
-        place_keys = blocks_per_place * call.keys_per_block
-        num_places = max(1, num_candidates // place_keys)
-        coarse = _coarser(call, blocks_per_place, num_places)
+        num_places = max(1, num_candidates // (blocks_per_place * call.keys_per_block))
+        rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
+        coarse = _coarser(call, blocks_per_place, num_places, rows_per_list)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
-        places = Places(kept.key_blocks, kept.counts, blocks_per_place, kept.log_dropped)
-        call = replace(call, places=places)
+        places = (kept.key_blocks, kept.counts, blocks_per_place, rows_per_list, kept.log_dropped)
+        call = replace(call, places=Places(*places))
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)
     return torch_choice(call, with_dropped=with_dropped)
 
 
-def _coarser(call: ExactCall, blocks_per_place: int, num_places: int) -> ExactCall:
+def _coarser(
+    call: ExactCall, blocks_per_place: int, num_places: int, rows_per_list: int
+) -> ExactCall:
     """The call whose blocks are places and whose keys are means of keys."""
     keys = call.num_sequence_keys
     run = blocks_per_place * call.keys_per_block // _MEANS_PER_PLACE
-    counts = call.key_counts
-    if counts is None:
-        counts = call.key.new_ones(1, keys, dtype=call.dtype)
+    key = call.key[:, :, :keys].to(call.dtype)
+    if call.key_counts is None:
+        counts = key.new_ones(1, keys)
+    else:
+        counts = call.key_counts[:, :keys].to(call.dtype)
+        key = key.masked_fill((counts == 0)[:, None, :, None], 0.0)
+        if call.tokens_per_key > 1:
+            key = key * counts[:, None, :, None]
     filler = -keys % run
-    counts = counts[:, :keys].to(call.dtype)
-    key = call.key[:, :, :keys].to(call.dtype).masked_fill((counts == 0)[:, None, :, None], 0.0)
-    key = key * counts[:, None, :, None]
+    if filler:
+        key = F.pad(key, (0, 0, 0, filler))
     counts = F.pad(counts, (0, filler)).unflatten(1, (-1, run)).sum(dim=-1)
-    means = F.pad(key, (0, 0, 0, filler)).unflatten(2, (-1, run)).sum(dim=3)
-    means = means / counts.clamp(min=1)[:, None, :, None]
+    means = key.unflatten(2, (-1, run)).sum(dim=3) / counts.clamp(min=1)[:, None, :, None]
     global_keys = None
     if call.global_positions is not None:
         index = call.global_positions if call.global_keys is None else call.global_keys
@@ -81,6 +88,7 @@ def _coarser(call: ExactCall, blocks_per_place: int, num_places: int) -> ExactCa
         key=means.to(call.key.dtype),
         num_blocks=num_places,
         block_size=blocks_per_place * call.block_size,
+        query_block_size=rows_per_list * call.query_block_size,
         key_counts=counts.expand(call.key.shape[0], -1),
         global_keys=global_keys,
         value_norms=None,
@@ -165,7 +173,7 @@ class _Row:
         """Blocks that are candidates beside those of places, at most."""
         call = self.call
         assert call.places is not None
-        reach = call.left + call.right + call.query_block_size
+        reach = call.left + call.right + call.query_block_size * call.places.rows_per_list
         width = reach // call.block_size + 2 + call.places.blocks_per_place
         return min(width, call.num_key_blocks)
 
@@ -248,17 +256,20 @@ class _Row:
         call, places, nothing = self.call, self.call.places, self.call.num_key_blocks
         if places is None:
             return torch.arange(nothing, device=self.device).view(1, 1, -1)
-        width = places.blocks_per_place
-        near, last = self._covered_range(numbers)
-        near_end = last + 1
+        width, step = places.blocks_per_place, places.rows_per_list
+        index = torch.arange(rows.start, rows.stop, device=self.device) // step
+        first_of_list = index * step + call.first_row
+        last_of_list = (first_of_list + step - 1).clamp(max=call.first_row + call.num_rows - 1)
+        near, near_end = self._covered_range(first_of_list)[0], self._covered_range(last_of_list)[1]
+        near_end = near_end + 1
         if call.is_causal:
             # No place that the query block begins in was a choice.
             place_size = call.block_size * width
             near = torch.minimum(near, numbers * call.query_block_size // place_size * width)
         near = torch.minimum(near, near_end)[:, None]
-        place = places.numbers[self.batch, heads, rows].long()[..., None]
+        place = places.numbers[self.batch, heads, index].long()[..., None]
         is_place = torch.arange(place.shape[-2], device=self.device)
-        is_place = is_place < places.counts[self.batch, heads, rows, None]
+        is_place = is_place < places.counts[self.batch, heads, index, None]
         blocks = (place * width + torch.arange(width, device=self.device)).flatten(-2)
         is_far = (blocks < near) | (blocks >= near_end[:, None])
         is_far = is_far & is_place.repeat_interleave(width, dim=-1) & (blocks < nothing)
@@ -288,9 +299,7 @@ class _Row:
         head = head.repeat_interleave(self.shared_heads)[:, None, None]
         index = blocks.clamp(max=call.num_key_blocks - 1)
         log_counts = log_counts[head, index]
-        log_counts = log_counts.masked_fill(
-            (blocks == call.num_key_blocks)[..., None], -torch.inf
-        )
+        log_counts = log_counts.masked_fill((blocks == call.num_key_blocks)[..., None], -torch.inf)
         scores = query @ key[head, index].flatten(2, 3).mT
         scores = scores.unflatten(-1, log_counts.shape[2:]) + log_counts[:, :, None]
         return scores, None if norms is None else norms[head, index][:, :, None]
@@ -335,9 +344,7 @@ class _Row:
             last = ((reach + 1) // size - 1).where(reach < self.end - 1, call.num_key_blocks - 1)
         return ((last_query - call.left).clamp(min=0) + size - 1) // size, last
 
-    def _covered(
-        self, blocks: torch.Tensor, numbers: torch.Tensor, heads: slice
-    ) -> torch.Tensor:
+    def _covered(self, blocks: torch.Tensor, numbers: torch.Tensor, heads: slice) -> torch.Tensor:
         """Which blocks are read anyway: what the window covers, and shared ones."""
         first, last = self._covered_range(numbers)
         is_covered = (blocks >= first[:, None]) & (blocks <= last[:, None])

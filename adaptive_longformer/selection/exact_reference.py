@@ -52,7 +52,7 @@ def reference_masses(
             is_near = is_near and min(last_key, end - 1) <= first_query + call.right
         run = range(block * call.keys_per_block, (block + 1) * call.keys_per_block)
         keys = [k for k in run if k < call.num_sequence_keys and counts[k] > 0]
-        if not _is_candidate(call, batch, head, row, block, is_near):
+        if not is_near and not _is_candidate(call, batch, head, row, block):
             continue
         if not key[keys].isfinite().all():
             continue
@@ -87,16 +87,24 @@ def reference_masses(
     return mass, rank, covered
 
 
-def _is_candidate(
-    call: ExactCall, batch: int, head: int, row: int, block: int, is_near: bool
-) -> bool:
+def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:
     """Whether a coarser stage, if there was one, left a block."""
-    if call.places is None or is_near:
+    places = call.places
+    if places is None:
         return True
-    place = block // call.places.blocks_per_place
-    count = int(call.places.counts[batch, head, row])
-    if place in call.places.numbers[batch, head, row, :count].tolist():
+    place, list_number = block // places.blocks_per_place, row // places.rows_per_list
+    count = int(places.counts[batch, head, list_number])
+    if place in places.numbers[batch, head, list_number, :count].tolist():
         return True
     first_query = (call.first_row + row) * call.query_block_size
-    place_size = call.block_size * call.places.blocks_per_place
-    return call.is_causal and place == first_query // place_size
+    if call.is_causal:
+        return place == first_query // (call.block_size * places.blocks_per_place)
+    # Between the first and the last block that the window covers for query blocks of the list.
+    end = call.length if call.ends is None else int(call.ends[batch])
+    first_query = (call.first_row + list_number * places.rows_per_list) * call.query_block_size
+    last_row = min((list_number + 1) * places.rows_per_list, call.num_rows) - 1
+    start_of_last = (call.first_row + last_row) * call.query_block_size
+    last_query = min(first_query + call.query_block_size, end) - 1
+    starts_inside = block * call.block_size >= last_query - call.left
+    ends_inside = min((block + 1) * call.block_size, end) - 1 <= start_of_last + call.right
+    return starts_inside and ends_inside

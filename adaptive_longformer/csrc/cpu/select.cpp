@@ -1,6 +1,8 @@
 // The exact stage of the selection, selection/exact.py in C++: every query that votes for a query block meets every key
 // of the block's candidates. One pass over the keys writes no scores, only sums of exp(score - reference) per query and
 // key block; masses follow from them. Lanes are queries, so that a key block of any size costs what its keys cost.
+#include <algorithm>
+#include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -36,11 +38,12 @@ struct SelectArguments {
   int64_t num_global;
   const float* value_norms;  // [batch, key_heads, num_keys], what a key's mass counts in the ranking; null: 1
 
-  // Places, of `blocks_per_place` blocks each, whose blocks a query block has as candidates beside those near it, in any
-  // order: [batch, heads, num_rows, max_places] and [batch, heads, num_rows]; null: all blocks.
+  // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
+  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]; null: all
+  // blocks are candidates.
   const int32_t* places;
   const int32_t* place_counts;
-  int64_t max_places, blocks_per_place;
+  int64_t rows_per_list, num_lists, max_places, blocks_per_place;
   const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null: nothing is
   const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
   int64_t num_shared;
@@ -99,6 +102,25 @@ ALWAYS_INLINE bool any_above(Floats value, float limit) {
 #endif
 }
 
+// Lane i of the result is the sum of the lanes of values[i], which it overwrites: in every step half of the vectors, each
+// with sums of two in its lanes by one bit of the lane's number.
+template <int STEP = WIDTH / 2>
+ALWAYS_INLINE Floats sums_of_lanes(Floats (&values)[WIDTH]) {
+  Ints straight, crossed;
+  for (int lane = 0; lane < WIDTH; lane++) {
+    straight[lane] = lane & STEP ? lane + WIDTH : lane;
+    crossed[lane] = lane & STEP ? (lane ^ STEP) + WIDTH : lane ^ STEP;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < STEP; i++)
+    values[i] = __builtin_shuffle(values[i], values[i + STEP], straight) +
+                __builtin_shuffle(values[i], values[i + STEP], crossed);
+  if constexpr (STEP > 1)
+    return sums_of_lanes<STEP / 2>(values);
+  else
+    return values[0];
+}
+
 // The keys of one batch row by what they belong to: the members of block 0, 1, ..., then those of global tokens in groups
 // that the same query blocks may see.
 struct Entries {
@@ -140,36 +162,47 @@ struct Entries {
 // A row of a tensor as four-byte words: floats, or bytes of a scale of their own.
 struct RowPacker {
   const SelectArguments& call;
-  std::vector<float> row;
-  std::vector<int32_t> bytes;
+  const int64_t width;
+  Buffer<float> row;  // [width], zeros at the end
+  Buffer<int32_t> bytes;
 
   explicit RowPacker(const SelectArguments& arguments)
-      : call(arguments), row(call.head_dim), bytes((call.head_dim + 3) / 4 * 4) {}
+      : call(arguments), width(round_up((int)call.head_dim, WIDTH)), row(width), bytes(width) {
+    std::fill_n(row.data(), width, 0.0f);
+  }
 
   // Loads a row; false if it holds NaN or an infinity.
   bool load(const RowTensor& tensor, int64_t batch, int64_t head, int64_t position) {
-    load_row(row.data(), tensor, row_offset(tensor, batch, head, position), (int)row.size(), call.element_type);
-    float nothing = 0.0f;  // becomes NaN at the first element that is not finite
-    for (const float element : row) nothing += element * 0.0f;
-    return nothing == 0.0f;
+    load_row(row.data(), tensor, row_offset(tensor, batch, head, position), (int)call.head_dim, call.element_type);
+    Floats nothing = {};  // becomes NaN at the first element that is not finite
+    for (int64_t i = 0; i < width; i += WIDTH) nothing += adaptive::load<Floats>(row.data() + i) * 0.0f;
+    return horizontal_sum(nothing) == 0.0f;
   }
 
   // Stores the row as bytes of at most `limit`, with `zero` added, words `stride` apart. Returns their scale and sets the
   // sum of the bytes without `zero`.
   float store_bytes(int32_t* words, int64_t stride, int limit, int zero, int32_t& sum) {
-    const size_t count = row.size();
-    float largest = 0.0f;
-    for (size_t i = 0; i < count; i++) largest = std::max(largest, std::abs(row[i]));
-    const float factor = largest > 0.0f ? (float)limit / largest : 0.0f;
-    // Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
-    for (size_t i = 0; i < count; i++) row[i] = row[i] * factor + 12582912.0f;
-    std::memcpy(bytes.data(), row.data(), count * sizeof(float));
+    Floats largest = {};
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      const Floats element = adaptive::load<Floats>(row.data() + i);
+      largest = maximum(maximum(element, -element), largest);
+    }
+    const float size = horizontal_maximum(largest);
+    const float factor = size > 0.0f ? (float)limit / size : 0.0f;
+    Ints sums = {};
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      // Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
+      const Floats rounded = adaptive::load<Floats>(row.data() + i) * factor + 12582912.0f;
+      const Ints whole = (Ints)rounded - 0x4B400000;
+      sums += whole;
+      store(bytes.data() + i, (whole + zero) & 255);
+    }
     sum = 0;
-    for (size_t i = 0; i < count; i++) sum += bytes[i] -= 0x4B400000;
-    for (size_t i = 0; i < count; i++) bytes[i] = (bytes[i] + zero) & 255;
-    for (size_t i = 0; i < bytes.size(); i += 4)
-      words[(int64_t)i / 4 * stride] = bytes[i] | bytes[i + 1] << 8 | bytes[i + 2] << 16 | bytes[i + 3] << 24;
-    return largest / (float)limit;
+    for (int lane = 0; lane < WIDTH; lane++) sum += sums[lane];
+    const int32_t* byte = bytes.data();
+    for (int64_t i = 0; i < call.head_dim; i += 4)
+      words[i / 4 * stride] = byte[i] | byte[i + 1] << 8 | byte[i + 2] << 16 | byte[i + 3] << 24;
+    return size / (float)limit;
   }
 };
 
@@ -201,7 +234,7 @@ struct Keys {
           scale[index] = packer.store_bytes(&words[index * depth], 1, SIGNED_LIMIT, 0, sum);
           start[index] = -128 * sum;
         } else {
-          std::copy(packer.row.begin(), packer.row.end(), &words[index * depth]);
+          std::copy_n(packer.row.data(), depth, &words[index * depth]);
         }
         if (entry < entries.num_blocks && call.counts_of_keys != nullptr)
           count[index] = call.counts_of_keys[batch * call.num_keys + key];
@@ -216,12 +249,15 @@ struct Keys {
 // other; a query block begins with a vector of its own.
 template <typename Word>
 struct Unit {
-  std::vector<int32_t> entries;  // of the candidates and global tokens
+  std::vector<int32_t> entries;  // of the candidates, and then of global tokens
+  int64_t num_blocks;            // how many of the first kind
   std::vector<int32_t> places;
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
-  Buffer<float> sums, weighted;           // [vectors, entries, WIDTH]
+  Buffer<float> sums, weighted;           // [vectors, entries, WIDTH], and WIDTH entries behind
+  Buffer<float> shares, ranks;            // [entries]
+  std::vector<uint64_t> ranking;
   std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
 };
 
@@ -235,7 +271,7 @@ class Selection {
       : call(arguments),
         depth(IS_BYTES ? (call.head_dim + 3) / 4 : call.head_dim),
         row_vectors((int)((call.query_block_size + WIDTH - 1) / WIDTH)),
-        unit_rows(call.places != nullptr ? 1 : std::max(1, MAX_VECTORS / row_vectors)) {}
+        unit_rows(call.places != nullptr ? (int)call.rows_per_list : std::max(1, MAX_VECTORS / row_vectors)) {}
 
   void run() {
     std::vector<Entries> entries;
@@ -300,14 +336,18 @@ class Selection {
       add(0, entries.num_blocks);
     } else {
       int64_t near, near_end;
-      covered(entries, last_row, near, near_end);
+      covered(entries, call.first_row + first_row, near, near_end);
+      if (rows > 1) {
+        int64_t unused;
+        covered(entries, last_row, unused, near_end);
+      }
       near_end = std::min<int64_t>(near_end + 1, entries.num_blocks);
       // Under causality no place that the query block begins in was a choice.
       if (call.is_causal)
-        near = std::min(near, last_row * call.query_block_size / (call.block_size * call.blocks_per_place) *
+        near = std::min(near, (call.first_row + first_row) * call.query_block_size / (call.block_size * call.blocks_per_place) *
                                   call.blocks_per_place);
       near = std::min(near, near_end);
-      const int64_t list = (batch * call.heads + head) * call.num_rows + first_row;
+      const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
       const int32_t* places = call.places + list * call.max_places;
       unit.places.assign(places, places + call.place_counts[list]);
       std::sort(unit.places.begin(), unit.places.end());
@@ -322,6 +362,7 @@ class Selection {
       }
       if (!has_near) add(near, near_end);
     }
+    unit.num_blocks = (int64_t)unit.entries.size();
     add(entries.num_blocks, entries.count());
   }
 
@@ -331,8 +372,10 @@ class Selection {
     unit.query.reserve(vectors * depth * WIDTH);
     unit.scale.reserve(vectors * WIDTH), unit.voter.reserve(vectors * WIDTH), unit.reference.reserve(vectors * WIDTH);
     unit.total.reserve(vectors * WIDTH);
-    unit.sums.reserve((int64_t)vectors * unit.entries.size() * WIDTH);
-    if (call.value_norms != nullptr) unit.weighted.reserve((int64_t)vectors * unit.entries.size() * WIDTH);
+    unit.shares.reserve(unit.entries.size()), unit.ranks.reserve(unit.entries.size());
+    const int64_t num_sums = ((int64_t)vectors * unit.entries.size() + WIDTH) * WIDTH;
+    unit.sums.reserve(num_sums);
+    if (call.value_norms != nullptr) unit.weighted.reserve(num_sums);
     unit.row_of.assign(vectors, 0);
     unit.is_valid.assign(rows, true);
     std::fill_n(unit.query.data(), vectors * depth * WIDTH, Word());
@@ -358,7 +401,7 @@ class Selection {
           unit.scale.data()[vector * WIDTH + lane] =
               packer.store_bytes(words + lane, (int64_t)group * WIDTH, 127, 128, sum) * factor;
         } else {
-          for (int64_t i = 0; i < depth; i++) words[i * group * WIDTH + lane] = packer.row[i] * factor;
+          for (int64_t i = 0; i < depth; i++) words[i * group * WIDTH + lane] = packer.row.data()[i] * factor;
         }
         unit.voter.data()[vector * WIDTH + lane] = 1.0f;
       }
@@ -485,62 +528,103 @@ class Selection {
 
   // The masses of a query block, and its choice.
   void finish_row(const Entries& entries, int64_t batch, int64_t head, int first_row, int row, Unit<Word>& unit) const {
-    static thread_local std::vector<float> ranking;
-    static thread_local std::vector<int64_t> index_of;
     const int64_t number = call.first_row + first_row + row;
     const int64_t result = (batch * call.heads + head) * call.num_rows + first_row + row;
-    const int64_t num_entries = (int64_t)unit.entries.size();
-    const int first_vector = row * row_vectors, last_vector = first_vector + row_vectors;
-    const auto is_visible = [&](int64_t i) { return entries.visible_from[unit.entries[i]] <= number; };
-
-    float num_voters = 0.0f;
-    for (int i = first_vector * WIDTH; i < last_vector * WIDTH; i++) num_voters += unit.voter.data()[i];
-    if (num_voters == 0.0f) return;
-    // The voters become what one unit of their sums adds to the mean.
-    for (int vector = first_vector; vector < last_vector; vector++) {
-      const float* sums = unit.sums.data() + vector * num_entries * WIDTH;
-      Floats total = rest(batch, head, first_row, row, vector, unit);
-      for (int64_t i = 0; i < num_entries; i++)
-        if (is_visible(i)) total += load<Floats>(sums + i * WIDTH);
-      store(unit.total.data() + vector * WIDTH, total);
-      float* voter = unit.voter.data() + vector * WIDTH;
-      const Floats share = load<Floats>(voter) / (total * num_voters);
-      store(voter, zero_unless(load<Floats>(voter) > 0.0f, share));
+    const int first_vector = row * row_vectors;
+    // Of blocks and of global tokens the query block sees the first ones.
+    const auto is_hidden = [&](int64_t value, int32_t entry) { return value < entries.visible_from[entry]; };
+    const auto begin = unit.entries.begin(), globals = begin + unit.num_blocks;
+    const int64_t blocks = std::upper_bound(begin, globals, number, is_hidden) - begin;
+    const int64_t end = std::upper_bound(globals, unit.entries.end(), number, is_hidden) - begin;
+    if (!weigh_voters(batch, head, first_row, row, blocks, end, unit)) return;
+    store_means(unit.sums.data(), first_vector, 0, blocks, unit, unit.shares.data());
+    store_means(unit.sums.data(), first_vector, unit.num_blocks, end, unit, unit.shares.data());
+    const float* shares = unit.shares.data();
+    const float* ranks = shares;
+    if (call.value_norms != nullptr) {
+      store_means(unit.weighted.data(), first_vector, 0, blocks, unit, unit.ranks.data());
+      ranks = unit.ranks.data();
     }
+    if (call.share != nullptr)
+      for (int64_t i = 0; i < blocks; i++)
+        call.share[result * ((call.length + call.block_size - 1) / call.block_size) + unit.entries[i]] = shares[i];
 
+    // By what blocks are ranked: the bits of a positive float, then lower numbers first.
+    unit.ranking.resize(blocks);
+    int64_t candidates = 0;
+    const auto consider = [&](int64_t i) {
+      uint32_t bits;
+      std::memcpy(&bits, ranks + i, 4);
+      unit.ranking[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
+      candidates += ranks[i] > 0.0f;  // not NaN
+    };
+    const auto cover = [&](int64_t i) {
+      call.covered[result] += shares[i];
+      if (call.log_dropped != nullptr) take(i, first_vector, unit);
+    };
     int64_t first_covered, last_covered;
     covered(entries, number, first_covered, last_covered);
     const int32_t* shared = call.shared_blocks + (batch * call.heads + head) * call.num_shared;
-    int32_t* chosen = call.key_blocks + result * call.num_selected;
-    float* mass = call.mass + result * call.num_selected;
-    float& covered_mass = call.covered[result];
-    int& count = call.counts[result];
-    ranking.resize(call.num_selected + 1), index_of.resize(call.num_selected + 1);
-    for (int64_t i = 0; i < num_entries; i++) {
-      if (!is_visible(i)) continue;
+    for (int64_t i = 0; i < blocks; i++) {
       const int entry = unit.entries[i];
-      const float share = mean(unit.sums.data(), i, first_vector, unit);
-      if (call.share != nullptr && entry < entries.num_blocks)
-        call.share[result * ((call.length + call.block_size - 1) / call.block_size) + entry] = share;
-      if (entry >= entries.num_blocks || (entry >= first_covered && entry <= last_covered) ||
-          std::find(shared, shared + call.num_shared, entry) != shared + call.num_shared) {
-        covered_mass += share;
-        if (call.log_dropped != nullptr) take(i, first_vector, unit);
-        continue;
-      }
-      const float rank = call.value_norms == nullptr ? share : mean(unit.weighted.data(), i, first_vector, unit);
-      // Also false for NaN; the first of equals stays before the others.
-      if (!(rank > 0.0f) || (count == call.num_selected && !(rank > ranking[count - 1]))) continue;
-      int place = count < call.num_selected ? count++ : count - 1;
-      for (; place > 0 && rank > ranking[place - 1]; place--)
-        ranking[place] = ranking[place - 1], index_of[place] = index_of[place - 1], mass[place] = mass[place - 1];
-      ranking[place] = rank, index_of[place] = i, mass[place] = share;
+      if ((entry >= first_covered && entry <= last_covered) ||
+          (call.num_shared > 0 && std::find(shared, shared + call.num_shared, entry) != shared + call.num_shared))
+        cover(i);
+      else
+        consider(i);
     }
-    for (int place = 0; place < count; place++) {
-      chosen[place] = unit.entries[index_of[place]];
-      if (call.log_dropped != nullptr) take(index_of[place], first_vector, unit);
+    for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
+
+    const int64_t count = call.counts[result] = (int32_t)std::min(call.num_selected, candidates);
+    const auto ranking = unit.ranking.begin();
+    std::nth_element(ranking, ranking + count, ranking + candidates, std::greater<uint64_t>());
+    std::sort(ranking, ranking + count, std::greater<uint64_t>());
+    for (int64_t place = 0; place < count; place++) {
+      const int64_t i = (uint32_t)~ranking[place];
+      call.key_blocks[result * call.num_selected + place] = unit.entries[i];
+      call.mass[result * call.num_selected + place] = shares[i];
+      if (call.log_dropped != nullptr) take(i, first_vector, unit);
     }
     if (call.log_dropped != nullptr) store_dropped(batch, head, first_row, row, unit);
+  }
+
+  // Turns voters into what one unit of their sums adds to the mean; false if nobody votes.
+  bool weigh_voters(int64_t batch, int64_t head, int first_row, int row, int64_t blocks, int64_t end,
+                    Unit<Word>& unit) const {
+    const int first_vector = row * row_vectors, last_vector = first_vector + row_vectors;
+    const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
+    float num_voters = 0.0f;
+    for (int i = first_vector * WIDTH; i < last_vector * WIDTH; i++) num_voters += unit.voter.data()[i];
+    if (num_voters == 0.0f) return false;
+    for (int vector = first_vector; vector < last_vector; vector++) {
+      const float* sums = unit.sums.data() + vector * stride;
+      Floats total = rest(batch, head, first_row, row, vector, unit);
+      for (int64_t i = 0; i < blocks; i++) total += load<Floats>(sums + i * WIDTH);
+      for (int64_t i = unit.num_blocks; i < end; i++) total += load<Floats>(sums + i * WIDTH);
+      store(unit.total.data() + vector * WIDTH, total);
+      float* voter = unit.voter.data() + vector * WIDTH;
+      store(voter, zero_unless(load<Floats>(voter) > 0.0f, load<Floats>(voter) / (total * num_voters)));
+    }
+    return true;
+  }
+
+  // The means over the queries of a query block of their sums, or weighted sums, of entries.
+  void store_means(const float* sums, int first_vector, int64_t first, int64_t end, const Unit<Word>& unit,
+                   float* means) const {
+    const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
+    for (int64_t i = first; i < end; i += WIDTH) {
+      // What lies behind the last entry is read, as there is room for it, and dropped.
+      Floats values[WIDTH] = {};
+      for (int vector = first_vector; vector < first_vector + row_vectors; vector++) {
+        const Floats voter = load<Floats>(unit.voter.data() + vector * WIDTH);
+        const float* of_vector = sums + vector * stride + i * WIDTH;
+#pragma GCC unroll 16
+        for (int entry = 0; entry < WIDTH; entry++) values[entry] += load<Floats>(of_vector + entry * WIDTH) * voter;
+      }
+      float lanes[WIDTH];
+      store(lanes, sums_of_lanes(values));
+      std::copy_n(lanes, std::min<int64_t>(WIDTH, end - i), means + i);
+    }
   }
 
   // Takes what queries find in entry i out of their totals.
@@ -577,15 +661,6 @@ class Selection {
     return load<Floats>(values);
   }
 
-  // The share of entry i, from the sums or the weighted sums.
-  ALWAYS_INLINE float mean(const float* sums, int64_t i, int first_vector, const Unit<Word>& unit) const {
-    const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
-    Floats share = {};
-    for (int vector = first_vector; vector < first_vector + row_vectors; vector++)
-      share += load<Floats>(sums + vector * stride + i * WIDTH) * load<Floats>(unit.voter.data() + vector * WIDTH);
-    return horizontal_sum(share);
-  }
-
   // The first and the last block that the window covers for all queries of a query block.
   void covered(const Entries& entries, int64_t row, int64_t& first, int64_t& last) const {
     const int64_t size = call.block_size, start = row * call.query_block_size;
@@ -604,7 +679,7 @@ class Selection {
 bool places_are_valid(const SelectArguments& call) {
   if (call.places == nullptr) return true;
   const int64_t place_size = call.block_size * call.blocks_per_place;
-  for (int64_t list = 0; list < call.batch * call.heads * call.num_rows; list++) {
+  for (int64_t list = 0; list < call.batch * call.heads * call.num_lists; list++) {
     if (call.place_counts[list] < 0 || call.place_counts[list] > call.max_places) return false;
     for (int i = 0; i < call.place_counts[list]; i++) {
       const int32_t place = call.places[list * call.max_places + i];
