@@ -4,6 +4,7 @@ Importing the package makes its models known to Transformers' Auto classes, and 
 other models as `attn_implementation="adaptive_sparse"`.
 """
 
+from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.attention.functional import explain_backends, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
@@ -31,6 +32,8 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqPreTrainedModel,
 )
 
+__version__ = "0.1.0"
+
 register_with_transformers()
 
 __all__ = [
@@ -52,4 +55,5 @@ __all__ = [
     "convert_checkpoint",
     "explain_backends",
     "sparse_attention",
+    "sparsity_report",
 ]

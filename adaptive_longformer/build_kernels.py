@@ -7,31 +7,11 @@ import time
 
 import torch
 
-from adaptive_longformer.attention.backends.cuda import INSTANCES
-from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
-from adaptive_longformer.attention.kernels.cuda_program import CudaProgram, visible_architectures
-from adaptive_longformer.attention.kernels.load import kernel_library
-from adaptive_longformer.attention.kernels.route import kernel_route
+from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
+from adaptive_longformer.attention.kernels.cuda_library import CudaProgram, visible_architectures
+from adaptive_longformer.attention.kernels.load import kernel_library, kernel_route
 
 KINDS = ("cpu", "cuda")
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `build-kernels` and its arguments."""
-    parser = subparsers.add_parser(
-        "build-kernels",
-        help="compile the attention kernels now instead of at their first use",
-        description=(
-            "Compile the attention kernels into the cache, for this machine's processor and GPUs. "
-            "Without it they are compiled at their first use."
-        ),
-    )
-    parser.add_argument(
-        "kinds",
-        nargs="*",
-        metavar="KIND",
-        help="cpu, cuda (default: cpu, and cuda where torch sees a GPU)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for kind in kinds:
         try:
             print(f"{kind}: {_build(kind)}")
-        except ExtensionUnavailableError as error:
+        except KernelsUnavailableError as error:
             print(f"{kind}: not built: {error}")
             failed = True
     return int(failed)
@@ -61,17 +41,18 @@ def _build(kind: str) -> str:
     """Builds what is not in the cache yet; where it is, and by which compiler it got there.
 
     Raises:
-        ExtensionUnavailableError: with the reason.
+        KernelsUnavailableError: with the reason.
     """
     planned, started = kernel_route(kind), time.monotonic()
-    if not planned.is_built:
+    was_built = planned.count_built() == len(planned.parts)
+    if not was_built:
         print(f"{kind}: {planned.compiler} compiles (up to some minutes)", flush=True)
     kernels = kernel_library(kind)
     if isinstance(kernels, CudaProgram):
-        kernels.build(INSTANCES, visible_architectures())
+        kernels.build(visible_architectures())
     # NVRTC has taken over if nvcc failed.
     taken = kernel_route(kind)
-    if planned.is_built and taken.compiler == planned.compiler:
+    if was_built and taken.compiler == planned.compiler:
         return f"already in {taken.folder} (by {taken.compiler})"
     seconds = time.monotonic() - started
     return f"built by {taken.compiler} in {seconds:.0f} s in {taken.folder}"

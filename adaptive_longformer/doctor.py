@@ -19,10 +19,10 @@ from adaptive_longformer.attention.functional import (
     make_call,
     sparse_attention,
 )
-from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
-from adaptive_longformer.attention.kernels.load import ENVIRONMENT, cpp_compiler
+from adaptive_longformer.attention.kernels import cache
+from adaptive_longformer.attention.kernels.build import cpp_compiler, find_nvcc
+from adaptive_longformer.attention.kernels.load import ENVIRONMENT, kernel_route
 from adaptive_longformer.attention.kernels.nvrtc import find_nvrtc
-from adaptive_longformer.attention.kernels.route import kernel_route
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -30,18 +30,6 @@ from adaptive_longformer.patterns.sliding_window import SlidingWindow
 _LENGTH = 700
 _LONG_LENGTH = 4096
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `doctor`, which has no arguments."""
-    subparsers.add_parser(
-        "doctor",
-        help="what each attention backend can do on this machine, and why not",
-        description=(
-            "Say what each attention backend can do on this machine, check its result, and say "
-            "which one is chosen. Compiles the kernels if they are not in the cache yet."
-        ),
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,11 +63,11 @@ def _environment() -> Iterator[tuple[str, str]]:
     else:
         yield "GPU", "none that torch can use"
     yield "C++ compiler", _version(cpp_compiler().partition(" ")[0])
-    yield "nvcc", _version("nvcc")
+    yield "nvcc", _version(str(find_nvcc() or "nvcc"))
     yield "NVRTC", _nvrtc()
-    yield "ninja", _version("ninja")
     for kind in KINDS:
-        yield f"{kind} kernels", _kernels(kind)
+        for line in kernels_and_files(kind):
+            yield f"{kind} kernels", line
     for name in ENVIRONMENT:
         if name in os.environ:
             yield name, os.environ[name]
@@ -98,24 +86,36 @@ def _version(program: str) -> str:
 def _nvrtc() -> str:
     try:
         nvrtc = find_nvrtc(torch.version.cuda)
-    except ExtensionUnavailableError as error:
+    except cache.KernelsUnavailableError as error:
         return str(error)
     version = ".".join(map(str, nvrtc.version))
     return f"{nvrtc.path}: {version}, compiles the cuda kernels where nvcc cannot"
 
 
-def _kernels(kind: str) -> str:
-    """By which compiler the kernels come here and where they are, or why they cannot be had."""
+def kernels_and_files(kind: str) -> Iterator[str]:
+    """By which compiler the kernels come here and where they are, or why they cannot be had; then
+    of each file in the cache why it is trusted or not.
+    """
     try:
         route = kernel_route(kind)
-    except ExtensionUnavailableError as error:
-        return f"none: {error}"
-    state = "not in the cache yet"
-    if route.is_built:
-        state = "in the cache"
-    elif route.num_built:
-        state = f"{route.num_built} of {route.num_programs} in the cache"
-    return f"by {route.compiler}, {state} ({route.folder})"
+        num_built, num_parts = route.count_built(), len(route.parts)
+        state = "not in the cache yet"
+        if num_built == num_parts:
+            state = "in the cache"
+        elif num_built:
+            state = f"{num_built} of {num_parts} in the cache"
+        yield f"by {route.compiler}, {state} ({route.folder})"
+        for folder in route.parts:
+            try:
+                found = cache.find(folder)
+            except cache.UnusableError as error:
+                yield f"not trusted, built anew at the next use: {error}"
+                continue
+            if found is not None:
+                with found.file:
+                    yield f"trusted: {found.why_trusted()}"
+    except cache.KernelsUnavailableError as error:
+        yield f"none: {error}"
 
 
 def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:

@@ -5,11 +5,14 @@ import argparse
 import gc
 import logging
 import platform
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,15 +29,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
+from adaptive_longformer.command_inputs import load_tokenizer, silence_transformers
 from adaptive_longformer.conversion.checkpoint import read_json
 from adaptive_longformer.conversion.convert import ConversionReport, convert_checkpoint
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.source import check_family, locate
 from adaptive_longformer.conversion.target import ENCODER
 from adaptive_longformer.gpu import has_bfloat16_gpu
-from adaptive_longformer.load_checkpoint import load_tokenizer
 from adaptive_longformer.training.collator import GlobalAttentionCollator
 from adaptive_longformer.training.labelled_documents import (
     load_labelled_documents,
@@ -51,54 +53,14 @@ from adaptive_longformer.training.source_code_documents import (
     cut_documents,
     read_packages,
 )
+from adaptive_longformer.unfinished import taken_back_if_interrupted
 
-MAX_LENGTH = 4096
 MAX_DOCUMENTS = 1000
 TIMED_DOCUMENTS = 2
 TIMED_REPEATS = 3
 # From random weights, and from a pretrained --source.
 LEARNING_RATE_FROM_SCRATCH = 1e-3
 LEARNING_RATE = 5e-5
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `quickstart` and its arguments."""
-    parser = subparsers.add_parser(
-        "quickstart",
-        help="convert, verify, time and fine-tune a small Longformer, with nothing to download",
-        description=(
-            "Convert a Longformer, verify its logits, time both models on real long documents, "
-            "fine-tune with the "
-            "Trainer, save and reload. By default a small Longformer with random weights is made "
-            "on the spot and "
-            "the documents are the source files of Python's standard library: nothing is "
-            "downloaded."
-        ),
-    )
-    parser.add_argument(
-        "--source",
-        metavar="PATH_OR_ID",
-        help="Longformer, RoBERTa or BERT checkpoint: a folder or a hub id",
-    )
-    parser.add_argument(
-        "--data", metavar="FILE", help="csv, json, jsonl or parquet file of labelled documents"
-    )
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
-    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="new folder for everything that is written (default: runs/quickstart-<time>)",
-    )
-    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: 2")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=MAX_LENGTH,
-        metavar="N",
-        help=f"longest document in tokens (default: {MAX_LENGTH})",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,9 +83,19 @@ def run(args: argparse.Namespace) -> int:
             args.data, text_column=args.text_column, label_column=args.label_column
         )
     source = None if args.source is None else _locate_encoder(args.source)
-    output = _new_folder(args.output)
-    say(f"writing to {output}")
+    output = Path(args.output or time.strftime("runs/quickstart-%Y%m%d-%H%M%S"))
+    with _new_folder(output):
+        say(f"writing to {output}")
+        return _take_all_steps(args, data, source, output, say)
 
+
+def _take_all_steps(
+    args: argparse.Namespace,
+    data: Dataset | None,
+    source: Path | None,
+    output: Path,
+    say: "_Steps",
+) -> int:
     documents, tokenizer = _documents(args, data, source, say)
     if source is None:
         source = output / "longformer"
@@ -193,8 +165,7 @@ def _silence_known_noise() -> None:
     """Bars of saving and loading small files, and advice that does not apply to what is done
     here."""
     disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    silence_transformers()
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
@@ -212,13 +183,16 @@ def _locate_encoder(source: str) -> Path:
     return folder
 
 
-def _new_folder(name: str | None) -> Path:
-    """A folder that is new, so that nothing is overwritten."""
-    folder = Path(name or time.strftime("runs/quickstart-%Y%m%d-%H%M%S"))
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder that is new, so that nothing is overwritten; an interrupt removes it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"--output: {folder} exists and is not empty; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    undo = partial(shutil.rmtree, made[-1] if made else folder, ignore_errors=True)
+    with taken_back_if_interrupted(undo):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def _documents(
@@ -512,7 +486,7 @@ def fine_tune(
             logging_steps=10,
             save_strategy="no",
             report_to="none",
-            disable_tqdm=False,
+            disable_tqdm=not sys.stderr.isatty(),
             seed=seed,
             bf16=has_bfloat16_gpu(),
             use_cpu=not torch.cuda.is_available(),

@@ -1,7 +1,9 @@
 """Makers of tiny models and inputs, and other pieces that tests share."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from torch import distributed, multiprocessing, nn
 from torch.multiprocessing.spawn import spawn
 from transformers.cache_utils import Cache
 
+from adaptive_longformer.attention.kernels.load import loaded
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
@@ -118,7 +121,6 @@ def tiny_adaptive_model(
         "query_block_size": 16,
         "num_selected_blocks": 4,
         "selection_strength": 1.0,
-        "selection_top_p": 1.0,
     }
     model = tiny_model(model_class, **{**values, **overrides})
     generator = torch.Generator().manual_seed(1)
@@ -126,6 +128,13 @@ def tiny_adaptive_model(
         for part in selections(model):
             for parameter in (part.gate, part.budget, part.span):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5)
+    return model
+
+
+def vary_selection(model: Model, **options: Any) -> Model:
+    """Sets options of the selection that no configuration has; returns the model."""
+    for part in selections(model):
+        part.options = replace(part.options, **options)
     return model
 
 
@@ -244,6 +253,20 @@ def assert_padding_changes_nothing(
     }
     actual = hidden_states_of(model, padded)[:, left : left + length]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@contextmanager
+def use_library(kind: str, library: Any) -> Iterator[None]:
+    """Has the kernels of a kind, "cpu" or "cuda", run by a library; None: none is loaded yet."""
+    before = loaded.pop(kind, None)
+    if library is not None:
+        loaded[kind] = library
+    try:
+        yield
+    finally:
+        loaded.pop(kind, None)
+        if before is not None:
+            loaded[kind] = before
 
 
 def run_two_processes(function: Callable[..., None], folder: Path, *args: Any) -> None:

@@ -1,15 +1,13 @@
 """The configuration of the adaptive_sparse encoder."""
 
-import os
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from adaptive_longformer.attention.backends.choose import BACKENDS
 from adaptive_longformer.configuration.presets import preset
-from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.big_bird import BigBird
 from adaptive_longformer.patterns.block_layout import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from adaptive_longformer.patterns.fixed import Fixed
@@ -53,12 +51,8 @@ POSITIVE = (
     "attention_stride",
     "num_random_blocks",
     "block_size",
-    "num_hashes",
     "query_block_size",
     "num_selected_blocks",
-    "selection_start_nodes",
-    "selection_beam_width",
-    "selection_tokens_per_vote",
 )
 # Patterns whose layers choose blocks, and those that no list of keys expresses.
 SELECTING_PATTERNS = ("adaptive", "random_selection", "oracle")
@@ -68,7 +62,7 @@ PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classif
 
 
 @strict
-class AdaptiveSparseConfig(PreTrainedConfig):
+class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     """Everything that defines an adaptive_sparse encoder.
 
     Args:
@@ -109,32 +103,18 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             "adaptive".
         attention_seed: seed of the blocks that "big_bird" draws anew for every layer and training
             step.
-        num_hashes: how many hashes "lsh" draws.
         query_block_size: tokens per block of queries in "adaptive"; it divides `block_size` or is a
             multiple of it.
         num_selected_blocks: blocks of keys that each block of queries may choose.
         selection_strength: from 0, chosen blocks are not read at all, to 1, they are read as the
             window is; 0 reproduces "longformer" bit for bit. Of a fresh layer: a checkpoint brings
             its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
-        selection_top_p: a block of queries chooses no more blocks once the window, the global
-            tokens and the chosen blocks have this share of its attention; 1: no limit. Of a fresh
-            layer, as above.
-        selection_start_nodes: nodes of the pyramid that the search starts from; documents of up to
-            `selection_start_nodes * block_size` tokens are searched exactly.
-        selection_beam_width: nodes the search keeps per level.
         selection_sub_block_size: keys averaged into one summary when blocks are compared, a divisor
             of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
-        selection_tokens_per_vote: queries averaged into one vote, a divisor of `query_block_size`;
-            1 lets every query vote.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
         router_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks and
             moves them up or down in the choice; 0: there is none. For encoders only.
-        router_aux_loss_coef: weight of an auxiliary loss in training, the divergence of the scores
-            that rank blocks from exact attention; it trains what `router_rank` and
-            `num_learned_global_blocks` add. 0: there is none.
-        coarse_tail: whether queries also read the mean key and the mean value of every run of
-            blocks that nobody chose. For encoders only.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query, at least 2 keys; None: budgets and windows are
             not pressed.
@@ -198,19 +178,12 @@ class AdaptiveSparseConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
-    num_hashes: int = 2
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
-    selection_top_p: float | int = 0.95
-    selection_start_nodes: int = 256
-    selection_beam_width: int = 64
     selection_sub_block_size: int = 0
-    selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
     router_rank: int = 0
-    router_aux_loss_coef: float | int = 0.0
-    coarse_tail: bool = False
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -244,21 +217,6 @@ class AdaptiveSparseConfig(PreTrainedConfig):
         """
         return cls(**{**preset(name), **overrides})
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves as in Transformers, with the files `auto_map` names if the configuration has one.
-
-        Models save their configuration after their own files, so this also replaces the copy of our
-        modeling file that Transformers writes for a model loaded with `trust_remote_code`.
-        """
-        if getattr(self, "auto_map", None):
-            os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory, self.model_type)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
     @property
     def max_sequence_length(self) -> int:
         """The longest sequence the position table serves, in tokens."""
@@ -284,10 +242,7 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
-            start_nodes=self.selection_start_nodes,
-            beam_width=self.selection_beam_width,
             sub_block_size=self.selection_sub_block_size,
-            tokens_per_vote=self.selection_tokens_per_vote,
             num_global_blocks=self.num_learned_global_blocks,
         )
 
@@ -363,9 +318,9 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"selection_strength is {self.selection_strength}, a number from 0 to 1 is needed"
             )
-        for name in ("selection_top_p", "target_density"):
-            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} is {value}, a number above 0 and up to 1 is needed")
+        density = self.target_density
+        if density is not None and not 0 < density <= 1:
+            raise ValueError(f"target_density is {density}, a number above 0 and up to 1 is needed")
         if not 0 <= self.num_learned_global_blocks <= 4:
             raise ValueError(
                 f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
@@ -375,15 +330,6 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"router_rank is {self.router_rank}, 0 to hidden_size / num_attention_heads = "
                 f"{head_dim} is allowed"
-            )
-        if not 0 <= self.router_aux_loss_coef < float("inf"):
-            raise ValueError(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}, a number >= 0 is needed"
-            )
-        if self.router_aux_loss_coef and not (self.router_rank or self.num_learned_global_blocks):
-            raise ValueError(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}, 0 is needed without "
-                "router_rank or num_learned_global_blocks: it would train nothing"
             )
         known = {field.name for field in fields(self)}
         unknown = sorted(n for n in vars(self) if n.startswith("selection_") and n not in known)
@@ -436,11 +382,6 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             raise ValueError(
                 f"selection_sub_block_size is {sub_block_size}, a divisor of block_size = "
                 f"{self.block_size}, or 0 for a quarter of it, is needed"
-            )
-        if self.query_block_size % self.selection_tokens_per_vote:
-            raise ValueError(
-                f"selection_tokens_per_vote is {self.selection_tokens_per_vote}, a divisor of "
-                f"query_block_size = {self.query_block_size} is needed"
             )
         num_blocks = -(-self.max_sequence_length // self.block_size)
         if self.num_selected_blocks > num_blocks:

@@ -1,16 +1,13 @@
 """The configuration of the adaptive_sparse_seq2seq encoder-decoder."""
 
-import os
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     WITHOUT_GLOBAL_TOKENS,
     AdaptiveSparseConfig,
 )
-from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.selection.select_blocks import RoutingOptions
 
@@ -42,19 +39,12 @@ ENCODER_ATTENTION_FIELDS = (
     "num_random_blocks",
     "block_size",
     "attention_seed",
-    "num_hashes",
     "query_block_size",
     "num_selected_blocks",
     "selection_strength",
-    "selection_top_p",
-    "selection_start_nodes",
-    "selection_beam_width",
     "selection_sub_block_size",
-    "selection_tokens_per_vote",
     "num_learned_global_blocks",
     "router_rank",
-    "router_aux_loss_coef",
-    "coarse_tail",
     "target_density",
     "head_budgets",
     "head_windows",
@@ -67,7 +57,7 @@ ENCODER_ATTENTION_FIELDS = (
 
 
 @strict
-class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
+class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     """Everything that defines an encoder-decoder with a sparse encoder.
 
     Sizes have the names of BART and LED, the encoder's attention those of `AdaptiveSparseConfig`.
@@ -97,12 +87,10 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         attention_pattern: of the encoder, see `AdaptiveSparseConfig`; the decoder's self-attention
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
-            attention_seed, num_hashes, query_block_size, num_selected_blocks, selection_strength,
-            selection_top_p, selection_start_nodes, selection_beam_width, selection_sub_block_size,
-            selection_tokens_per_vote, num_learned_global_blocks, router_rank, router_aux_loss_coef,
-            coarse_tail, target_density, head_budgets, head_windows, separate_global_projections,
-            attention_backend, max_global_tokens, zero_padded_rows: of the encoder, see
-            `AdaptiveSparseConfig`.
+            attention_seed, query_block_size, num_selected_blocks, selection_strength,
+            selection_sub_block_size, num_learned_global_blocks, router_rank, target_density,
+            head_budgets, head_windows, separate_global_projections, attention_backend,
+            max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
             `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
             "none" is what LED does.
@@ -157,19 +145,12 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     block_size: int = 64
     attention_seed: int = 0
-    num_hashes: int = 2
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
-    selection_top_p: float | int = 0.95
-    selection_start_nodes: int = 256
-    selection_beam_width: int = 64
     selection_sub_block_size: int = 0
-    selection_tokens_per_vote: int = 4
     num_learned_global_blocks: int = 0
     router_rank: int = 0
-    router_aux_loss_coef: float | int = 0.0
-    coarse_tail: bool = False
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -183,20 +164,6 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Before @strict runs it, which would wrap the ValueError in an exception that is none.
         self.validate_adaptive_sparse_seq2seq()
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves as in Transformers, with the files `auto_map` names if the configuration has one.
-
-        See `AdaptiveSparseConfig.save_pretrained`.
-        """
-        if getattr(self, "auto_map", None):
-            os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory, self.model_type)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_sequence_length(self) -> int:

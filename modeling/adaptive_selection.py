@@ -18,15 +18,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.coarse_tail import CoarseTail, coarse_tail_nodes
-from adaptive_longformer.selection.residual import (
-    ResidualScores,
-    RouterTargets,
-    residual_scores,
-    router_divergence,
-    router_targets,
-    sampled_blocks,
-)
+from adaptive_longformer.selection.residual import ResidualScores, residual_scores
 from adaptive_longformer.selection.select_blocks import (
     RoutingOptions,
     SelectedBlocks,
@@ -39,7 +31,7 @@ MIN_WEIGHT = 1e-6
 BUDGET_RAMP = 2.0
 WINDOW_RAMP = 32.0
 # Buffers that the configuration mirrors, by the name of its field.
-SELECTION_BUFFERS = {"selection_strength": "strength", "selection_top_p": "top_p"}
+SELECTION_BUFFERS = {"selection_strength": "strength"}
 HEAD_LIMITS = ("head_budgets", "head_windows")
 # Of a head whose budget or window is not calibrated.
 NO_LIMIT = 2**31 - 1
@@ -51,7 +43,6 @@ class Reads(NamedTuple):
     pattern_or_layout: Pattern | BlockLayout
     entry_bias: torch.Tensor | None = None
     span: AttentionSpan | None = None
-    tail: CoarseTail | None = None
 
 
 class JoinParameters(torch.autograd.Function):
@@ -98,8 +89,7 @@ class AdaptiveSelection(nn.Module):
     as an additive logarithm, and leaves the list where that is 0. Blocks that a learned direction
     chooses for the whole document get strength * gate_h * exp(direction . mean key). A learned
     window per head, `AttentionSpan`, narrows what the pattern's window reads. A residual router
-    corrects weights and ranks, see `residual_router`; a coarse tail reads the rest in summaries of
-    the weight strength * gate_h, see `coarse_tail`.
+    corrects weights and ranks, see `selection.residual`.
 
     gate, budget and span start at 1, where nothing is weakened or narrowed. strength is 0 in a
     converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
@@ -117,22 +107,18 @@ class AdaptiveSelection(nn.Module):
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
         router_query, router_key: [heads, router_rank, head_dim], if `router_rank` is not 0.
-        strength, top_p: scalars, see `AdaptiveSparseConfig`.
+        strength: scalar, see `AdaptiveSparseConfig`.
         head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
             before that.
         head_windows: int64 [heads], tokens to either side that a head may see at most, see
             `calibrate`; very many before that.
         price: scalar, what a unit of density costs in training; the same in every layer.
-        router_step: int64 scalar, how often the router's auxiliary loss was computed, if there is
-            something that it trains.
     """
 
     strength: torch.Tensor
-    top_p: torch.Tensor
     head_budgets: torch.Tensor
     head_windows: torch.Tensor
     price: torch.Tensor
-    router_step: torch.Tensor
     router_query: nn.Parameter | None
     router_key: nn.Parameter | None
 
@@ -165,13 +151,9 @@ class AdaptiveSelection(nn.Module):
             self.router_query = nn.Parameter(torch.zeros(shape))
             self.router_key = nn.Parameter(torch.zeros(shape))
         self.register_buffer("strength", torch.zeros(()))
-        self.register_buffer("top_p", torch.ones(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("price", torch.zeros(()))
-        if config.router_rank or config.num_learned_global_blocks:
-            self.register_buffer("router_step", torch.zeros((), dtype=torch.int64))
-        self._router_targets: RouterTargets | None = None
         self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
         self.reset_parameters()
 
@@ -185,10 +167,7 @@ class AdaptiveSelection(nn.Module):
             # One factor at 0 makes every score 0, and leaves the other one a gradient.
             init.normal_(self.router_query, std=self.router_query.shape[-1] ** -0.5)
             init.zeros_(self.router_key)
-        if "router_step" in self._buffers:
-            init.zeros_(self.router_step)
         init.constant_(self.strength, float(self.config.selection_strength))
-        init.constant_(self.top_p, float(self.config.selection_top_p))
         init.zeros_(self.price)
         for name in HEAD_LIMITS:
             init.copy_(getattr(self, name), self.configured_limit(name))
@@ -242,7 +221,6 @@ class AdaptiveSelection(nn.Module):
         """
         if torch.is_grad_enabled():
             query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
-        self._router_targets = None
         if not self.is_active:
             return query, Reads(self.pattern)
         span = self.attention_span()
@@ -276,15 +254,12 @@ class AdaptiveSelection(nn.Module):
             )
             if state is not None:
                 state.selected = selected
-            self._keep_router_targets(query, key, attention_mask, global_mask)
         is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
         read = selected._replace(global_open=selected.global_open & is_open)
-        limit = self.rank_limit()
-        layout, slots = selection_layout(read, self.window, length, options, limit, reach)
-        tail = None
-        if self.config.coarse_tail:
-            tail = self._coarse_tail(read, length, limit, attention_mask)
-        return query, Reads(layout, self._entry_bias(selected, slots, residual), span, tail)
+        layout, slots = selection_layout(
+            read, self.window, length, options, self.rank_limit(), reach
+        )
+        return query, Reads(layout, self._entry_bias(selected, slots, residual), span)
 
     def choose_next(
         self,
@@ -322,8 +297,7 @@ class AdaptiveSelection(nn.Module):
         """The options, with no more blocks than the widest head may read; None: none are read."""
         num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
         num_blocks = min(num_blocks, self.options.num_blocks)
-        # A coarse tail begins where the window and the lists end, so that it needs lists.
-        if num_blocks == 0 and self.options.num_global_blocks == 0 and not self.config.coarse_tail:
+        if num_blocks == 0 and self.options.num_global_blocks == 0:
             return None
         return replace(self.options, num_blocks=max(num_blocks, 1))
 
@@ -366,7 +340,6 @@ class AdaptiveSelection(nn.Module):
             global_mask=global_mask,
             max_global_tokens=self.config.max_global_tokens,
             is_causal=self.is_causal,
-            top_p=self.top_p,
             global_directions=self.global_direction,
             residual=residual,
             validate=validate,
@@ -389,70 +362,6 @@ class AdaptiveSelection(nn.Module):
             query_block_size=self.options.query_block_size,
             block_size=self.options.block_size,
             members=ordinary_tokens(attention_mask, global_mask),
-        )
-
-    def _keep_router_targets(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-    ) -> None:
-        """Keeps what `router_loss` needs of this forward pass, if it is one of training.
-
-        The loss itself is computed outside of the layer, which may be a checkpointed one.
-        """
-        if not (self.training and self.config.router_aux_loss_coef):
-            return
-        batch, _, length, _ = query.shape
-        lengths = torch.full((batch,), length, device=query.device)
-        if attention_mask is not None:
-            slot = torch.arange(1, length + 1, device=query.device)
-            lengths = (attention_mask * slot).amax(dim=1)
-        size = self.options.query_block_size
-        self._router_targets = router_targets(
-            query.detach(),
-            key.detach(),
-            self.window,
-            sampled_blocks((lengths + size - 1) // size, self.router_step, self.layer_idx),
-            block_size=self.options.block_size,
-            query_block_size=size,
-            tokens_per_vote=self.options.tokens_per_vote,
-            sub_blocks=self.options.sub_blocks,
-            attention_mask=attention_mask,
-            global_mask=global_mask,
-        )
-
-    def router_loss(self) -> torch.Tensor | None:
-        """The auxiliary loss of the last forward pass in training, once; None if that had nothing
-        to choose. See `router_divergence`.
-        """
-        targets, self._router_targets = self._router_targets, None
-        if targets is None:
-            return None
-        with torch.no_grad():
-            self.router_step.add_(1)
-        return router_divergence(targets, self.router_query, self.router_key, self.global_direction)
-
-    def _coarse_tail(
-        self,
-        read: SelectedBlocks,
-        length: int,
-        limit: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> CoarseTail:
-        """The tail of what a layer reads as `read` and the rank limit of its heads say."""
-        options = self.options
-        nodes = coarse_tail_nodes(
-            read, self.window, length, options, rank_limit=limit, attention_mask=attention_mask
-        )
-        is_open = (self.gate > 0) & (self.strength > 0)
-        return CoarseTail(
-            nodes,
-            self._head_bias().masked_fill(~is_open, -torch.inf),
-            options.block_size,
-            options.query_block_size,
-            options.start_level(-(-length // options.block_size)),
         )
 
     def rank_limit(self) -> torch.Tensor:

@@ -13,13 +13,11 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.alignment import roll_rows
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.pattern import Pattern
-from adaptive_longformer.selection.coarse_tail import add_coarse_tail, coarse_tail_probabilities
 
 _EVERYTHING = Full()
 
@@ -92,15 +90,11 @@ class AdaptiveSparseAttention(nn.Module):
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
         """
-        shifts = None
-        if self.adaptive is not None and self.adaptive.is_active:
-            shifts = padding_to_roll(attention_mask)
-        if shifts is not None:
-            assert attention_mask is not None
-            hidden_states = roll_rows(hidden_states, shifts)
-            attention_mask = roll_rows(attention_mask, shifts)
-            if global_mask is not None:
-                global_mask = roll_rows(global_mask, shifts)
+        selects = self.adaptive is not None and self.adaptive.is_active
+        padding = LeftPadding.of(attention_mask) if selects else LeftPadding()
+        hidden_states = padding.removed(hidden_states)
+        attention_mask = padding.removed(attention_mask)
+        global_mask = padding.removed(global_mask)
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
@@ -121,45 +115,25 @@ class AdaptiveSparseAttention(nn.Module):
             "entry_bias": reads.entry_bias,
             "span": reads.span,
         }
-        dropout = {
-            "dropout_p": dropout_p,
-            "dropout_seed": random_seed(query.device) if dropout_p else None,
-        }
-        attended = sparse_attention(
+        context = sparse_attention(
             query,
             key,
             value,
             reads.pattern_or_layout,
-            return_lse=reads.tail is not None,
+            dropout_p=dropout_p,
+            dropout_seed=random_seed(query.device) if dropout_p else None,
             backend=self.config.attention_backend,
-            **dropout,
             **where,
         )
-        masks = {"attention_mask": attention_mask, "global_mask": global_mask, "scale": self.scale}
-        tail_share = None
-        if reads.tail is None:
-            assert isinstance(attended, torch.Tensor)  # return_lse=False
-            context = attended
-        else:
-            context, lse = attended
-            context, tail_share = add_coarse_tail(
-                context, lse, query, key, value, reads.tail, **masks, **dropout
-            )
+        assert isinstance(context, torch.Tensor)  # return_lse=False
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
-            if reads.tail is not None and tail_share is not None:
-                coarse = coarse_tail_probabilities(query, key, reads.tail, **masks)
-                probabilities = torch.lerp(probabilities, coarse, tail_share[..., None])
-        output = self.output(context)
-        if shifts is not None:
-            output = roll_rows(output, -shifts)
-            if probabilities is not None:
-                probabilities = roll_rows(roll_rows(probabilities, -shifts, dim=2), -shifts, dim=3)
-        return output, probabilities
+        output = padding.restored(self.output(context))
+        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None

@@ -81,7 +81,6 @@ class BaselineAttention(AdaptiveSparseAttention):
             context = lsh_attention(
                 query,
                 value,
-                num_hashes=self.config.num_hashes,
                 chunk_size=self.config.block_size,
                 seed=self.layer_idx,
                 attention_mask=attention_mask,

@@ -32,16 +32,3 @@ def density_loss(model: nn.Module, target: float) -> torch.Tensor:
             for part in parts:
                 part.price.copy_(moved)
     return parts[0].strength.clone() * (price + excess.detach()) * excess.clamp(min=0.0)
-
-
-def router_loss(model: nn.Module) -> torch.Tensor:
-    """The auxiliary loss of the router, mean over the layers that had something to choose in the
-    last forward pass in training mode; it counts once.
-
-    Args:
-        model: a model with adaptive layers.
-    """
-    parts = selections(model)
-    of_layers = [part.router_loss() for part in parts]
-    losses = [loss for loss in of_layers if loss is not None]
-    return torch.stack(losses).mean() if losses else parts[0].gate.new_zeros(())

@@ -2,16 +2,23 @@
 
 import pytest
 
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels import build
+from adaptive_longformer.testing import use_library
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch):
+def no_library():
+    """Nothing is loaded, as at the start of a process."""
+    with use_library("cpu", None), use_library("cuda", None):
+        yield
+
+
+@pytest.fixture
+def sandbox(no_library, tmp_path, monkeypatch):
     """A cache of its own and a small source that compiles in a moment."""
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "answer.cpp").write_text('extern "C" int answer() { return 42; }')
-    monkeypatch.setattr(extension, "SOURCES", tmp_path / "csrc")
-    monkeypatch.setattr(extension, "_loaded", {})
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
     monkeypatch.setenv("ADAPTIVE_LONGFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ADAPTIVE_LONGFORMER_KERNELS", raising=False)
     monkeypatch.delenv("CXX", raising=False)

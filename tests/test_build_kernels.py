@@ -2,17 +2,17 @@ import shutil
 
 import pytest
 
-from adaptive_longformer.__main__ import main
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels import build, load
+from adaptive_longformer_command_line import main
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++)")
 def test_kernels_are_built_once(sandbox, capsys):
     assert main(["build-kernels", "cpu"]) == 0
     assert "cpu: built by c++ in" in capsys.readouterr().out
-    extension.forget()
+    load.forget()
     assert main(["build-kernels"]) == 0
-    assert f"cpu: already in {extension.build_folder('cpu')} (by c++)" in capsys.readouterr().out
+    assert f"cpu: already in {build.library_folder('cpu')} (by c++)" in capsys.readouterr().out
 
 
 def test_a_failed_build_is_told_with_its_reason(sandbox, monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import importlib
 import os
 import re
 import subprocess
@@ -6,11 +7,11 @@ import sys
 import pytest
 from transformers import LongformerConfig, LongformerForMaskedLM
 
-from adaptive_longformer import __main__ as command_line
-from adaptive_longformer.__main__ import main
+import adaptive_longformer
 from adaptive_longformer.conversion import command
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.testing import randomize_all_parameters
+from adaptive_longformer_command_line import COMMANDS, main
 
 
 @pytest.fixture
@@ -86,12 +87,12 @@ def test_interrupt_is_130(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_help_lists_all_commands_without_importing_them(capsys):
+def test_help_lists_all_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
     output = capsys.readouterr().out
-    for name in command_line._COMMANDS:
+    for name in COMMANDS:
         assert name in output
 
 
@@ -105,14 +106,25 @@ def test_help_names_every_family(arguments, capsys, monkeypatch):
         assert re.search(rf"[ ,]{family.name}[ ,]", output), family.name
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_run(name):
+    assert callable(importlib.import_module(COMMANDS[name].module).run)
+
+
 def test_the_module_is_a_program(tmp_path, source):
-    done = subprocess.run(
-        [sys.executable, "-m", "adaptive_longformer", "convert", source + "x", str(tmp_path / "t")],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, HF_HUB_OFFLINE="1"),
-        timeout=300,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "source" in done.stderr.splitlines()[-1]
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "adaptive_longformer", *arguments],
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, HF_HUB_OFFLINE="1"),
+            timeout=300,
+        )
+
+    version = run("--version")
+    assert (version.returncode, version.stderr) == (0, "")
+    assert version.stdout == f"adaptive-longformer {adaptive_longformer.__version__}\n"
+    mistake = run("convert", source + "x", str(tmp_path / "t"))
+    assert mistake.returncode == 2
+    assert "Traceback" not in mistake.stderr
+    assert "source" in mistake.stderr.splitlines()[-1]

@@ -1,13 +1,11 @@
 import pytest
 
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention.backends.choose import BACKENDS
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer_command_line import main
 
 
 @pytest.fixture
-def no_kernels(monkeypatch):
-    monkeypatch.setattr(extension, "_loaded", {})
+def no_kernels(no_library, monkeypatch):
     monkeypatch.setenv("ADAPTIVE_LONGFORMER_KERNELS", "off")
 
 

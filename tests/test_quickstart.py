@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from adaptive_longformer import quickstart
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer_command_line import main
 
 
 @pytest.fixture

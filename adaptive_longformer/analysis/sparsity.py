@@ -10,7 +10,16 @@ from torch import nn
 from adaptive_longformer.analysis.watching import watch
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
-from adaptive_longformer.selection.coarse_tail import summary_keys
+
+# What the columns of `SparsityReport.table` are.
+LEGEND = """\
+keys/query   keys that a query reads: tokens of its window, global tokens, tokens of selected blocks
+blocks       selected blocks in the list of a block of queries
+missed mass  attention that full attention would give to keys that are not read; 0 misses nothing
+recall       of the blocks with the most exact attention, as many as were selected, the share that
+             was selected; 1 chooses the best ones
+budgets      blocks that each head may select
+windows      tokens to each side that each head sees"""
 
 
 @dataclass(frozen=True)
@@ -20,10 +29,8 @@ class LayerSparsity:
     Attributes:
         window_keys, global_keys, selected_keys: keys of nonzero weight that a query reads, by
             source; a global token counts as such only.
-        summary_keys: nodes of a coarse tail that a query reads, each as one key.
         selected_blocks: entries in the list of a query block besides its window.
-        missed_mass: attention that full attention would give to keys that are not read themselves;
-            those in a summary are not.
+        missed_mass: attention that full attention would give to keys that are not read.
         recall: share of the blocks with the most exact attention, as many as were selected, that
             the selection has; in a causal model, of the blocks that end before the queries' begins.
         head_budgets: blocks each head may select.
@@ -34,7 +41,6 @@ class LayerSparsity:
     window_keys: float
     global_keys: float
     selected_keys: float
-    summary_keys: float
     selected_blocks: float
     missed_mass: float
     recall: float
@@ -45,7 +51,7 @@ class LayerSparsity:
     @property
     def keys_per_query(self) -> float:
         """Keys of nonzero weight that a query reads."""
-        return self.window_keys + self.global_keys + self.selected_keys + self.summary_keys
+        return self.window_keys + self.global_keys + self.selected_keys
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,15 @@ class SparsityReport:
         budgets = [" ".join(map(str, layer.head_budgets)) for layer in self.layers]
         width = max(map(len, ["budgets", *budgets]))
         lines = [
-            "layer  keys/query  window  global  selected  summaries  blocks  missed mass  recall  "
+            "layer  keys/query  window  global  selected  blocks  missed mass  recall  "
             f"{'budgets':<{width}}  windows"
         ]
         for number, (layer, budget) in enumerate(zip(self.layers, budgets)):
             lines.append(
                 f"{number:>5}  {layer.keys_per_query:>10.1f}  {layer.window_keys:>6.1f}  "
                 f"{layer.global_keys:>6.1f}  {layer.selected_keys:>8.1f}  "
-                f"{layer.summary_keys:>9.1f}  {layer.selected_blocks:>6.2f}  "
-                f"{layer.missed_mass:>11.4f}  {layer.recall:>6.3f}  {budget:<{width}}  "
+                f"{layer.selected_blocks:>6.2f}  {layer.missed_mass:>11.4f}  "
+                f"{layer.recall:>6.3f}  {budget:<{width}}  "
                 + " ".join(map(str, layer.head_windows))
             )
         return "\n".join(lines)
@@ -125,14 +131,11 @@ def _measure(
     valid = every if attention_mask is None else attention_mask
     is_global = ~every if global_mask is None else global_mask & valid
     window = part.window_limit() if reads.span is not None else None
-    names = ("window", "global", "selected", "summary", "missed", "hits", "wanted", "rows")
+    names = ("window", "global", "selected", "missed", "hits", "wanted", "rows")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     position = torch.arange(length, device=query.device)
     block_of_key = position // key_size
     num_rows = -(-length // size)
-    summaries = None
-    if reads.tail is not None:
-        summaries = summary_keys(reads.tail, length, attention_mask, global_mask)
     for row in sorted(set(torch.linspace(0, num_rows - 1, sampled_blocks).long().tolist())):
         tokens = position[row * size : (row + 1) * size]
         asks = (valid & ~is_global)[:, tokens]  # [batch, tokens]
@@ -160,8 +163,6 @@ def _measure(
             ("window", in_window), ("global", seen_global), ("selected", selected)
         ):  # fmt: skip
             sums[name] += float((visible.sum(dim=-1) * weight).sum())
-        if summaries is not None:
-            sums["summary"] += float((summaries[:, :, row, None] * weight).sum())
         missed = (attention * ~read).sum(dim=-1)
         sums["missed"] += float(missed[weight].sum())
         sums["rows"] += float(weight.sum())
@@ -183,7 +184,6 @@ def _measure(
         window_keys=sums["window"] / count,
         global_keys=sums["global"] / count,
         selected_keys=sums["selected"] / count,
-        summary_keys=sums["summary"] / count,
         selected_blocks=_mean_list_length(reads, valid, size),
         missed_mass=sums["missed"] / count,
         recall=sums["hits"] / sums["wanted"] if sums["wanted"] else 1.0,

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+NUM_HASHES = 2
 # Reformer's: a token may read itself only where there is nobody else in its bucket.
 _SELF_SCORE = -1e5
 
@@ -11,7 +12,7 @@ def lsh_attention(
     query: torch.Tensor,
     value: torch.Tensor,
     *,
-    num_hashes: int = 2,
+    num_hashes: int = NUM_HASHES,
     chunk_size: int = 64,
     seed: int = 0,
     attention_mask: torch.Tensor | None = None,

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from adaptive_longformer.unfinished import taken_back_if_interrupted
 
 
 def check_target(target: str | Path, source: Path, overwrite: bool) -> Path:
@@ -41,32 +44,41 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target` that is moved to its place at the end.
 
     If anything goes wrong inside, the temporary folder is removed and the target is as before. A
-    killed process leaves a folder named `.<target>.converting-*`, which can be deleted.
+    killed process may leave a folder named `.<target>.converting-*`, which can be deleted; one that
+    ends in `-replaced` holds what was at the target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.converting-", dir=target.parent))
-    try:
-        # mkdtemp makes it private; a checkpoint is as readable as any other new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        yield folder
-        _move(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
+    with taken_back_if_interrupted(partial(_discard, folder, target)):
+        try:
+            folder.mkdir()
+            yield folder
+            _move(folder, target)
+        finally:
+            _discard(folder, target)
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Move a folder to its place; what was there before is removed only after that."""
-    replaced = folder.with_name(f"{folder.name}-replaced")
+    """Move a folder to its place, after what is there was moved away."""
     if target.exists():
-        os.replace(target, replaced)
+        os.replace(target, _replaced(folder))
     try:
         os.replace(folder, target)
     except OSError as error:
-        if replaced.exists():
-            os.replace(replaced, target)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(f"target: {target} was written by somebody else") from error
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _discard(folder: Path, target: Path) -> None:
+    """Remove what is left of a folder, and what it has replaced, which goes back if it has not."""
+    replaced = _replaced(folder)
+    if not folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-replaced")

@@ -24,15 +24,12 @@ class EntryFlag(IntFlag):
 
     The token mask of an entry is the window for WINDOW, the pattern outside the window for PATTERN,
     and everything outside the window for ROUTED; FULL says that this mask is known to be all True
-    for the whole tile, so that no mask code needs to run. CAUSAL marks a tile the diagonal crosses,
-    PADDED one that holds padding, GLOBAL_PACK a block of packed global keys; backends set these
-    three on their own copies.
+    for the whole tile, so that no mask code needs to run. GLOBAL_PACK marks a block of packed
+    global keys; backends set it on their own copies.
     """
 
     FULL = 1
     WINDOW = 2
-    CAUSAL = 4
-    PADDED = 8
     GLOBAL_PACK = 16
     ROUTED = 32
     PATTERN = 64

@@ -95,14 +95,7 @@ def reference_votes(
     return share, covered
 
 
-def reference_choice(
-    share: dict[int, float], covered: float, num_blocks: int, top_p: float
-) -> list[int]:
-    """The blocks to read: the best until the soft mass reaches `top_p`, at most `num_blocks`."""
-    chosen: list[int] = []
-    for block in sorted(share, key=lambda block: -share[block]):
-        if len(chosen) == num_blocks or share[block] == 0 or (top_p < 1 and covered >= top_p):
-            break
-        chosen.append(block)
-        covered += share[block]
-    return chosen
+def reference_choice(share: dict[int, float], num_blocks: int) -> list[int]:
+    """The blocks to read: the best, at most `num_blocks`, that have any soft mass."""
+    ranked = sorted(share, key=lambda block: -share[block])
+    return [block for block in ranked[:num_blocks] if share[block] > 0]

@@ -153,7 +153,6 @@ def select_blocks(
     max_global_tokens: int | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    top_p: float | torch.Tensor = 1.0,
     global_directions: torch.Tensor | None = None,
     residual: ResidualScores | None = None,
     validate: bool = False,
@@ -162,8 +161,7 @@ def select_blocks(
 
     Blocks that the window covers for all queries of the block are not chosen, nor are empty ones;
     padding and global tokens do not count at all. A row chooses fewer than `num_blocks` where there
-    are no more, or where the window, the global tokens and the chosen blocks reach a soft mass of
-    `top_p`.
+    are no more that have any.
 
     Args:
         query: [batch, heads, length, head_dim]. With is_causal they may be the last ones of the row
@@ -182,7 +180,6 @@ def select_blocks(
         is_causal: a block is chosen only if it ends before the query block begins, and by the
             queries of the query block before.
         scale: factor of the scores; None: head_dim**-0.5.
-        top_p: soft mass after which a row chooses no more blocks; 1 or more: no limit.
         global_directions: [heads, head_dim]; with `num_global_blocks` the blocks with the largest
             direction . mean key + log count are chosen for all query blocks of a row.
         residual: learned scores of pairs of blocks. Where the search ends, blocks are ranked by
@@ -211,8 +208,6 @@ def select_blocks(
         )
     if validate:
         _check_finite(query, key, attention_mask)
-    if not isinstance(top_p, torch.Tensor):
-        top_p = torch.full((), float(top_p), device=query.device)
     if global_directions is None:
         global_directions = query.new_zeros(query.shape[1], query.shape[3])
     residual_query, residual_key = (None, None) if residual is None else residual
@@ -225,7 +220,7 @@ def select_blocks(
     assert window.right is not None
     return SelectedBlocks(
         *route_blocks(
-            query, key, attention_mask, global_mask, top_p, global_directions,
+            query, key, attention_mask, global_mask, global_directions,
             residual_query, residual_key,
             window.left, window.right, is_causal,
             query.shape[3] ** -0.5 if scale is None else scale,
@@ -340,7 +335,6 @@ def route_blocks(
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor | None,
-    top_p: torch.Tensor,
     global_directions: torch.Tensor,
     residual_query: torch.Tensor | None,
     residual_key: torch.Tensor | None,
@@ -370,7 +364,7 @@ def route_blocks(
             query, key, attention_mask, global_mask, global_directions, residual_query,
             residual_key, left, right, is_causal, scale, options, max_global_tokens,
         )  # fmt: skip
-        selected = router.run(top_p)
+        selected = router.run()
     return (
         selected.key_blocks, selected.counts, selected.mass, selected.covered,
         selected.global_blocks, selected.global_open, selected.global_means,
@@ -383,7 +377,6 @@ def _(
     key,
     attention_mask,
     global_mask,
-    top_p,
     global_directions,
     residual_query,
     residual_key,
@@ -531,12 +524,12 @@ class _Router:
             is_voter = F.pad(is_voter, (0, 0, 1, 0), value=False)[:, :-1]
         return means, is_voter
 
-    def run(self, top_p: torch.Tensor) -> SelectedBlocks:
+    def run(self) -> SelectedBlocks:
         for batch in range(self.batch):
             row = _Row(self, batch)
             row.choose_global_blocks()
             for start, end, level in row.chunks():
-                row.route(start, end, level, top_p)
+                row.route(start, end, level)
         return self.result
 
 
@@ -645,7 +638,7 @@ class _Row:
         self.result.global_means[:, :found] = means.take_along_dim(order[..., None], dim=1)
         self.global_blocks = order.where(is_block, -1)
 
-    def route(self, start: int, end: int, level: int, top_p: torch.Tensor) -> None:
+    def route(self, start: int, end: int, level: int) -> None:
         """Searches for the query blocks [start, end), beginning at a level of the pyramid."""
         search = _Search(self, start, end)
         kept = None
@@ -659,7 +652,7 @@ class _Row:
         if self.residual is not None:
             scores = self.residual.of_candidates(rows, None if kept is None else candidates)
             scores = scores[..., : candidates.shape[-1]]
-        key_blocks, counts, mass = self._choose(votes, candidates, is_open, top_p, scores)
+        key_blocks, counts, mass = self._choose(votes.share, candidates, is_open, scores)
         found = key_blocks.shape[-1]
         self.result.key_blocks[:, rows, :found] = key_blocks
         self.result.counts[:, rows] = counts
@@ -668,43 +661,28 @@ class _Row:
 
     def _choose(
         self,
-        votes: _Votes,
+        share: torch.Tensor,
         candidates: torch.Tensor,
         is_open: torch.Tensor,
-        top_p: torch.Tensor,
         residual_scores: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The best blocks, how many of them count, and their mass."""
-        covered = votes.covered
         if self.global_blocks is not None:
             is_shared = (candidates[..., None] == self.global_blocks[:, None, None]).any(dim=-1)
-            covered = covered + votes.share.masked_fill(~is_shared, 0.0).sum(dim=-1)
             is_open = is_open & ~is_shared
         # NaN is not above 0, and a block without any mass is not worth reading.
-        is_open = is_open & (votes.share > 0)
-        share = votes.share.masked_fill(~is_open, 0.0)
+        is_open = is_open & (share > 0)
+        share = share.masked_fill(~is_open, 0.0)
         ranked = share
         if residual_scores is not None:
             ranked = (share * residual_scores.exp()).masked_fill(~is_open, 0.0)
         ranked, order = ranked.sort(dim=-1, descending=True, stable=True)
         ranked, order = (found[..., : self.options.num_blocks] for found in (ranked, order))
         mass = share.gather(-1, order)
-        before = covered[..., None] + _running_sums(mass) - mass
-        is_chosen = (ranked > 0) & ((before < top_p) | (top_p >= 1))
+        is_chosen = ranked > 0
         key_blocks = candidates.expand_as(share).gather(-1, order).where(is_chosen, 0)
         counts = is_chosen.sum(dim=-1)
         return key_blocks.int(), counts.int(), mass.masked_fill(~is_chosen, 0.0)
-
-
-def _running_sums(values: torch.Tensor) -> torch.Tensor:
-    """cumsum over the last dimension, in an order that is fixed on a GPU too: there torch's own is
-    refused by torch.use_deterministic_algorithms.
-    """
-    step = 1
-    while step < values.shape[-1]:
-        values = values + F.pad(values, (step, 0))[..., :-step]
-        step *= 2
-    return values
 
 
 class _Search:

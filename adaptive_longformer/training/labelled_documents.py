@@ -1,10 +1,14 @@
 """Documents with a class each, from one file: read, checked and split."""
 
 import logging
+import shutil
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from adaptive_longformer.unfinished import taken_back_if_interrupted
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -55,7 +59,10 @@ def load_labelled_documents(
         raise ValueError(f"{path} is empty")
     kind, method = _READERS[path.suffix.lower()]
     read = getattr(Dataset, method)
-    with tempfile.TemporaryDirectory() as cache:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        taken_back_if_interrupted(partial(shutil.rmtree, cache, ignore_errors=True)),
+    ):
         try:
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
         except (DatasetsError, ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ class SelectionRampCallback(TrainerCallback):
     Raises:
         ValueError: a number is out of range; or, when the training begins, the model's
             attention_pattern is not "adaptive", or the Trainer smooths labels although the
-            configuration asks for losses that only the model adds.
+            configuration asks for a loss that only the model adds.
     """
 
     def __init__(self, ramp_ratio: float = 0.25, final_strength: float = 1.0) -> None:
@@ -65,10 +65,9 @@ class SelectionRampCallback(TrainerCallback):
         parts = selections(model)
         if not args.label_smoothing_factor or not parts:
             return
-        for name in ("target_density", "router_aux_loss_coef"):
-            if value := getattr(parts[0].config, name):
-                raise ValueError(
-                    f"label_smoothing_factor is {args.label_smoothing_factor}, 0 is needed with "
-                    f"config.{name} = {value}: the Trainer computes the loss itself then, without "
-                    "what the model adds"
-                )
+        if value := parts[0].config.target_density:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, 0 is needed with "
+                f"config.target_density = {value}: the Trainer computes the loss itself then, "
+                "without what the model adds"
+            )

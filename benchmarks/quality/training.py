@@ -1,6 +1,7 @@
 """Trains and measures one model."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def load_variant(folder: Path, variant: Variant, **overrides):
         folder, **variant.config, **overrides
     )
     for part in selections(model):
+        part.options = replace(part.options, **variant.options)
         if variant.zero_gate:
             torch.nn.init.zeros_(part.gate)
     if selects(model):

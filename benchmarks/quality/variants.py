@@ -1,6 +1,6 @@
 """What is compared: attention patterns at stated keys per query, and parts left out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quality import source_code, tasks
@@ -31,7 +31,6 @@ BASE = {
     "attention_pattern": "longformer",
     "attention_window": 128,
     "default_global_tokens": "first",
-    "selection_top_p": 1.0,
 }
 
 
@@ -41,18 +40,22 @@ class Variant:
 
     Attributes:
         config: fields of the configuration.
+        options: fields of the selection's options that no configuration has.
         zero_gate: gates start at 0 at full strength, in place of the ramp.
     """
 
     config: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
     zero_gate: bool = False
 
 
-def _selecting(blocks: int, pattern: str = "adaptive", **config) -> Variant:
+def _selecting(
+    blocks: int, pattern: str = "adaptive", options: dict[str, int] | None = None, **config
+) -> Variant:
     """A window of 128 and some blocks of 16, chosen by every 16 queries."""
     sizes = {"block_size": 16, "query_block_size": 16}
     where = {"attention_pattern": pattern, "num_selected_blocks": blocks}
-    return Variant({**sizes, **where, **config})
+    return Variant({**sizes, **where, **config}, options or {})
 
 
 def _fixed(pattern: str, **config) -> Variant:
@@ -79,7 +82,7 @@ PATTERNS = {
     "fixed": _fixed("fixed", attention_stride=128),
     "linear": _fixed("linear"),
     "window_linear": _fixed("window_linear"),
-    "lsh": _fixed("lsh", num_hashes=2),
+    "lsh": _fixed("lsh"),
 }
 # Those that the smallest preset runs.
 FEW_PATTERNS = tuple(PATTERNS)[:6]
@@ -88,33 +91,24 @@ FEW_PATTERNS = tuple(PATTERNS)[:6]
 # pyramid, which otherwise starts at 256 blocks.
 ABLATIONS = {
     "blocks of 16, flat": PATTERNS["adaptive"],
-    "pyramid from 16 nodes, beam 16": _selecting(
-        8, selection_start_nodes=16, selection_beam_width=16
-    ),
-    "pyramid from 16 nodes, beam 8": _selecting(
-        8, selection_start_nodes=16, selection_beam_width=8
-    ),
-    "pyramid from 16 nodes, beam 4": _selecting(
-        8, selection_start_nodes=16, selection_beam_width=4
-    ),
-    "every query votes": _selecting(8, selection_tokens_per_vote=1),
-    "one mean query": _selecting(8, selection_tokens_per_vote=16),
+    "pyramid from 16 nodes, beam 16": _selecting(8, options={"start_nodes": 16, "beam_width": 16}),
+    "pyramid from 16 nodes, beam 8": _selecting(8, options={"start_nodes": 16, "beam_width": 8}),
+    "pyramid from 16 nodes, beam 4": _selecting(8, options={"start_nodes": 16, "beam_width": 4}),
+    "every query votes": _selecting(8, options={"tokens_per_vote": 1}),
+    "one mean query": _selecting(8, options={"tokens_per_vote": 16}),
     "blocks of 32": _selecting(4, block_size=32, query_block_size=32),
     "blocks of 64": PATTERNS["adaptive, blocks of 64"],
     "blocks of 64, sub-blocks of 8": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=8),
     "blocks of 64, sub-blocks of 4": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=4),
     "blocks of 64, sub-blocks of 8, every query": _selecting(
-        2, **BLOCKS_OF_64, selection_sub_block_size=8, selection_tokens_per_vote=1
+        2, options={"tokens_per_vote": 1}, **BLOCKS_OF_64, selection_sub_block_size=8
     ),
     "blocks of 64, every query and key": _selecting(
-        2, **BLOCKS_OF_64, selection_sub_block_size=1, selection_tokens_per_vote=1
+        2, options={"tokens_per_vote": 1}, **BLOCKS_OF_64, selection_sub_block_size=1
     ),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
     "residual router": _selecting(8, router_rank=8),
-    "residual router, auxiliary loss": _selecting(8, router_rank=8, router_aux_loss_coef=0.1),
-    "coarse tail": _selecting(8, coarse_tail=True),
-    "top-p 0.95 in place of fixed K": _selecting(8, selection_top_p=0.95),
 }
 
 # Quality by keys per query: a window of 128 and 64, 128 or 256 keys in blocks, or a window as wide.

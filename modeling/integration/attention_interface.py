@@ -17,9 +17,8 @@ from transformers.masking_utils import (
 
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_rows import limit_global_tokens
-from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import random_seed
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -60,7 +59,6 @@ class AdaptiveSparseOptions:
         num_global_tokens: so many first tokens see all tokens and are seen by all.
         num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
         block_size, query_block_size: tokens per block of keys and of queries.
-        top_p: share of its attention after which a block of queries chooses no more.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -71,7 +69,6 @@ class AdaptiveSparseOptions:
     num_selected_blocks: int = 8
     block_size: int = 64
     query_block_size: int = 64
-    top_p: float = 0.95
 
     def __post_init__(self) -> None:
         for name, least in (("attention_window", 2), ("num_global_tokens", 0),
@@ -85,10 +82,6 @@ class AdaptiveSparseOptions:
             raise ValueError(
                 f"config.{NAME}['attention_window'] is {self.attention_window}, "
                 "an even number >= 2 is needed"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"config.{NAME}['top_p'] is {self.top_p!r}, a number above 0 and up to 1 is needed"
             )
         if self.num_selected_blocks:
             self.routing_options()
@@ -184,21 +177,12 @@ def adaptive_sparse_attention_forward(
         options = replace(options, num_global_tokens=0, num_selected_blocks=0)
         window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    shifts = None
-    if options.num_selected_blocks:
-        # Blocks start at the first real token, wherever the padding is.
-        shifts = padding_to_roll(attention_mask)
-    if shifts is not None:
-        assert attention_mask is not None
-        query, key, value = (
-            roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
-            for tensor in (query, key, value)
-        )
-        attention_mask = roll_rows(attention_mask, shifts)
+    # Blocks start at the first real token, wherever the padding is.
+    padding = LeftPadding.of(attention_mask) if options.num_selected_blocks else LeftPadding()
+    query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+    attention_mask = padding.removed(attention_mask)
     output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
-    output = output.transpose(1, 2)
-    if shifts is not None:
-        output = roll_rows(output, -shifts)
+    output = padding.restored(output, dim=2).transpose(1, 2)
     return output.contiguous(), None
 
 
@@ -280,7 +264,6 @@ def _attend(
             max_global_tokens=options.num_global_tokens,
             is_causal=is_causal,
             scale=scale,
-            top_p=options.top_p,
         )
         pattern_or_layout, _ = selection_layout(selected, window, length, routing)
     output = sparse_attention(

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
 from adaptive_longformer.attention.functional import make_call
-from adaptive_longformer.attention.kernels.load import cpp_compiler, why_unavailable
+from adaptive_longformer.attention.kernels.build import cpp_compiler
+from adaptive_longformer.attention.kernels.load import why_unavailable
 from adaptive_longformer.attention.reference import dense_mask
 from adaptive_longformer.patterns import BlockLayout, EntryFlag, SlidingWindow, block_layout
 

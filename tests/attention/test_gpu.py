@@ -22,8 +22,8 @@ from calls import (
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_longformer.attention import explain_backends, sparse_attention
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.backends import cuda
+from adaptive_longformer.attention.kernels import load
 from adaptive_longformer.patterns import SlidingWindow, Strided
 
 DEVICE = "cuda"
@@ -199,7 +199,7 @@ def test_a_second_gpu_is_used_while_the_first_is_current():
 
 def test_a_checkpointed_layer_may_be_the_first_to_call_the_kernels():
     leaves, attend = small_call()
-    extension.forget()  # the kernels are loaded and checked again, in the checkpointed call
+    load.forget()  # the kernels are loaded and checked again, in the checkpointed call
     output = checkpoint(attend, *leaves, use_reentrant=False)
     found = torch.autograd.grad(output.sum(), leaves)
     for actual, wanted in zip(found, torch.autograd.grad(attend(*leaves).sum(), leaves)):
@@ -293,14 +293,14 @@ def run_with_sanitizer(tool, statement):
 
 def cut_open_keys():
     """From here on the kernels read past the end of an array."""
-    set_arrays = compiled_cuda._Call.set_arrays
+    set_arrays = cuda._Call.set_arrays
 
     def set_cut_arrays(call, **arrays):
         if "open_keys" in arrays:
             arrays["open_keys"] = arrays["open_keys"].flatten()[:1].clone()
         set_arrays(call, **arrays)
 
-    compiled_cuda._Call.set_arrays = set_cut_arrays
+    cuda._Call.set_arrays = set_cut_arrays
 
 
 def run_small_calls():

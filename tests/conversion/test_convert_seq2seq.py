@@ -51,7 +51,8 @@ def test_verify_finds_equal_logits_in_both_directions(tmp_path, family, head):
     tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.ndim)]
     assert report.num_parameters == sum(tensor.numel() for tensor in tensors)
     back = convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True, verify=True)
-    assert back.max_logit_difference == report.max_logit_difference
+    # The same inputs again; where matrices lie in memory may change how a CPU rounds.
+    assert back.max_logit_difference == pytest.approx(report.max_logit_difference, abs=1e-5)
     assert back.architecture == FAMILIES[family] + head
 
 

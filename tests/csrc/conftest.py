@@ -9,10 +9,8 @@ import torch
 from emulation import build_emulator
 from pretended_gpu import PretendedGpu
 
-from adaptive_longformer.attention.backends import choose as backends
-from adaptive_longformer.attention.backends import compiled
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.backends import choose, compiled, cuda
+from adaptive_longformer.testing import use_library
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +19,10 @@ def emulator_library(tmp_path_factory):
 
 
 @pytest.fixture
-def emulator(emulator_library, monkeypatch):
+def emulator(emulator_library):
     """Makes the emulator the library of the CUDA kernels: they then run on tensors of the CPU."""
-    monkeypatch.setattr(extension, "_loaded", {"cuda": emulator_library})
-    return emulator_library
+    with use_library("cuda", emulator_library):
+        yield emulator_library
 
 
 class _Event:
@@ -61,15 +59,15 @@ def gpu_machine(emulator, monkeypatch):
     for name, imitation in imitations.items():
         monkeypatch.setattr(torch.cuda, name, imitation)
     # Short documents are for the kernels too, or nothing would be seen of them.
-    monkeypatch.setattr(backends, "DENSE_CROSSOVER", {})
-    launched, run = [], compiled_cuda._Call.run
+    monkeypatch.setattr(choose, "DENSE_CROSSOVER", {})
+    launched, run = [], cuda._Call.run
 
     def counted(call, launches):
         launched.extend(launch.name for launch in launches)
         run(call, launches)
 
-    monkeypatch.setattr(compiled_cuda._Call, "run", counted)
-    caches = (compiled._check_cuda_kernel, compiled_cuda._pattern_lists)
+    monkeypatch.setattr(cuda._Call, "run", counted)
+    caches = (compiled._check_cuda_kernel, cuda._pattern_lists)
     for cache in caches:
         cache.cache_clear()
     with PretendedGpu():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.build import SOURCES
 from adaptive_longformer.attention.kernels.cuda_library import CudaLibrary
 
 HERE = Path(__file__).parent
-CUDA_SOURCES = extension.SOURCES / "cuda"
+CUDA_SOURCES = SOURCES / "cuda"
 
 
 def build_emulator(folder: Path, sources: Path = CUDA_SOURCES) -> CudaLibrary:

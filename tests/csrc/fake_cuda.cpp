@@ -24,6 +24,9 @@ struct Function {
 
 int num_compilations = 0;
 
+// As CUDA, each thread has a current context or none; here they are numbers.
+thread_local void* current_context = nullptr;
+
 // What NVRTC does first: every inclusion must be among the headers it was given, it reads no file.
 bool find_inclusions(Program* program, const std::string& text) {
   std::istringstream lines(text);
@@ -126,7 +129,28 @@ int cuGetErrorString(int error, const char** text) {
   return 0;
 }
 
+int cuCtxGetCurrent(void** context) {
+  *context = current_context;
+  return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = (void*)(long)(1000 + device);
+  return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+  current_context = context;
+  return 0;
+}
+
+int cuModuleGetGlobal_v2(void**, size_t* size, Module*, const char* name) {
+  *size = sizeof(adaptive::Arguments);
+  return std::strcmp(name, "adaptive_arguments") == 0 ? 0 : 500;
+}
+
 int cuModuleLoadData(Module** module, const void* image) {
+  if (current_context == nullptr) return 201;  // CUDA_ERROR_INVALID_CONTEXT
   if (std::memcmp(image, "ELF\0", 4) != 0) return 200;  // CUDA_ERROR_INVALID_IMAGE
   *module = new Module;
   std::istringstream lines((const char*)image + 4);
@@ -160,6 +184,7 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared_memory, void* stream, void** parameters,
                    void** extra) {
+  if (current_context == nullptr) return 201;
   if (grid_x == 0 || grid_y == 0 || grid_z == 0 || block_y != 1 || block_z != 1 || stream != nullptr ||
       extra != nullptr || (int)shared_memory > function->shared_memory)
     return 1;  // CUDA_ERROR_INVALID_VALUE

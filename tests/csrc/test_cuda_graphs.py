@@ -9,8 +9,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_longformer.attention import AttentionSpan, GlobalProjections, sparse_attention
-from adaptive_longformer.attention.backends import compiled
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.backends import compiled, cuda
 from adaptive_longformer.attention.functional import make_call
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling import attention_layer
@@ -84,7 +83,7 @@ def run_call(max_global_tokens, global_qkv):
 
 @pytest.mark.parametrize("global_qkv", [None, "absorbed"])
 def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch, global_qkv):
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     assert all(tensor.isfinite().all() for tensor in run_call(8, global_qkv)[2:])
     with pytest.raises(AssertionError, match="waits for the device"):
         run_call(None, global_qkv)
@@ -115,9 +114,7 @@ def adaptive_layer(**options):
             "num_selected_blocks": 2,
             "num_learned_global_blocks": 1,
             "router_rank": 2,
-            "router_aux_loss_coef": 0.1,
             "selection_strength": 1.0,
-            "selection_top_p": 0.9,
             "max_global_tokens": 3,
             **options,
         }
@@ -134,15 +131,14 @@ def on_a_gpu(monkeypatch, max_global_tokens):
     """Makes a layer do on tensors of the CPU what it does on those of a GPU."""
     route_blocks = routing.route_blocks
 
-    def run_call(*tensors, return_lse, backend, **options):
-        assert not return_lse
+    def run_call(*tensors, backend, **options):
         call = make_call(*tensors, **options)
         return compiled.run_compiled(replace(call, max_global_tokens=max_global_tokens))[0]
 
     def no_list(tensor):
         raise AssertionError("tolist waits for the device")
 
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
     monkeypatch.setattr(
         routing, "route_blocks", lambda *given: route_blocks(*given[:-1], max_global_tokens)
@@ -179,8 +175,7 @@ def test_an_adaptive_layer_does_not_wait_for_the_device(emulator, monkeypatch, m
                 layer(hidden_states, *where)
             return
         output, _ = layer(hidden_states, *where)
-        loss = layer.adaptive.router_loss()
-        grads = torch.autograd.grad([output, loss], leaves, [upstream, torch.ones_like(loss)])
+        grads = torch.autograd.grad(output, leaves, upstream)
     assert all(grad.isfinite().all() for grad in grads)
     assert chosen[1].counts.sum() > 0 and chosen[1].global_open.any()
 
@@ -190,15 +185,14 @@ def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, start_nodes):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 400, 8, generator=generator)
     options = routing.RoutingOptions(2, 16, 16, start_nodes=start_nodes, beam_width=2)
-    route_blocks, top_p = routing.route_blocks, torch.tensor(0.9)
+    route_blocks = routing.route_blocks
     monkeypatch.setattr(routing, "route_blocks", lambda *given: route_blocks(*given[:-1], 2))
     monkeypatch.setattr(routing, "can_vote", lambda scores: False)
     global_mask = torch.arange(400)[None] < 2
     with NoWaiting():
         selected = routing.select_blocks(
-            query, key, SlidingWindow(20, 0), options, global_mask=global_mask, is_causal=True,
-            top_p=top_p,
-        )  # fmt: skip
+            query, key, SlidingWindow(20, 0), options, global_mask=global_mask, is_causal=True
+        )
     assert selected.counts.any()
 
 
@@ -257,7 +251,7 @@ def test_a_cuda_graph_holds_an_adaptive_layer():
     batch, length = 2, 1000
     layer = adaptive_layer(
         hidden_size=128, num_attention_heads=2, attention_window=128, attention_backend="cuda",
-        attention_probs_dropout_prob=0.0, router_aux_loss_coef=0.0,
+        attention_probs_dropout_prob=0.0,
     ).cuda()  # fmt: skip
     hidden_states = torch.randn(batch, length, 128, device="cuda", dtype=torch.bfloat16)
     hidden_states.requires_grad_()

@@ -11,13 +11,17 @@ import torch
 from emulation import CUDA_SOURCES, build_emulator
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
-from adaptive_longformer.attention.backends import compiled
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.backends import compiled, cuda
 from adaptive_longformer.attention.functional import make_call
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.cuda_launches import (
+    ELEMENT_TYPES,
+    HEAD_DIMS,
+    QUERY_BLOCK_SIZES,
+)
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import EntryFlag, SlidingWindow, block_layout
+from adaptive_longformer.testing import use_library
 
 SEED = torch.tensor(2**40 + 12345)
 # Relative errors of a correct kernel are at most a quarter of these.
@@ -92,8 +96,8 @@ def errors(pattern, length, *, heads=1, head_dim=32, dtype=torch.bfloat16, batch
 
     arguments = operator_arguments(make_call(*tensors[:3], pattern, **options))
     with torch.no_grad():
-        actual_output, actual_lse = compiled_cuda.forward(arguments)
-        grads = compiled_cuda.backward(grad_output, grad_lse, actual_output, actual_lse, arguments)
+        actual_output, actual_lse = cuda.forward(arguments)
+        grads = cuda.backward(grad_output, grad_lse, actual_output, actual_lse, arguments)
     assert torch.equal((actual_lse == -torch.inf) & is_local, is_empty & is_local)
     assert (actual_output[is_empty & is_local] == 0).all()
     actual = [actual_output, actual_lse.masked_fill(is_empty, 0.0)]
@@ -118,9 +122,9 @@ def masks(length, batch=1):
     return {"attention_mask": attention_mask, "global_mask": (position % 29 == 0) & attention_mask}
 
 
-@pytest.mark.parametrize("query_block", compiled_cuda.QUERY_BLOCK_SIZES)
-@pytest.mark.parametrize("head_dim", compiled_cuda.HEAD_DIMS)
-@pytest.mark.parametrize("dtype", compiled_cuda.ELEMENT_TYPES, ids=str)
+@pytest.mark.parametrize("query_block", QUERY_BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=str)
 def test_every_instance_matches_reference(emulator, dtype, head_dim, query_block):
     results = errors(
         random_layout(150, query_block),
@@ -151,8 +155,8 @@ def test_shared_lists_of_many_heads_match_reference(emulator):
 
 def test_what_differs_between_batch_rows_and_heads_matches_reference(emulator, monkeypatch):
     """Lists, bias, dropout, padding and global tokens, which fill two blocks in one row."""
-    original = compiled_cuda.gradient_items
-    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 2))
+    original = cuda.gradient_items
+    monkeypatch.setattr(cuda, "gradient_items", lambda layout: original(layout, 2))
     length = 140
     position, row = torch.arange(length), torch.arange(2)[:, None]
     attention_mask = (position >= 7 * row) & (position < length - 30 * (1 - row))
@@ -181,8 +185,8 @@ def test_everything_padded_gives_zeros(emulator):
 
 def test_split_columns_match_reference(emulator, monkeypatch):
     """A column of more entries than an item takes is added up in parts."""
-    original = compiled_cuda.gradient_items
-    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 2))
+    original = cuda.gradient_items
+    monkeypatch.setattr(cuda, "gradient_items", lambda layout: original(layout, 2))
     layout = random_layout(330)
     items = original(layout, 2)
     assert (items.column_slots > 2).any()
@@ -191,8 +195,8 @@ def test_split_columns_match_reference(emulator, monkeypatch):
 
 def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypatch):
     """A list and a column of 68 steps among 90 candidates: some steps lie where others lay."""
-    original = compiled_cuda.gradient_items
-    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 1000))
+    original = cuda.gradient_items
+    monkeypatch.setattr(cuda, "gradient_items", lambda layout: original(layout, 1000))
     length = 90 * 64 - 7
     routed = torch.zeros(1, 1, 90, 90, dtype=torch.bool)
     routed[..., 1, :] = routed[..., 1] = True
@@ -209,8 +213,8 @@ def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypat
     arguments = operator_arguments(make_call(*tensors, layout, attention_mask=mask))
     upstream = torch.randn(1, 1, length, 32, generator=generator).bfloat16()
     with torch.no_grad():
-        output, lse = compiled_cuda.forward(arguments)
-        grads = compiled_cuda.backward(upstream, lse * 0, output, lse, arguments)
+        output, lse = cuda.forward(arguments)
+        grads = cuda.backward(upstream, lse * 0, output, lse, arguments)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = sparse_attention(*exact, layout, attention_mask=mask, backend="blocked")
     expected_grads = torch.autograd.grad(expected, exact, upstream.double())
@@ -227,9 +231,9 @@ def test_nan_in_padding_does_not_leak(emulator):
     for fill in (0.0, torch.nan):
         inputs = [tensor.masked_fill(~mask[:, None, :, None], fill) for tensor in tensors]
         arguments = operator_arguments(make_call(*inputs, SlidingWindow(30), attention_mask=mask))
-        output, lse = compiled_cuda.forward(arguments)
+        output, lse = cuda.forward(arguments)
         grad = torch.ones_like(output).masked_fill(~mask[:, None, :, None], 0.0)
-        grads = compiled_cuda.backward(grad, torch.zeros_like(lse), output, lse, arguments)
+        grads = cuda.backward(grad, torch.zeros_like(lse), output, lse, arguments)
         results.append([output, *grads[:3]])
     for clean, dirty in zip(*results):
         assert torch.equal(clean.transpose(1, 2)[mask], dirty.transpose(1, 2)[mask])
@@ -242,8 +246,8 @@ def test_any_order_of_warps_gives_the_same_bits(emulator):
     results = []
     for seed in (1, 2, 3):
         emulator.library.adaptive_emulator_seed(seed)
-        output, lse = compiled_cuda.forward(arguments)
-        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
+        output, lse = cuda.forward(arguments)
+        results.append([output, *cuda.backward(output, lse, output, lse, arguments)[:3]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -302,9 +306,9 @@ def test_emulator_catches(mutant, tmp_path, monkeypatch):
         assert source.count(text) == 1
         (sources / name).write_text(source.replace(text, replacement))
     library = build_emulator(tmp_path, sources)
-    monkeypatch.setattr(extension, "_loaded", {"cuda": library})
     try:
-        results = errors(SlidingWindow(90), 200)
+        with use_library("cuda", library):
+            results = errors(SlidingWindow(90), 200)
     except RuntimeError as error:
         assert mutant != "none" and "shared memory" in str(error)
         return
@@ -315,23 +319,23 @@ def test_emulator_catches(mutant, tmp_path, monkeypatch):
 def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
     """They give the bits that the same lists give as a layout, which are made for every call."""
     pattern, length = SlidingWindow(50), 130
-    made, original = [], compiled_cuda.gradient_items
+    made, original = [], cuda.gradient_items
 
     def counted(layout):
         made.append(layout)
         return original(layout, 2)  # the middle column is split
 
-    monkeypatch.setattr(compiled_cuda, "gradient_items", counted)
-    compiled_cuda._pattern_lists.cache_clear()
+    monkeypatch.setattr(cuda, "gradient_items", counted)
+    cuda._pattern_lists.cache_clear()
     torch.manual_seed(0)
     tensors = [torch.randn(1, 1, length, 32, dtype=torch.bfloat16) for _ in range(3)]
     global_mask = torch.arange(length)[None] == 3
     results = []
     for lists in (pattern, pattern, block_layout(pattern, length)):
         arguments = operator_arguments(make_call(*tensors, lists, global_mask=global_mask))
-        output, lse = compiled_cuda.forward(arguments)
-        results.append([output, *compiled_cuda.backward(output, lse, output, lse, arguments)[:3]])
-    compiled_cuda._pattern_lists.cache_clear()
+        output, lse = cuda.forward(arguments)
+        results.append([output, *cuda.backward(output, lse, output, lse, arguments)[:3]])
+    cuda._pattern_lists.cache_clear()
     assert len(made) == 2
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -340,14 +344,14 @@ def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
 def test_a_pattern_without_split_columns_takes_no_room_for_their_sums(emulator):
     tensors = [torch.randn(1, 1, 70, 32, dtype=torch.bfloat16) for _ in range(3)]
     arguments = operator_arguments(make_call(*tensors, SlidingWindow(9)))
-    lists = compiled_cuda._lists_of(arguments, 0)
-    assert lists.items().num_slots == 0 and compiled_cuda._lists_of(arguments, 0) is lists
+    lists = cuda._lists_of(arguments, 0)
+    assert lists.items().num_slots == 0 and cuda._lists_of(arguments, 0) is lists
 
 
 @pytest.mark.parametrize("is_permuted", [False, True], ids=["contiguous", "permuted"])
 def test_operators_pass_opcheck(emulator, monkeypatch, is_permuted):
     """Also the backward pass by itself, whose strides torch.compile relies on."""
-    monkeypatch.setattr(compiled, "_kernels", lambda arguments: compiled_cuda)
+    monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     torch.manual_seed(0)
     length, layout = 40, random_layout(40, heads=2)
     tensors = [torch.randn(1, 2, length, 32).bfloat16().requires_grad_() for _ in range(3)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from emulation import CUDA_SOURCES
 
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels import build
 
 KERNELS = ("forward_kernel", "grad_keys_kernel", "grad_queries_kernel")
 
@@ -66,5 +66,5 @@ def test_the_runtime_library_is_found_where_nvcc_says():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    folders = [flag.removeprefix("-L") for flag in extension._link_flags(Path(nvcc))]
+    folders = [flag.removeprefix("-L") for flag in build._link_flags(Path(nvcc))]
     assert any(list(Path(folder).glob("libcudart.so*")) for folder in folders), folders

@@ -20,7 +20,6 @@ from adaptive_longformer import (
     AdaptiveSparseModel,
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.attention import sparse_attention
 from adaptive_longformer.attention.backends import sdpa as dense
 from adaptive_longformer.attention.functional import make_call
@@ -29,6 +28,7 @@ from adaptive_longformer.patterns.big_bird import _cached_layout as cached_big_b
 from adaptive_longformer.patterns.block_layout import _cached_layout as cached_lists
 from adaptive_longformer.testing import randomize_all_parameters
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer_command_line import main
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXT = "The cat sat on the mat. The dog ran after the bird. " * 4
@@ -156,7 +156,7 @@ def test_a_call_with_everything_can_be_captured(capture, has_layout):
 def test_an_adaptive_layer_can_be_captured(capture, gpu_machine):
     layer = test_cuda_graphs.adaptive_layer(
         hidden_size=64, num_attention_heads=2, attention_backend="cuda",
-        attention_probs_dropout_prob=0.0, router_aux_loss_coef=0.0,
+        attention_probs_dropout_prob=0.0,
     ).cuda()  # fmt: skip
     hidden_states = torch.randn(1, 150, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     position = torch.arange(150, device="cuda")[None]

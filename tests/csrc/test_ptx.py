@@ -1,5 +1,6 @@
 """The CUDA kernels as nvcc compiles them, their PTX run instruction by instruction on the CPU."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -13,23 +14,29 @@ from emulation import CUDA_SOURCES, HERE
 from ptx import cpp_of
 from test_emulated_cuda import SEED, assert_small, errors, masks, random_layout
 
-from adaptive_longformer.attention.backends import cuda as compiled_cuda
+from adaptive_longformer.attention.backends import cuda
 from adaptive_longformer.attention.functional import make_call
-from adaptive_longformer.attention.kernels import load as extension
-from adaptive_longformer.attention.kernels.cuda_launches import KERNELS, Instance, instance_of
+from adaptive_longformer.attention.kernels.cuda_launches import (
+    ELEMENT_TYPES,
+    INSTANCES,
+    KERNELS,
+    Instance,
+    instance_of,
+)
 from adaptive_longformer.attention.operator import operator_arguments
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns import SlidingWindow
+from adaptive_longformer.testing import use_library
 
 pytestmark = pytest.mark.slow
 
 # Every type, head_dim, query block and architecture once or more.
 # The others take minutes: ADAPTIVE_LONGFORMER_FULL_GRID.
-INSTANCES = [
+SOME_INSTANCES = [
     (Instance(1, 64, 64), 90), (Instance(2, 128, 128), 80), (Instance(1, 96, 128), 120),
     (Instance(2, 32, 64), 90),
 ]  # fmt: skip
-FULL_GRID = [*product(compiled_cuda.INSTANCES, (80, 90, 120))]
+FULL_GRID = [*product(INSTANCES, (80, 90, 120))]
 
 
 def mangled(instance: Instance, kernel: str) -> str:
@@ -91,44 +98,44 @@ def build(folder, instance, architecture, kernels=KERNELS, change=lambda ptx: pt
     return PtxLibrary(ctypes.CDLL(str(library)), instance)
 
 
-def use(library, monkeypatch) -> None:
+def use(library, monkeypatch) -> contextlib.AbstractContextManager:
     """Makes the PTX the library of the CUDA kernels, which may touch a call's tensors only."""
-    monkeypatch.setattr(extension, "_loaded", {"cuda": library})
-    run = compiled_cuda._Call.run
+    run = cuda._Call.run
 
     def checked_run(call, launches):
         library.know(call._kept_alive)
         run(call, launches)
 
-    monkeypatch.setattr(compiled_cuda._Call, "run", checked_run)
+    monkeypatch.setattr(cuda._Call, "run", checked_run)
+    return use_library("cuda", library)
 
 
 @pytest.mark.parametrize(
     ("instance", "architecture"),
-    FULL_GRID if os.environ.get("ADAPTIVE_LONGFORMER_FULL_GRID") else INSTANCES,
+    FULL_GRID if os.environ.get("ADAPTIVE_LONGFORMER_FULL_GRID") else SOME_INSTANCES,
     ids=str,
 )
 def test_ptx_matches_reference(instance, architecture, tmp_path, monkeypatch):
     """One test for all calls of an instance: building it takes longest."""
-    use(build(tmp_path, instance, architecture), monkeypatch)
-    dtypes = {number: dtype for dtype, number in compiled_cuda.ELEMENT_TYPES.items()}
-    dtype = dtypes[instance.element_type]
+    with use(build(tmp_path, instance, architecture), monkeypatch):
+        dtypes = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
+        dtype = dtypes[instance.element_type]
 
-    def assert_call_matches(length, **options):
-        layout = random_layout(length, instance.query_block_size)
-        results = errors(layout, length, head_dim=instance.head_dim, dtype=dtype, **options)
-        assert_small(results, dtype)
+        def assert_call_matches(length, **options):
+            layout = random_layout(length, instance.query_block_size)
+            results = errors(layout, length, head_dim=instance.head_dim, dtype=dtype, **options)
+            assert_small(results, dtype)
 
-    for length in (1, 64, 65, 150):
-        # The gradient of the bias of a single tile is one number, a sum that may cancel.
-        options = {"with_bias": length != 64, "dropout_p": 0.2, "dropout_seed": SEED}
-        assert_call_matches(length, **options, **masks(length))
-    assert_call_matches(140, heads=2, span=60.0, is_causal=True, with_bias=True)
-    # Lists shared by batch rows, and columns that are added up in parts.
-    original = compiled_cuda.gradient_items
-    assert (original(random_layout(200, instance.query_block_size), 1).column_slots > 2).any()
-    monkeypatch.setattr(compiled_cuda, "gradient_items", lambda layout: original(layout, 1))
-    assert_call_matches(200, batch=2, **masks(200, 2))
+        for length in (1, 64, 65, 150):
+            # The gradient of the bias of a single tile is one number, a sum that may cancel.
+            options = {"with_bias": length != 64, "dropout_p": 0.2, "dropout_seed": SEED}
+            assert_call_matches(length, **options, **masks(length))
+        assert_call_matches(140, heads=2, span=60.0, is_causal=True, with_bias=True)
+        # Lists shared by batch rows, and columns that are added up in parts.
+        original = cuda.gradient_items
+        assert (original(random_layout(200, instance.query_block_size), 1).column_slots > 2).any()
+        monkeypatch.setattr(cuda, "gradient_items", lambda layout: original(layout, 1))
+        assert_call_matches(200, batch=2, **masks(200, 2))
 
 
 # What a compiler might get wrong: (regular expression, replacement, which of its matches).
@@ -159,13 +166,13 @@ def test_ptx_machine_catches(mutant, tmp_path, monkeypatch):
         return ptx[: match.start()] + match.expand(replacement) + ptx[match.end() :]
 
     library = build(tmp_path, Instance(1, 32, 64), 90, ["forward"], change)
-    use(library, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 1, 200, 32, generator=generator).bfloat16() for _ in range(3)]
     call = make_call(*tensors, SlidingWindow(90))
     expected, _ = reference_attention(make_call(*map(torch.Tensor.double, tensors), call.pattern))
     try:
-        output, _ = compiled_cuda.forward(operator_arguments(call))
+        with use(library, monkeypatch):
+            output, _ = cuda.forward(operator_arguments(call))
     except RuntimeError as error:
         assert mutant != "none" and str(error).startswith("forward: ")
         return

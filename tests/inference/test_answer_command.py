@@ -11,9 +11,9 @@ from adaptive_longformer import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForQuestionAnswering,
 )
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.testing import randomize_all_parameters
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer_command_line import main
 
 DOCUMENT = "The cat sat on the mat.\nThe dog ran after the bird. " * 10
 

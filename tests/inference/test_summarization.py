@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from adaptive_longformer.__main__ import main
 from adaptive_longformer.inference.summarization import summarize
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
     AdaptiveSparseForConditionalGeneration,
 )
 from adaptive_longformer.testing import tiny_model, tiny_seq2seq_model
+from adaptive_longformer_command_line import main
 
 DOCUMENT = " ".join(f"w{index % 50}" for index in range(300))
 

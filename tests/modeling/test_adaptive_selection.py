@@ -29,6 +29,7 @@ from adaptive_longformer.testing import (
     tiny_config,
     tiny_inputs,
     tiny_model,
+    vary_selection,
 )
 
 by_name = pytest.mark.parametrize("model_class", MODEL_CLASSES, ids=lambda cls: cls.__name__)
@@ -45,7 +46,7 @@ def operations_of(model, inputs):
 def test_without_strength_it_is_the_source_bit_for_bit(length, separate, tmp_path):
     source = tiny_model(separate_global_projections=separate)
     source.save_pretrained(tmp_path)
-    parts = {"router_rank": 2, "coarse_tail": True} if separate else {}
+    parts = {"router_rank": 2} if separate else {}
     model = AdaptiveSparseModel.from_pretrained(
         tmp_path, attention_pattern="adaptive", **parts
     ).eval()
@@ -85,7 +86,7 @@ def test_a_checkpoint_of_another_pattern_loads_by_configuration_alone(
     assert "adaptive" not in caplog.text
     for part in selections(model):
         assert (part.gate == 1).all() and (part.budget == 1).all() and (part.span == 1).all()
-        assert (part.strength, part.price) == (0.5, 0) and part.top_p == pytest.approx(0.95)
+        assert (part.strength, part.price) == (0.5, 0)
         assert part.head_budgets.min() > 1000 and part.head_windows.min() > 1000
 
 
@@ -96,7 +97,6 @@ def test_everything_learned_is_saved_and_loaded(tmp_path):
         part.price.fill_(0.125)
         part.head_budgets.fill_(3)
         part.head_windows.fill_(9)
-        part.top_p.fill_(0.5)
     model.save_pretrained(tmp_path)
     loaded = AdaptiveSparseForMaskedLM.from_pretrained(tmp_path).eval()
     assert loaded.config.selection_strength == 0.25
@@ -111,7 +111,7 @@ def test_what_the_caller_changes_wins_over_the_checkpoint(tmp_path):
     model = tiny_adaptive_model()
     model.set_selection_strength(0.25)
     model.save_pretrained(tmp_path)
-    changes = {"selection_strength": 0.5, "selection_top_p": 0.75, "num_selected_blocks": 6}
+    changes = {"selection_strength": 0.5, "num_selected_blocks": 6}
     config = AdaptiveSparseConfig.from_pretrained(tmp_path, **changes)
     for loaded in (
         AdaptiveSparseModel.from_pretrained(tmp_path, **changes),
@@ -120,7 +120,7 @@ def test_what_the_caller_changes_wins_over_the_checkpoint(tmp_path):
     ):
         assert loaded.config.selection_strength == 0.5
         for part in selections(loaded):
-            assert (part.strength, part.top_p) == (0.5, 0.75)
+            assert part.strength == 0.5
             part.budget.data.fill_(1.0)
             assert part.rank_limit().tolist() == [6] * 4
     # Nothing changed, but the two disagree, as after loading an older state.
@@ -162,7 +162,7 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
 )
 @pytest.mark.parametrize("start_nodes", [256, 2])
 def test_padding_changes_nothing(length, left, right, start_nodes):
-    model = tiny_adaptive_model(selection_start_nodes=start_nodes, selection_beam_width=2)
+    model = vary_selection(tiny_adaptive_model(), start_nodes=start_nodes, beam_width=2)
     assert_padding_changes_nothing(model, length, left, right)
 
 
@@ -181,7 +181,7 @@ def tiny_selection(**overrides):
     config = tiny_config(
         attention_pattern="adaptive", block_size=8, query_block_size=8, num_selected_blocks=4,
         num_attention_heads=2, hidden_size=8, attention_window=8, selection_strength=0.7,
-        selection_top_p=1.0, **overrides,
+        **overrides,
     )  # fmt: skip
     return AdaptiveSelection(config, 0).double()
 
@@ -211,7 +211,7 @@ def test_gradients_are_those_of_the_weights_at_and_beside_the_kinks(budget, span
 
     def loss():
         _, reads = part(query, key, state=state)
-        layout, bias, attention_span, _ = reads
+        layout, bias, attention_span = reads
         output = sparse_attention(
             query, key, value, layout, entry_bias=bias, span=attention_span, backend="blocked"
         )
@@ -446,7 +446,7 @@ def test_a_calibrated_window_ends_where_it_says_and_leaves_the_list(budget):
     part = tiny_selection(head_budgets=[[budget] * 2] * 2, head_windows=[[0, 4]] * 2)
     query, key = torch.randn(2, 1, 2, 60, 4, dtype=torch.float64)
     with torch.no_grad():
-        _, (layout, entry_bias, span, _) = part(query, key)
+        _, (layout, entry_bias, span) = part(query, key)
     assert part.window_limit().tolist() == [0, 4]
     near = ((layout.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)
     assert near[0].tolist() == [[1] * 8, [2] + [3] * 6 + [2]]

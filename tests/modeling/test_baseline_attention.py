@@ -22,7 +22,7 @@ HEADS = (
     AdaptiveSparseForSequenceClassification,
     AdaptiveSparseForTokenClassification,
 )
-SMALL = {"block_size": 16, "num_hashes": 2}
+SMALL = {"block_size": 16}
 # Every head once with a pattern, every pattern with at least two heads.
 PAIRS = [
     (head, pattern)

@@ -72,21 +72,21 @@ def masks_of(kind, batch, length):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "length", "window", "block_size", "query_block_size", "top_p", "sub_block_size"),
+    ("kind", "length", "window", "block_size", "query_block_size", "sub_block_size"),
     [
-        ("none", 203, 24, 16, 16, 1.0, 0),
-        ("none", 208, 40, 16, 32, 0.6, 2),
-        ("right", 230, 8, 16, 16, 0.8, 0),
-        ("holes", 331, 33, 32, 16, 1.0, 2),
-        ("global", 200, 24, 16, 16, 0.7, 16),
-        ("both", 257, 50, 16, 64, 0.9, 0),
-        ("both", 257, 50, 24, 24, 0.9, 8),
-        ("none", 11, 4, 16, 16, 0.9, 1),
-        ("none", 130, 1000, 16, 16, 0.9, 0),
+        ("none", 203, 24, 16, 16, 0),
+        ("none", 208, 40, 16, 32, 2),
+        ("right", 230, 8, 16, 16, 0),
+        ("holes", 331, 33, 32, 16, 2),
+        ("global", 200, 24, 16, 16, 16),
+        ("both", 257, 50, 16, 64, 0),
+        ("both", 257, 50, 24, 24, 8),
+        ("none", 11, 4, 16, 16, 1),
+        ("none", 130, 1000, 16, 16, 0),
     ],
 )
 def test_short_rows_choose_what_the_definition_chooses(
-    kind, length, window, block_size, query_block_size, top_p, sub_block_size, is_causal
+    kind, length, window, block_size, query_block_size, sub_block_size, is_causal
 ):
     query, key = random_keys(length)
     mask, is_global = masks_of(kind, 2, length)
@@ -94,7 +94,7 @@ def test_short_rows_choose_what_the_definition_chooses(
     pattern = SlidingWindow(window)
     selected = select_blocks(
         query, key, pattern, options, attention_mask=mask, global_mask=is_global,
-        is_causal=is_causal, top_p=top_p,
+        is_causal=is_causal,
     )  # fmt: skip
     for batch in range(2):
         for head in range(2):
@@ -105,7 +105,7 @@ def test_short_rows_choose_what_the_definition_chooses(
                     is_global=None if is_global is None else is_global[batch],
                     is_causal=is_causal,
                 )  # fmt: skip
-                expected = reference_choice(share, covered, 3, top_p)
+                expected = reference_choice(share, 3)
                 assert chosen(selected, batch, head, row) == expected
                 mass = selected.mass[batch, head, row, : len(expected)].tolist()
                 assert mass == pytest.approx([share[block] for block in expected])
@@ -121,7 +121,7 @@ def test_a_beam_that_drops_nothing_equals_the_exact_search(length, sub_block_siz
     wide = replace(exact, start_nodes=5, beam_width=1000)
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, 300:400] = False
-    where = {"attention_mask": mask, "is_causal": is_causal, "top_p": 0.9}
+    where = {"attention_mask": mask, "is_causal": is_causal}
     expected = select_blocks(query, key, SlidingWindow(30), exact, **where)
     actual = select_blocks(query, key, SlidingWindow(30), wide, **where)
     assert wide.start_level(-(-length // 16)) == 3
@@ -223,12 +223,12 @@ def test_padding_on_the_right_changes_no_choice(amount, start_nodes, is_causal):
     query, key = random_keys(331)
     options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=4)
     window = SlidingWindow(20)
-    expected = select_blocks(query, key, window, options, top_p=0.9, is_causal=is_causal)
+    expected = select_blocks(query, key, window, options, is_causal=is_causal)
     mask = pad(torch.ones(2, 331, dtype=torch.bool), 0, amount, 1)
     mask[:, 331:] = False
     padded = select_blocks(
         pad(query, 0, amount, 2), pad(key, 0, amount, 2), window, options, attention_mask=mask,
-        top_p=0.9, is_causal=is_causal,
+        is_causal=is_causal,
     )  # fmt: skip
     rows = expected.counts.shape[2]
     assert torch.equal(padded.counts[:, :, :rows], expected.counts)
@@ -263,7 +263,7 @@ def test_nothing_that_is_looked_up_changes_a_choice(kind, num_global_blocks, mon
         results.append(
             select_blocks(
                 query, key, SlidingWindow(20), options, attention_mask=mask,
-                global_mask=is_global, max_global_tokens=30, top_p=0.9,
+                global_mask=is_global, max_global_tokens=30,
                 global_directions=directions,
             )
         )  # fmt: skip
@@ -293,7 +293,7 @@ def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, start_no
     options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=2)
     is_global = torch.zeros(1, 512, dtype=torch.bool)
     is_global[:, [0, 300]] = True
-    where = {"global_mask": is_global, "is_causal": True, "top_p": 0.9}
+    where = {"global_mask": is_global, "is_causal": True}
     before = select_blocks(query, key, SlidingWindow(10), options, **where)
     query[:, :, token] += 3.0
     key[:, :, token] -= 5.0
@@ -327,7 +327,7 @@ def test_the_last_queries_alone_choose_as_in_the_whole(start_nodes, length, give
     mask, is_global = masks_of("both", 2, length)
     options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
     where = {
-        "attention_mask": mask, "global_mask": is_global, "is_causal": True, "top_p": 0.9,
+        "attention_mask": mask, "global_mask": is_global, "is_causal": True,
     }  # fmt: skip
     whole = select_blocks(query, key, SlidingWindow(10), options, **where)
     last = select_blocks(query[:, :, -given:], key, SlidingWindow(10), options, **where)

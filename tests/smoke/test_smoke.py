@@ -24,7 +24,7 @@ from transformers import (
 
 import adaptive_longformer
 from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseModel
-from adaptive_longformer.attention.kernels.load import SOURCES
+from adaptive_longformer.attention.kernels.build import SOURCES
 
 SIZES = dict(
     vocab_size=50,

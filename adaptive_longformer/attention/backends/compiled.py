@@ -8,7 +8,13 @@ from adaptive_longformer.attention.backends import cpp as compiled_cpu
 from adaptive_longformer.attention.backends import cuda as compiled_cuda
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.kernels.cuda_launches import shared_memory_bytes
+from adaptive_longformer.attention.kernels.cuda_launches import (
+    ELEMENT_TYPES,
+    HEAD_DIMS,
+    KEY_BLOCK_SIZE,
+    QUERY_BLOCK_SIZES,
+    shared_memory_bytes,
+)
 from adaptive_longformer.attention.kernels.load import until_forgotten, why_unavailable
 from adaptive_longformer.attention.operator import (
     DEFAULT_BLOCK_SIZE,
@@ -37,15 +43,12 @@ def cuda_supports(call: AttentionCall) -> str | None:
     query, layout = call.query, call.layout
     if query.device.type != "cuda":
         return f"tensors are on {query.device}, the kernel is for CUDA devices"
-    if query.dtype not in compiled_cuda.ELEMENT_TYPES:
+    if query.dtype not in ELEMENT_TYPES:
         return f"{query.dtype} is not one of bfloat16 and float16"
-    if query.shape[3] not in compiled_cuda.HEAD_DIMS:
-        return f"head_dim {query.shape[3]} is not one of {compiled_cuda.HEAD_DIMS}"
+    if query.shape[3] not in HEAD_DIMS:
+        return f"head_dim {query.shape[3]} is not one of {HEAD_DIMS}"
     query_block, key_block = block_sizes(call)
-    if (
-        query_block not in compiled_cuda.QUERY_BLOCK_SIZES
-        or key_block != compiled_cuda.KEY_BLOCK_SIZE
-    ):
+    if query_block not in QUERY_BLOCK_SIZES or key_block != KEY_BLOCK_SIZE:
         return f"blocks of {query_block} x {key_block} tokens, 64 x 64 or 128 x 64 is needed"
     if max(query.shape[:2]) > _MOST_REPEATS:
         return (

@@ -5,14 +5,13 @@ waiting for it, and fills their argument struct.
 import ctypes
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 import torch
 
 from adaptive_longformer.attention.global_rows import pack_global_tokens
 from adaptive_longformer.attention.kernels.cuda_launches import (
+    ELEMENT_TYPES,
     KEY_BLOCK_SIZE,
-    Instance,
     Launch,
     backward_launches,
     forward_launches,
@@ -24,12 +23,6 @@ from adaptive_longformer.attention.operator import OperatorArguments
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
 from adaptive_longformer.patterns.pattern import pattern_from_spec
 
-ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
-HEAD_DIMS = (32, 64, 96, 128)
-QUERY_BLOCK_SIZES = (64, 128)
-INSTANCES = [
-    Instance(*values) for values in product(ELEMENT_TYPES.values(), HEAD_DIMS, QUERY_BLOCK_SIZES)
-]
 # A column of the transposed lists with more entries than this is split into items of so many, whose
 # sums are added in a fixed order: a block that everyone reads would keep one processor busy alone.
 _ITEM_ENTRIES = 64

@@ -1,93 +1,294 @@
-"""The folder that compiled kernels are kept in: where it is, who may write to it, and its locks."""
+"""The folder that compiled kernels are kept in: where it is, and how its files are made, locked,
+checked and opened.
+
+Every file has a folder of its own, which appears under its name when all of it is on the disk. The
+file `done` beside it records its SHA-256, size and name, and what is opened is compared with that:
+a file that was cut or changed would end the process that runs it.
+"""
 
 import contextlib
+import hashlib
 import logging
 import os
-import platform
-import stat
+import re
+import shutil
+import socket
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple, TextIO
+
+from adaptive_longformer.attention.kernels.trust import (
+    UntrustedError,
+    check_folder,
+    check_path,
+    open_trusted,
+)
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 600.0
+# Seconds that a process waits for another one, and after how many of them it says so.
+LOCK_TIMEOUT = 300.0
+LOCK_PATIENCE = 5.0
+_DONE = "done"
+_RECORD = re.compile(rb"([0-9a-f]{64}) (\d{1,15}) (\w[\w.-]{0,99})\n")
+_LONGEST_RECORD = 200
+_REMEDY = "ADAPTIVE_LONGFORMER_CACHE names a folder that {}"
 
 
-class ExtensionUnavailableError(RuntimeError):
+class KernelsUnavailableError(RuntimeError):
     """The compiled kernels cannot be used here; the message says why."""
 
 
+class UnusableError(Exception):
+    """What a folder of the cache holds is damaged or could be from others; the message says why."""
+
+
+class CachedFile(NamedTuple):
+    """A file of the cache that was opened and checked.
+
+    Attributes:
+        path: where it lies.
+        file: the opened file, which nobody can exchange.
+        sha256: what was recorded, and what it has.
+    """
+
+    path: Path
+    file: BinaryIO
+    sha256: str
+
+    def why_trusted(self) -> str:
+        """The file and what was checked of it."""
+        status = os.fstat(self.file.fileno())
+        return (
+            f"{self.path}: owner {status.st_uid}, mode {status.st_mode & 0o7777:o}, "
+            f"{status.st_size} bytes and SHA-256 {self.sha256[:12]} as recorded, closed to others "
+            "up to the root"
+        )
+
+
 def cache_folder() -> Path:
-    """The folder of all builds; ADAPTIVE_LONGFORMER_CACHE names another one.
+    """The folder of all builds, without links; ADAPTIVE_LONGFORMER_CACHE names another one.
 
     Raises:
-        ExtensionUnavailableError: none is named, and this user has no home.
+        KernelsUnavailableError: none is named, and this user has no home.
     """
-    if cache := os.environ.get("ADAPTIVE_LONGFORMER_CACHE"):
-        return Path(cache)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "adaptive_longformer"
-    try:
-        return Path.home() / ".cache" / "adaptive_longformer"
-    except RuntimeError as error:
-        raise ExtensionUnavailableError(
-            f"{error}; ADAPTIVE_LONGFORMER_CACHE names a folder that can be written"
-        ) from error
+    if not (cache := os.environ.get("ADAPTIVE_LONGFORMER_CACHE")):
+        try:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError as error:
+            raise KernelsUnavailableError(f"{error}; {_REMEDY.format('can be written')}") from error
+        cache = Path(base) / "adaptive_longformer"
+    with named_os_errors():
+        return Path(os.path.realpath(cache))
 
 
 def kernels_mode() -> str:
     """What ADAPTIVE_LONGFORMER_KERNELS allows: "on" or "cached".
 
     Raises:
-        ExtensionUnavailableError: it is "off", or a word without a meaning.
+        KernelsUnavailableError: it is "off", or a word without a meaning.
     """
     mode = os.environ.get("ADAPTIVE_LONGFORMER_KERNELS", "on")
     if mode == "off":
-        raise ExtensionUnavailableError("ADAPTIVE_LONGFORMER_KERNELS is 'off'")
+        raise KernelsUnavailableError("ADAPTIVE_LONGFORMER_KERNELS is 'off'")
     if mode not in ("on", "cached"):
-        raise ExtensionUnavailableError(
+        raise KernelsUnavailableError(
             f"ADAPTIVE_LONGFORMER_KERNELS is {mode!r}, 'on', 'cached' or 'off' is allowed"
         )
     return mode
 
 
-def refuse_unsafe_folder(folder: Path) -> None:
-    """Raises unless only its owner, this user or root, can put code there."""
-    for path in (folder, *folder.resolve().parents):
-        status = path.stat()
-        is_sticky_parent = path != folder and status.st_mode & stat.S_ISVTX
-        if status.st_mode & stat.S_IWOTH and not is_sticky_parent:
-            raise ExtensionUnavailableError(
-                f"every user can write to {path}, and code from {folder} would be run"
-            )
-    if folder.stat().st_uid not in (os.geteuid(), 0):
-        raise ExtensionUnavailableError(f"{folder} belongs to another user")
+def find(folder: Path) -> CachedFile | None:
+    """The file of a folder of the cache, opened; None if there is none yet.
+
+    Raises:
+        UnusableError: it is damaged, or it or its folder could be from others.
+        KernelsUnavailableError: others could change the cache, or it cannot be read.
+    """
+    with named_os_errors():
+        if not folder.parent.exists():
+            return None
+        _check_cache(folder.parent)
+    try:
+        check_path(folder)
+        with open_trusted(folder / _DONE) as file:
+            record = _RECORD.fullmatch(file.read(_LONGEST_RECORD))
+    except FileNotFoundError:
+        return None
+    except (OSError, UntrustedError) as error:
+        raise UnusableError(str(error)) from error
+    if record is None:
+        raise UnusableError(f"{folder / _DONE} is damaged")
+    sha256, size, name = (group.decode() for group in record.groups())
+    path = folder / name
+    try:
+        file = open_trusted(path)
+    except (OSError, UntrustedError) as error:
+        raise UnusableError(str(error)) from error
+    is_whole = os.fstat(file.fileno()).st_size == int(size)
+    if is_whole and hashlib.sha256(file.read()).hexdigest() == sha256:
+        file.seek(0)
+        return CachedFile(path, file, sha256)
+    file.close()
+    raise UnusableError(f"{path} is damaged: it is not what was built")
+
+
+def why_not_cached(folder: Path) -> str | None:
+    """None if a folder of the cache holds a file that may be used, else why not.
+
+    Raises:
+        KernelsUnavailableError: as `find`.
+    """
+    try:
+        found = find(folder)
+    except UnusableError as error:
+        return str(error)
+    if found is None:
+        return f"{folder} holds no finished build"
+    found.file.close()
+    return None
+
+
+def find_or_make(folder: Path, make: Callable[[Path], str]) -> CachedFile:
+    """The file of a folder of the cache, made now if there is none that may be used.
+
+    Args:
+        folder: its name stands for all that the file depends on.
+        make: makes the file in an empty folder and returns its name.
+
+    Raises:
+        KernelsUnavailableError: it cannot be made, or not be kept safely; with the reason.
+    """
+    with contextlib.suppress(UnusableError):
+        if (found := find(folder)) is not None:
+            return found
+    if kernels_mode() == "cached":
+        raise KernelsUnavailableError(
+            f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {why_not_cached(folder)}"
+        )
+    with named_os_errors():
+        missing = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(mode=0o700, exist_ok=True)
+        _check_cache(folder.parent)
+        with locked(folder) as is_locked:
+            try:
+                # Another process may have made it while this one waited.
+                if (found := find(folder)) is not None:
+                    return found
+            except UnusableError as error:
+                logger.warning("%s; it is built anew", error)
+            prefix = f"{folder.name}.unfinished-"
+            if is_locked:
+                # What killed builders left.
+                for path in folder.parent.glob(f"{prefix}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+            try:
+                return _make(folder, unfinished, make)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _make(folder: Path, unfinished: Path, make: Callable[[Path], str]) -> CachedFile:
+    """Makes the file of a folder in another one, opens it, and gives that the folder's name."""
+    _record(unfinished, make(unfinished))
+    try:
+        made = find(unfinished)
+    except UnusableError as error:
+        raise KernelsUnavailableError(str(error)) from error
+    assert made is not None
+    replaced = unfinished.with_name(f"{unfinished.name}-replaced")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, replaced)
+    # Where there are no locks, another process may have come first; its file is as good.
+    with contextlib.suppress(OSError):
+        os.rename(unfinished, folder)
+        _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return made._replace(path=folder / made.path.name)
+
+
+def _record(folder: Path, name: str) -> None:
+    """Writes the record of a file when the file is on the disk."""
+    with open(folder / name, "rb") as file:
+        os.fchmod(file.fileno(), 0o600)  # whatever the umask and the linker made it
+        content = file.read()
+        os.fsync(file.fileno())
+    with open(folder / _DONE, "xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(f"{hashlib.sha256(content).hexdigest()} {len(content)} {name}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Not every file system does that with folders.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        check_folder(folder)
+    except UntrustedError as error:
+        raise KernelsUnavailableError(
+            f"code from {folder} could be of others: {error}; "
+            + _REMEDY.format("only you can write to")
+        ) from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a build's folder, which the system releases if this process dies."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise ExtensionUnavailableError(f"no file locks on {platform.system()}") from error
-    with open(f"{folder}.lock", "w") as file:
-        deadline, is_announced = time.monotonic() + LOCK_TIMEOUT, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not is_announced:
-                    logger.info("Waiting for another process that builds in %s", folder)
-                    is_announced = True
-                if time.monotonic() > deadline:
-                    raise ExtensionUnavailableError(
-                        f"another process has held {folder}.lock for {LOCK_TIMEOUT:.0f} seconds"
-                    ) from None
-                time.sleep(0.1)
-        yield
+def locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, which the system releases if this process dies.
+
+    Yields:
+        False if the file system has no locks: then two processes may do the same work.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(f"{folder}.lock", flags, 0o600)
+    with open(descriptor, "r+", errors="replace") as file:
+        is_locked = _wait_for_lock(file, folder)
+        if is_locked:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield is_locked
+
+
+def _wait_for_lock(file: TextIO, folder: Path) -> bool:
+    import fcntl  # not on every system
+
+    started, is_told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            waited = time.monotonic() - started
+        except OSError as error:
+            logger.info("%s.lock cannot be locked: %s", folder, error)
+            return False
+        file.seek(0)
+        if waited > LOCK_TIMEOUT:
+            raise KernelsUnavailableError(
+                f"{file.read(200) or 'another process'} has held {folder}.lock for "
+                f"{LOCK_TIMEOUT:.0f} seconds"
+            )
+        if waited > LOCK_PATIENCE and not is_told:
+            logger.warning(
+                "Waiting for %s, which builds %s, for up to %.0f seconds",
+                file.read(200) or "another process", folder, LOCK_TIMEOUT,
+            )  # fmt: skip
+            is_told = True
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -96,6 +297,4 @@ def named_os_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExtensionUnavailableError(
-            f"{error}; ADAPTIVE_LONGFORMER_CACHE names a folder that can be written"
-        ) from error
+        raise KernelsUnavailableError(f"{error}; {_REMEDY.format('can be written')}") from error

@@ -3,7 +3,7 @@
 import ctypes
 from typing import Any
 
-from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
 from adaptive_longformer.attention.kernels.cuda_launches import Launch
 
 LIBRARY = "libcuda.so.1"
@@ -16,14 +16,30 @@ class CudaDriver:
     """The loaded driver.
 
     Raises:
-        ExtensionUnavailableError: there is none.
+        KernelsUnavailableError: there is none.
     """
 
     def __init__(self) -> None:
         try:
             self._library = ctypes.CDLL(LIBRARY)
         except OSError as error:
-            raise ExtensionUnavailableError(f"no CUDA driver: {error}") from error
+            raise KernelsUnavailableError(f"no CUDA driver: {error}") from error
+
+    def ensure_context(self, device: int) -> None:
+        """Gives this thread the context that torch uses, if it has none, as autograd's may.
+
+        Args:
+            device: index of the current device.
+
+        Raises:
+            RuntimeError: with what the driver says.
+        """
+        library, context = self._library, ctypes.c_void_p()
+        self._check(library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+        if context.value is None:
+            retained = library.cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device))
+            self._check(retained, "cuDevicePrimaryCtxRetain")
+            self._check(library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
     def load(self, cubin: bytes) -> ctypes.c_void_p:
         """Machine code as a module of the current device; it stays there for the process.
@@ -34,6 +50,19 @@ class CudaDriver:
         module = ctypes.c_void_p()
         self._check(self._library.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         return module
+
+    def size_of(self, module: ctypes.c_void_p, variable: str) -> int:
+        """The bytes of a variable of a module.
+
+        Raises:
+            RuntimeError: there is no such variable.
+        """
+        address, size = ctypes.c_void_p(), ctypes.c_size_t()
+        found = self._library.cuModuleGetGlobal_v2(
+            ctypes.byref(address), ctypes.byref(size), module, variable.encode()
+        )
+        self._check(found, variable)
+        return size.value
 
     def function(self, module: ctypes.c_void_p, name: str, shared_memory: int) -> ctypes.c_void_p:
         """A kernel of a module, allowed to use so many bytes of shared memory.

@@ -3,12 +3,18 @@ every way in which the kernels were compiled.
 """
 
 import ctypes
+from itertools import product
 from typing import Any, NamedTuple
+
+import torch
 
 # In the order of `KernelName` in csrc/cuda/launch.cuh.
 KERNELS = ("forward", "row_sums", "grad_keys", "add_parts", "grad_queries")
 # These do not depend on head_dim and query block.
 _BY_TYPE = ("row_sums", "add_parts")
+ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+HEAD_DIMS = (32, 64, 96, 128)
+QUERY_BLOCK_SIZES = (64, 128)
 KEY_BLOCK_SIZE = 64
 _QUERY_PART = 64
 _ROW_SUM_WARPS = 4
@@ -28,6 +34,11 @@ class Instance(NamedTuple):
         """The instance of a kernel as C++ writes it."""
         parameters = self[:1] if kernel in _BY_TYPE else self
         return f"adaptive::{kernel}_kernel<{', '.join(map(str, parameters))}>"
+
+
+INSTANCES = [
+    Instance(*values) for values in product(ELEMENT_TYPES.values(), HEAD_DIMS, QUERY_BLOCK_SIZES)
+]
 
 
 class Launch(ctypes.Structure):

@@ -3,27 +3,25 @@
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from adaptive_longformer.attention.kernels.cache import ExtensionUnavailableError
+from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
 
 # Functions that say nothing are of the device: for NVRTC there is no host.
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
 
 
-class CompiledProgram:
-    """Machine code and the names that its kernels have there.
-
-    Attributes:
-        cubin: for one architecture.
-        names: of every kernel that was asked for, by its C++ expression.
+class CompiledProgram(NamedTuple):
+    """Machine code for one architecture, and the names that its kernels have there, by their C++
+    expressions.
     """
 
-    def __init__(self, cubin: bytes, names: dict[str, str]) -> None:
-        self.cubin, self.names = cubin, names
+    cubin: bytes
+    names: dict[str, str]
 
 
 class Nvrtc:
@@ -53,7 +51,7 @@ class Nvrtc:
             architecture: such as "sm_90".
 
         Raises:
-            ExtensionUnavailableError: with the first error of the compiler.
+            KernelsUnavailableError: with the first error of the compiler.
         """
         library, program = self._library, ctypes.c_void_p()
         created = library.nvrtcCreateProgram(
@@ -70,7 +68,7 @@ class Nvrtc:
                 program, ctypes.c_int(len(options)), _strings(options)
             )
             if error != 0:
-                raise ExtensionUnavailableError(
+                raise KernelsUnavailableError(
                     f"NVRTC {self.version[0]}.{self.version[1]} does not compile for "
                     f"{architecture}: {self._first_error(program) or self._text(error)}"
                 )
@@ -107,7 +105,7 @@ class Nvrtc:
 
     def _check(self, error: int, what: str) -> None:
         if error != 0:
-            raise ExtensionUnavailableError(f"NVRTC: {what}: {self._text(error)}")
+            raise KernelsUnavailableError(f"NVRTC: {what}: {self._text(error)}")
 
 
 def find_nvrtc(cuda_version: str | None) -> Nvrtc:
@@ -117,7 +115,7 @@ def find_nvrtc(cuda_version: str | None) -> Nvrtc:
         cuda_version: such as torch.version.cuda; None takes any NVRTC.
 
     Raises:
-        ExtensionUnavailableError: none was found.
+        KernelsUnavailableError: none was found.
     """
     major = None if cuda_version is None else cuda_version.split(".")[0]
     for path in _candidates(major):
@@ -129,7 +127,7 @@ def find_nvrtc(cuda_version: str | None) -> Nvrtc:
         except OSError:
             continue
     wanted = "libnvrtc" if major is None else f"libnvrtc.so.{major}"
-    raise ExtensionUnavailableError(f"no NVRTC: {wanted} was not found")
+    raise KernelsUnavailableError(f"no NVRTC: {wanted} was not found")
 
 
 def _candidates(major: str | None) -> Iterator[str]:
@@ -149,7 +147,7 @@ def _candidates(major: str | None) -> Iterator[str]:
     yield "libnvrtc.so" if major is None else f"libnvrtc.so.{major}"
 
 
-def _strings(values) -> ctypes.Array:
+def _strings(values: Iterable[str]) -> ctypes.Array:
     """An array of C strings."""
     encoded = [value.encode() for value in values]
     return (ctypes.c_char_p * len(encoded))(*encoded)

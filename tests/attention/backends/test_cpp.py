@@ -16,7 +16,7 @@ from adaptive_longformer.attention import AttentionSpan, explain_backends, spars
 from adaptive_longformer.attention.backends.compiled import compiled_attention, run_compiled
 from adaptive_longformer.attention.backends.cpp import _Arguments
 from adaptive_longformer.attention.functional import make_call
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels.build import SOURCES
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.patterns import (
     BlockLayout,
@@ -29,6 +29,7 @@ from adaptive_longformer.patterns import (
     block_layout,
 )
 from adaptive_longformer.patterns.block_layout import window_layout
+from adaptive_longformer.testing import use_library
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SEED = torch.tensor(-987654321012345)
@@ -209,22 +210,22 @@ def test_any_number_of_threads_matches_reference(threads):
 
 
 @pytest.mark.parametrize("floats,options", [(4, []), (16, ["-march=native"])], ids=["4", "16"])
-def test_other_vector_widths_match_reference(floats, options, tmp_path, monkeypatch):
+def test_other_vector_widths_match_reference(floats, options, tmp_path):
     """What a machine without AVX or with AVX-512 would build; the compiler splits wide vectors."""
     library = tmp_path / "kernel.so"
     torch_libraries = Path(torch.__file__).parent / "lib"
-    sources = [str(path) for path in (extension.SOURCES / "cpu").glob("*.cpp")]
+    sources = [str(path) for path in (SOURCES / "cpu").glob("*.cpp")]
     subprocess.run(
         [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi",
          *options, f"-DVECTOR_FLOATS={floats}", *sources, f"-L{torch_libraries}", "-ltorch_cpu",
          "-lc10", "-o", str(library)],
         check=True,
     )  # fmt: skip
-    monkeypatch.setattr(extension, "_loaded", {"cpu": ctypes.CDLL(str(library))})
     layout = random_layout(203, SlidingWindow(60, 45), heads=3)
     options = {"dropout_p": 0.1, "dropout_seed": SEED}
-    compare(layout, 2, 3, 203, 24, span=40.0, with_bias=True, **options)
-    compare(layout, 2, 3, 203, 24, torch.bfloat16, is_causal=True, **options)
+    with use_library("cpu", ctypes.CDLL(str(library))):
+        compare(layout, 2, 3, 203, 24, span=40.0, with_bias=True, **options)
+        compare(layout, 2, 3, 203, 24, torch.bfloat16, is_causal=True, **options)
 
 
 def run_once(length=300, **options):

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from adaptive_longformer.attention.backends import compiled, flex
 from adaptive_longformer.attention.backends.blocked import run_blocked
 from adaptive_longformer.attention.backends.self_test import why_wrong
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels import load
 
 CPU = torch.device("cpu")
 
@@ -70,16 +70,15 @@ def test_missing_memory_says_nothing_of_a_kernel():
     ],
     ids=["flex", "cuda"],
 )
-def test_forgetting_has_a_gpu_checked_again(monkeypatch, backend, check, arguments):
+def test_forgetting_has_a_gpu_checked_again(no_library, monkeypatch, backend, check, arguments):
     gpu = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=2**18)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(compiled, "why_unavailable", lambda kind: None)
-    monkeypatch.setattr(extension, "_loaded", {})
     answers = iter(["it failed", None])
     monkeypatch.setattr(backend, "why_wrong", lambda *_: next(answers))
     why_not = getattr(backend, check)
-    extension.forget()
+    load.forget()
     assert [why_not(*arguments) for _ in range(2)] == ["it failed"] * 2
-    extension.forget()
+    load.forget()
     assert [why_not(*arguments) for _ in range(2)] == [None] * 2
-    extension.forget()
+    load.forget()

@@ -1,114 +1,123 @@
-"""Whatever happens while the kernels are built, the process ends up with a backend and a reason."""
+"""Whatever happens while the kernels are built or loaded, the process ends up with a backend and a
+reason.
+"""
 
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
+from adaptive_longformer import doctor
 from adaptive_longformer.attention import explain_backends, sparse_attention
-from adaptive_longformer.attention.kernels import cache as kernel_cache
-from adaptive_longformer.attention.kernels import load as extension
+from adaptive_longformer.attention.kernels import build, load
 from adaptive_longformer.patterns import SlidingWindow
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None or sys.platform == "win32", reason="no C++ compiler (c++)"
 )
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from adaptive_longformer.attention.kernels import load as extension
-extension.SOURCES = Path(sys.argv[1])
-print(extension.kernel_library("cpu").answer())
-"""
 # Four processes, for which the slow imports are done once.
 AT_ONCE = """
 import os
 import sys
 from pathlib import Path
-from adaptive_longformer.attention.kernels import load as extension
-extension.SOURCES = Path(sys.argv[1])
+from adaptive_longformer.attention.kernels import build, load
+build.SOURCES = Path(sys.argv[1])
 children = []
 while len(children) < 3 and 0 not in children:
     children.append(os.fork())
-os.write(1, f"{extension.kernel_library('cpu').answer()} ".encode())
+os.write(1, f"{load.kernel_library('cpu').answer()} ".encode())
 if 0 not in children:
     for child in children:
         os.waitpid(child, 0)
 """
 
 
-def start_process(sandbox, script=SCRIPT):
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(sandbox / "csrc")], stdout=subprocess.PIPE, text=True
-    )
+def answer():
+    """The kernels as a new process would find them."""
+    load.forget()
+    return load.kernel_library("cpu").answer()
+
+
+def source(sandbox):
+    return sandbox / "csrc" / "cpu" / "answer.cpp"
 
 
 def test_builds_once_and_then_loads(sandbox, monkeypatch):
-    assert extension.kernel_library("cpu").answer() == 42
-    folder = extension.build_folder("cpu")
-    assert folder.stat().st_mode & 0o777 == 0o700
+    assert answer() == 42
+    folder = build.library_folder("cpu")
     built = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
-    extension.forget()
     monkeypatch.setenv("ADAPTIVE_LONGFORMER_KERNELS", "cached")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert extension.kernel_library("cpu").answer() == 42
+    assert answer() == 42
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == built
 
 
-def test_other_sources_get_another_folder(sandbox):
-    before = extension.build_folder("cpu")
-    (sandbox / "csrc" / "cpu" / "answer.cpp").write_text('extern "C" int answer() { return 43; }')
-    assert extension.build_folder("cpu") != before
-
-
-def test_a_killed_build_is_repeated(sandbox):
-    folder = extension.build_folder("cpu")
-    folder.mkdir(parents=True, mode=0o700)
-    (folder / "lock").touch()  # torch's own, left by a killed builder: it would wait for ever
-    (folder / "adaptive_longformer_cpu_0.so").write_text("half a library")
-    (folder.parent / f"{folder.name}.lock").touch()
-    assert extension.kernel_library("cpu").answer() == 42
+def test_two_versions_share_a_cache(sandbox):
+    """Each is built once and finds its own, also when both are loaded by one process."""
+    versions = [source(sandbox).read_text(), 'extern "C" int answer() { return 43; }']
+    for _ in range(2):
+        for version, expected in zip(versions, (42, 43), strict=True):
+            source(sandbox).write_text(version)
+            assert answer() == expected
+    assert len(list((sandbox / "cache").glob("cpu-*/done"))) == 2
 
 
 def test_processes_that_build_at_once_all_get_the_library(sandbox):
-    process = start_process(sandbox, AT_ONCE)
-    assert process.communicate(timeout=100)[0].split() == ["42"] * 4
+    command = [sys.executable, "-c", AT_ONCE, str(sandbox / "csrc")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert run.stdout.split() == ["42"] * 4
 
 
-def test_a_lock_dies_with_its_holder(sandbox):
-    folder = extension.build_folder("cpu")
-    folder.parent.mkdir(mode=0o700)
-    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2)"
-    hold += "; print('held', flush=True); time.sleep(99)"
-    command = [sys.executable, "-c", hold, f"{folder}.lock"]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    process = start_process(sandbox)
-    time.sleep(0.5)
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
-    assert process.communicate(timeout=100)[0].strip() == "42"
+@pytest.mark.parametrize("change", ["cut", "flipped"])
+def test_a_damaged_library_is_built_anew_instead_of_ending_the_process(sandbox, caplog, change):
+    assert answer() == 42
+    library = build.library_folder("cpu") / "kernels.so"
+    # Not changed in place, since this process has it mapped.
+    content = library.read_bytes()
+    library.unlink()
+    if change == "flipped":
+        content = (
+            content[:4000] + bytes(byte ^ 0xFF for byte in content[4000:4040]) + content[4040:]
+        )
+    library.write_bytes(content[:4096] if change == "cut" else content)
+    library.chmod(0o600)
+    with caplog.at_level(logging.WARNING):
+        assert answer() == 42
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{library} is damaged: it is not what was built; it is built anew"
+    ]
 
 
-def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
-    import fcntl
+def test_what_is_loaded_is_what_was_checked(sandbox, monkeypatch):
+    """A file that takes the library's name between check and load is not run."""
+    assert answer() == 42
+    other = sandbox / "other"
+    other.mkdir()
+    source(sandbox).write_text('extern "C" int answer() { return 666; }')
+    build.build_library("cpu", other)
+    source(sandbox).write_text('extern "C" int answer() { return 42; }')
+    find_or_make = load.find_or_make
 
-    monkeypatch.setattr(kernel_cache, "LOCK_TIMEOUT", 0.2)
-    folder = extension.build_folder("cpu")
-    folder.parent.mkdir(mode=0o700)
-    with open(f"{folder}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process has held" in (extension.why_unavailable("cpu") or "")
+    def find_and_exchange(folder, make):
+        found = find_or_make(folder, make)
+        os.replace(other / "kernels.so", found.path)
+        return found
+
+    monkeypatch.setattr(load, "find_or_make", find_and_exchange)
+    assert answer() == 42
+
+
+def test_a_library_that_lacks_a_symbol_is_a_reason(sandbox):
+    source(sandbox).write_text('extern "C" { int missing(); int answer() { return missing(); } }')
+    reason = load.why_unavailable("cpu") or ""
+    folder = build.library_folder("cpu")
+    assert "missing" in reason and f"deleting {folder} builds it anew" in reason
 
 
 @pytest.mark.parametrize(
@@ -119,13 +128,17 @@ def test_a_lock_that_is_never_released_times_out(sandbox, monkeypatch):
         ("ADAPTIVE_LONGFORMER_KERNELS", "yes", "'on', 'cached' or 'off' is allowed"),
         ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler was not found"),
         ("CXX", "", "no C++ compiler: an empty CXX was not found"),
-        ("CXX", "false", "the build failed"),
+        ("CXX", "c++ 'unfinished", 'CXX is "c++ \'unfinished"'),
+        ("CXX", "false", "the build failed: Command '['false'"),
         ("ADAPTIVE_LONGFORMER_CACHE", "/proc/nowhere", "names a folder that can be written"),
+        ("ADAPTIVE_LONGFORMER_CACHE", "/tmp", "every user can write to /tmp"),
     ],
 )
 def test_each_obstacle_is_named_and_another_backend_runs(
     sandbox, monkeypatch, caplog, variable, value, reason
 ):
+    if value == "/tmp" and not os.stat("/tmp").st_mode & 0o002:
+        pytest.skip("nobody else can write to /tmp here")
     monkeypatch.setenv(variable, value)
     query = torch.randn(1, 1, 1000, 8)
     with caplog.at_level(logging.WARNING):
@@ -139,23 +152,11 @@ def test_each_obstacle_is_named_and_another_backend_runs(
         sparse_attention(query, query, query, SlidingWindow(8), backend="cpp")
 
 
-def test_a_source_that_does_not_compile_is_named(sandbox):
-    (sandbox / "csrc" / "cpu" / "answer.cpp").write_text("int answer( { }")
-    assert "error" in (extension.why_unavailable("cpu") or "")
-    assert not (extension.build_folder("cpu") / "done").exists()
-
-
-def test_a_cache_that_everybody_can_write_to_is_refused(sandbox):
-    cache = sandbox / "cache"
-    cache.mkdir()
-    cache.chmod(0o777)
-    assert "every user can write to" in (extension.why_unavailable("cpu") or "")
-    cache.chmod(0o700)
-    extension.forget()
-    assert extension.kernel_library("cpu").answer() == 42
-    extension.build_folder("cpu").chmod(0o777)
-    extension.forget()
-    assert "every user can write to" in (extension.why_unavailable("cpu") or "")
+def test_a_failed_build_leaves_nothing(sandbox):
+    source(sandbox).write_text("int answer( { }")
+    assert "error" in (load.why_unavailable("cpu") or "")
+    folder = build.library_folder("cpu")
+    assert [path.name for path in folder.parent.iterdir()] == [f"{folder.name}.lock"]
 
 
 def test_a_user_without_a_home_is_told_to_name_a_folder(sandbox, monkeypatch):
@@ -165,17 +166,15 @@ def test_a_user_without_a_home_is_told_to_name_a_folder(sandbox, monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setenv("ADAPTIVE_LONGFORMER_CACHE", "")  # as good as not set
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    reason = extension.why_unavailable("cpu") or ""
+    reason = load.why_unavailable("cpu") or ""
     assert "home directory" in reason and "ADAPTIVE_LONGFORMER_CACHE" in reason
 
 
 def test_a_read_only_cache_is_named(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o500)
-    script = (
-        "from adaptive_longformer.attention import extension as e; print(e.why_unavailable('cpu'))"
-    )
-    command = [sys.executable, "-c", script]
+    script = "from adaptive_longformer.attention.kernels import load; "
+    command = [sys.executable, "-c", script + "print(load.why_unavailable('cpu'))"]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
             pytest.skip("root can write everywhere, and there is no setpriv to take that away")
@@ -186,34 +185,9 @@ def test_a_read_only_cache_is_named(tmp_path):
 
 
 def test_cuda_kernels_need_a_torch_with_cuda(sandbox):
-    shutil.copytree(sandbox / "csrc" / "cpu", sandbox / "csrc" / "cuda")
     if torch.version.cuda is not None:
         pytest.skip("this torch is built with CUDA")
-    assert extension.why_unavailable("cuda") == "this torch is built without CUDA"
-
-
-def test_a_toolkit_without_a_fitting_nvcc_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    for script, reason in (
-        (None, "no nvcc: .* does not exist"),
-        ("echo release 12.8, V12.8.93", "nvcc is of CUDA 12, torch of CUDA 13"),
-        ("exit 1", "nvcc is of an unknown version, torch of CUDA 13"),
-    ):
-        if script is not None:
-            nvcc.write_text(f"#!/bin/sh\n{script}\n")
-            nvcc.chmod(0o700)
-        with pytest.raises(extension.ExtensionUnavailableError, match=reason):
-            extension._check_cuda_compiler(str(tmp_path))
-
-
-def test_libraries_are_looked_for_where_nvcc_says_they_are(tmp_path):
-    nvcc = tmp_path / "nvcc"
-    said = '#$ TOP=/far/bin/..\n#$ LIBRARIES=  "-L/far/lib/stubs" "-L/far/lib"\n'
-    nvcc.write_text(f"#!/bin/sh\necho '{said}' >&2\n")
-    nvcc.chmod(0o700)
-    assert extension._link_flags(nvcc) == ["-L/far/lib/stubs", "-L/far/lib"]
+    assert load.why_unavailable("cuda") == "this torch is built without CUDA"
 
 
 def test_nothing_is_built_at_import(sandbox):
@@ -221,27 +195,21 @@ def test_nothing_is_built_at_import(sandbox):
     assert not (sandbox / "cache").exists()
 
 
-def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho release 13.0, V13.0.88\n")
-    nvcc.chmod(0o700)
-    with pytest.raises(extension.ExtensionUnavailableError, match="no GPU is visible"):
-        extension._check_compilers("cuda")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    extension._check_compilers("cuda")
-
-
-def test_a_build_for_listed_architectures_serves_where_these_are_listed(monkeypatch):
-    """Made where no GPU is visible, it is found where one is; another list is another build."""
-    folders = []
-    for listed, num_gpus in (("9.0", 0), ("9.0", 1), ("8.0", 1), ("", 1)):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=num_gpus: count)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-        folders.append(extension.build_folder("cuda"))
-    assert folders[0] == folders[1] and len(set(folders)) == 3
+def test_doctor_says_which_file_it_trusts_and_why(sandbox):
+    (line,) = doctor.kernels_and_files("cpu")
+    folder = build.library_folder("cpu")
+    assert line == f"by c++, not in the cache yet ({folder})"
+    assert answer() == 42
+    load.forget()
+    line, trusted = doctor.kernels_and_files("cpu")
+    assert line == f"by c++, in the cache ({folder})"
+    size = (folder / "kernels.so").stat().st_size
+    start = f"trusted: {folder}/kernels.so: owner {os.geteuid()}, mode 600, {size} bytes"
+    assert trusted.startswith(start) and "as recorded" in trusted
+    (folder / "kernels.so").chmod(0o660)
+    line, untrusted = doctor.kernels_and_files("cpu")
+    assert line == f"by c++, not in the cache yet ({folder})"
+    assert untrusted.startswith("not trusted, built anew at the next use: its group can write to")
+    folder.parent.chmod(0o770)
+    (line,) = doctor.kernels_and_files("cpu")
+    assert line.startswith("none: ") and f"its group can write to {folder.parent}" in line

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
-from adaptive_longformer.modeling.causal.causal_cache import (
+from adaptive_longformer.modeling.causal.cache import (
     SelectionLayer,
     SinkWindowLayer,
     causal_cache,
@@ -17,6 +17,7 @@ from adaptive_longformer.testing import (
     tiny_adaptive_model,
     tiny_config,
     tiny_model,
+    vary_selection,
 )
 from adaptive_longformer.training.adaptive_optimizer import adaptive_parameter_groups
 from adaptive_longformer.training.calibration import calibrate
@@ -24,8 +25,7 @@ from adaptive_longformer.training.selection_ramp import SelectionRampCallback
 
 VARIANTS = {
     "default": {},
-    "beam": dict(selection_start_nodes=2, selection_beam_width=2),
-    "top_p": dict(selection_top_p=0.6),
+    "beam": {},
     "half_strength": dict(selection_strength=0.5),
     "no_sinks": dict(num_sink_tokens=0),
     "many_sinks": dict(num_sink_tokens=20),
@@ -34,13 +34,15 @@ VARIANTS = {
     "long_query_blocks": dict(query_block_size=64),
     "short_key_blocks": dict(block_size=8, query_block_size=32),
 }
+BEAM = {"start_nodes": 2, "beam_width": 2}
 
 
 def causal(variant="default", **overrides):
     """A model that chooses 3 blocks of 16 tokens, with a window of 8 tokens back and 3 sinks."""
     fields = {"attention_window": 16, "num_sink_tokens": 3, "num_selected_blocks": 3}
     fields = {**fields, **VARIANTS[variant], **overrides}
-    return tiny_adaptive_model(AdaptiveSparseForCausalLM, **fields)
+    model = tiny_adaptive_model(AdaptiveSparseForCausalLM, **fields)
+    return vary_selection(model, **BEAM) if variant == "beam" else model
 
 
 @torch.no_grad()
@@ -58,7 +60,6 @@ def logits_of(model, input_ids, mask=None):
         ("default", 65),
         ("default", 200),
         ("beam", 64),
-        ("top_p", 65),
         ("half_strength", 30),
         ("no_sinks", 1),
         ("many_sinks", 2),

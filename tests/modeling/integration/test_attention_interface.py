@@ -196,7 +196,7 @@ def test_mask_function_keeps_the_padding_mask():
     assert adaptive_sparse_mask(1, 2, 2) is None
 
 
-EVERY_BLOCK = {"num_selected_blocks": 12, "block_size": 16, "query_block_size": 16, "top_p": 1.0}
+EVERY_BLOCK = {"num_selected_blocks": 12, "block_size": 16, "query_block_size": 16}
 
 
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=lambda config: config.model_type)

@@ -1,20 +1,57 @@
-"""Loads what a command needs of a checkpoint, or says in one line what is wrong with it."""
+"""What a command reads: a document, a model and its tokenizer; or one line that says what is wrong
+with them.
+"""
 
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from adaptive_longformer.gpu import move_to_gpu
 
 _DAMAGE = (EOFError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
-def load_model(model_class: Any, name: str, **options: Any) -> Any:
+def silence_transformers() -> None:
+    """No reports and bars of loading, which would bury what a command says."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def read_document(file: str) -> str:
+    """The text of a file, or of standard input if the name is "-".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, or empty, or standard input is closed.
+    """
+    name = "standard input" if file == "-" else file
+    if file != "-":
+        content = Path(file).read_bytes()
+    elif sys.stdin is None:
+        raise ValueError("standard input is closed, a text is needed")
+    else:
+        content = sys.stdin.buffer.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{name} is empty, a text is needed")
+    return text
+
+
+def load_model(model_class: Any, name: str, *, use_gpu: bool = True, **options: Any) -> Any:
     """A model, none of whose weights are left random.
 
     Args:
         model_class: a class with `from_pretrained`.
         name: checkpoint folder or hub id.
+        use_gpu: move it to the GPU if there is one; a line on stderr says so.
         options: of `from_pretrained`.
 
     Raises:
@@ -34,6 +71,8 @@ def load_model(model_class: Any, name: str, **options: Any) -> Any:
             f"{name} has no weights for {', '.join(missing[:4])}{more}, they would be random: "
             "fine-tune the model for this task first"
         )
+    if use_gpu and (device := move_to_gpu(model)) is not None:
+        sys.stderr.write(f"on {device}\n")
     return model
 
 
