@@ -11,6 +11,8 @@ from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, emp
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUT_OF_MEMORY = 1
+# Further than any token is.
+_FAR = 2**40
 
 
 class _SelectArguments(ctypes.Structure):
@@ -83,8 +85,8 @@ def compiled_choice(
         num_rows=call.num_rows,
         first_row=call.first_row,
         is_causal=call.is_causal,
-        left=min(call.left, call.length),
-        right=min(call.right, call.length),
+        left=min(call.left, _FAR),
+        right=min(call.right, _FAR),
         scale=call.scale,
         num_threads=torch.get_num_threads(),
         query=RowTensor(query.data_ptr(), *query.stride()[:3]),

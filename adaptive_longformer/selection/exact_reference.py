@@ -73,17 +73,16 @@ def reference_masses(
     if not query[voters].isfinite().all():
         return mass, rank, covered
     every = anyway + [k for keys in choosable.values() for k in keys]
-    for voter in voters:
-        scores = call.scale * key @ query[voter] + counts.log()
-        log_total = scores[every].logsumexp(dim=0)
-        if call.places is not None:
-            log_total = log_total.logaddexp(call.places.log_rest[batch, head, voter].double())
-        share = (scores - log_total).exp() / len(voters)
-        for block, keys in choosable.items():
-            mass[block] += float(share[keys].sum())
-            weights = 1.0 if call.value_norms is None else call.value_norms[batch, key_head, keys]
-            rank[block] += float((share[keys] * weights).sum())
-        covered += float(share[anyway].sum())
+    scores = call.scale * query[voters] @ key.T + counts.log()  # [voters, keys]
+    log_total = scores[:, every].logsumexp(dim=1)
+    if call.places is not None:
+        log_total = log_total.logaddexp(call.places.log_rest[batch, head, voters].double())
+    share = (scores - log_total[:, None]).exp().sum(dim=0) / max(len(voters), 1)
+    for block, keys in choosable.items():
+        mass[block] = float(share[keys].sum())
+        weights = 1.0 if call.value_norms is None else call.value_norms[batch, key_head, keys]
+        rank[block] = float((share[keys] * weights).sum())
+    covered = float(share[anyway].sum())
     return mass, rank, covered
 
 

@@ -62,7 +62,7 @@ constexpr int MAX_VECTORS = WIDTH == 16 ? 4 : 2;
 // Keys that meet the vectors of queries at a time: as many sums as registers hold.
 constexpr int MAX_SUMS = WIDTH == 16 ? 16 : 8;
 // A sum above this asks for another reference; what it then is stays finite for any number of keys.
-constexpr float SUM_LIMIT = 0x1p64f, POWER_LIMIT = 100.0f;
+constexpr float SUM_LIMIT = 0x1p64f, POWER_LIMIT = 100.0f, POWER_SUM = 0x1p100f;
 
 // 2**x, relative error 1e-4; at least SUM_LIMIT where x is large, 0 where it is small.
 ALWAYS_INLINE Floats exp2_roughly(Floats x) {
@@ -486,6 +486,8 @@ class Selection {
         Floats largest = sum[0];
         for (int v = 1; v < VECTORS; v++) largest = maximum(largest, sum[v]);
         for (int v = 0; v < VECTORS; v++) {
+          // Scores that are huge differ from their rounded maximum by more than a little.
+          if (is_again) sum[v] = sum[v] > POWER_SUM ? broadcast(POWER_SUM) : sum[v];
           store(sums + v * stride + i * WIDTH, sum[v]);
           if (IS_WEIGHTED) store(weighted + v * stride + i * WIDTH, weighted_sum[v]);
         }
@@ -601,6 +603,7 @@ class Selection {
       Floats total = rest(batch, head, first_row, row, vector, unit);
       for (int64_t i = 0; i < blocks; i++) total += load<Floats>(sums + i * WIDTH);
       for (int64_t i = unit.num_blocks; i < end; i++) total += load<Floats>(sums + i * WIDTH);
+      total = maximum(total, broadcast(std::numeric_limits<float>::min()));
       store(unit.total.data() + vector * WIDTH, total);
       float* voter = unit.voter.data() + vector * WIDTH;
       store(voter, zero_unless(load<Floats>(voter) > 0.0f, load<Floats>(voter) / (total * num_voters)));
