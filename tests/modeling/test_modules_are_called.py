@@ -1,4 +1,4 @@
-"""What is put on a module, or in its place, takes part: nobody reads its weights behind its back."""
+"""What is put on a module, or in its place, takes part: its weights are not read past it."""
 
 import copy
 
