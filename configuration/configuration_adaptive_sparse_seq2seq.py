@@ -1,18 +1,15 @@
 """The configuration of the adaptive_sparse_seq2seq encoder-decoder."""
 
-import os
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     WITHOUT_GLOBAL_TOKENS,
     AdaptiveSparseConfig,
 )
-from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.pattern import Pattern
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
 
 NORM_STYLES = ("post", "pre")
 POSITIVE = (
@@ -47,7 +44,7 @@ ENCODER_ATTENTION_FIELDS = (
     "selection_strength",
     "selection_sub_block_size",
     "num_learned_global_blocks",
-    "router_rank",
+    "residual_rank",
     "target_density",
     "head_budgets",
     "head_windows",
@@ -60,7 +57,7 @@ ENCODER_ATTENTION_FIELDS = (
 
 
 @strict
-class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
+class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     """Everything that defines an encoder-decoder with a sparse encoder.
 
     Sizes have the names of BART and LED, the encoder's attention those of `AdaptiveSparseConfig`.
@@ -91,7 +88,7 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
             attention_seed, query_block_size, num_selected_blocks, selection_strength,
-            selection_sub_block_size, num_learned_global_blocks, router_rank, target_density,
+            selection_sub_block_size, num_learned_global_blocks, residual_rank, target_density,
             head_budgets, head_windows, separate_global_projections, attention_backend,
             max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
@@ -153,7 +150,7 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
     selection_strength: float | int = 0.0
     selection_sub_block_size: int = 0
     num_learned_global_blocks: int = 0
-    router_rank: int = 0
+    residual_rank: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -168,20 +165,6 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         # Before @strict runs it, which would wrap the ValueError in an exception that is none.
         self.validate_adaptive_sparse_seq2seq()
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves as in Transformers, with the files `auto_map` names if the configuration has one.
-
-        See `AdaptiveSparseConfig.save_pretrained`.
-        """
-        if getattr(self, "auto_map", None):
-            os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory, self.model_type)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
     @property
     def max_sequence_length(self) -> int:
         """The longest document the encoder's position table serves, in tokens."""
@@ -193,9 +176,9 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     @property
-    def routing_options(self) -> RoutingOptions:
+    def selection_options(self) -> SelectionOptions:
         """How the encoder's layers choose blocks."""
-        return self._encoder_attention().routing_options
+        return self._encoder_attention().selection_options
 
     def pattern(self, layer_idx: int) -> Pattern:
         """The attention pattern of one encoder layer, without its global tokens."""

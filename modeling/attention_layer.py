@@ -13,8 +13,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.alignment import roll_rows
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
@@ -91,15 +90,11 @@ class AdaptiveSparseAttention(nn.Module):
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
         """
-        shifts = None
-        if self.adaptive is not None and self.adaptive.is_active:
-            shifts = padding_to_roll(attention_mask)
-        if shifts is not None:
-            assert attention_mask is not None
-            hidden_states = roll_rows(hidden_states, shifts)
-            attention_mask = roll_rows(attention_mask, shifts)
-            if global_mask is not None:
-                global_mask = roll_rows(global_mask, shifts)
+        selects = self.adaptive is not None and self.adaptive.is_active
+        padding = LeftPadding.of(attention_mask) if selects else LeftPadding()
+        hidden_states = padding.removed(hidden_states)
+        attention_mask = padding.removed(attention_mask)
+        global_mask = padding.removed(global_mask)
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
@@ -137,12 +132,8 @@ class AdaptiveSparseAttention(nn.Module):
         probabilities = None
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
-        output = self.output(context)
-        if shifts is not None:
-            output = roll_rows(output, -shifts)
-            if probabilities is not None:
-                probabilities = roll_rows(roll_rows(probabilities, -shifts, dim=2), -shifts, dim=3)
-        return output, probabilities
+        output = padding.restored(self.output(context))
+        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None
@@ -170,12 +161,31 @@ class AdaptiveSparseAttention(nn.Module):
         if not self.has_global_projections:
             return None
         modules = (self.query_global, self.key_global, self.value_global)
-        # A wrapped projection (LoRA, quantised) is more than its weight and bias: call it.
-        if any(type(module) is not nn.Linear for module in modules):
+        if not all(map(is_plain_linear, modules)):
             query, key, value = (self._split_heads(module(hidden_states)) for module in modules)
             return query, key, value
         weights = [tensor for module in modules for tensor in (module.weight, module.bias)]
         return GlobalProjections(hidden_states, *weights)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is its weight and bias and nothing more, so that these may be used in its
+    place.
+
+    LoRA, quantisation and parametrisations change the class, the weight's or its place; hooks want
+    to see the call; offloading and sharding bring the weights only while the module runs.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias")) in (nn.Parameter, type(None))
+        and not module.weight.is_meta
+    )
 
 
 def random_seed(device: torch.device) -> torch.Tensor:

@@ -17,17 +17,14 @@ from transformers.masking_utils import (
 
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_keys import limit_global_tokens
-from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import random_seed
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
 NAME = "adaptive_sparse"
 # What attention layers of Transformers may ask for; None and False ask for nothing.
@@ -85,11 +82,11 @@ class AdaptiveSparseOptions:
                 "an even number >= 2 is needed"
             )
         if self.num_selected_blocks:
-            self.routing_options()
+            self.selection_options()
 
-    def routing_options(self) -> RoutingOptions:
+    def selection_options(self) -> SelectionOptions:
         """The same in the words of the selection."""
-        return RoutingOptions(
+        return SelectionOptions(
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
@@ -178,21 +175,12 @@ def adaptive_sparse_attention_forward(
         options = replace(options, num_global_tokens=0, num_selected_blocks=0)
         window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    shifts = None
-    if options.num_selected_blocks:
-        # Blocks start at the first real token, wherever the padding is.
-        shifts = padding_to_roll(attention_mask)
-    if shifts is not None:
-        assert attention_mask is not None
-        query, key, value = (
-            roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
-            for tensor in (query, key, value)
-        )
-        attention_mask = roll_rows(attention_mask, shifts)
+    # Blocks start at the first real token, wherever the padding is.
+    padding = LeftPadding.of(attention_mask) if options.num_selected_blocks else LeftPadding()
+    query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+    attention_mask = padding.removed(attention_mask)
     output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
-    output = output.transpose(1, 2)
-    if shifts is not None:
-        output = roll_rows(output, -shifts)
+    output = padding.restored(output, dim=2).transpose(1, 2)
     return output.contiguous(), None
 
 
@@ -263,19 +251,19 @@ def _attend(
     pattern_or_layout: Pattern | BlockLayout = window
     length = query.shape[2]
     if options.num_selected_blocks and length > window.left + 1:
-        routing = options.routing_options()
+        choice = options.selection_options()
         selected = select_blocks(
             query.detach(),
             key.detach(),
             window,
-            routing,
+            choice,
             attention_mask=attention_mask,
             global_mask=global_mask,
             max_global_tokens=options.num_global_tokens,
             is_causal=is_causal,
             scale=scale,
         )
-        pattern_or_layout, _ = selection_layout(selected, window, length, routing)
+        pattern_or_layout, _ = selection_layout(selected, window, length, choice)
     output = sparse_attention(
         query,
         key,
