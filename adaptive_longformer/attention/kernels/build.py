@@ -112,15 +112,9 @@ def _run(*command: object) -> None:
     words = [str(word) for word in command]
     # In English, so that the error is found in it.
     result = subprocess.run(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-        check=False,
-    )
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}, check=False,
+    )  # fmt: skip
     is_verbose = os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1"
     level = logging.WARNING if is_verbose else logging.DEBUG
     logger.log(level, "%s\n%s", shlex.join(words), result.stdout)
