@@ -71,16 +71,18 @@ ON_GPU := $(OFFLINE) PYTHONPATH=. $(PYTHON)
 GPU_TEST := $(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
 	$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests)
 GPU_RESULTS := benchmarks/results
+# BENCHMARK_ARGS=--allow-dirty where the tree is of no commit.
+BENCHMARK_ARGS ?=
 gpu:  ## GPU tests and a short benchmark (minutes), results in benchmarks/results
 	$(GPU_TEST); tested=$$?; \
 	$(ON_GPU) benchmarks/attention_operator.py --lengths 4096 16384 --dropout 0 --no-memory \
-		--results $(GPU_RESULTS) && exit $$tested
+		--results $(GPU_RESULTS) $(BENCHMARK_ARGS) && exit $$tested
 
 gpu-all:  ## The GPU tests and all benchmarks (long), results also in benchmarks/results/gpu
 	$(GPU_TEST); status=$$?; \
-	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) || status=1; \
+	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) $(BENCHMARK_ARGS) || status=1; \
 	for name in attention_speed model_throughput selection_speed; do \
-		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu || status=1; \
+		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu $(BENCHMARK_ARGS) || status=1; \
 	done; exit $$status
 
 clean:  ## Remove the environments, caches and build outputs

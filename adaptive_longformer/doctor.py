@@ -65,6 +65,7 @@ def _environment() -> Iterator[tuple[str, str]]:
     yield "C++ compiler", _version(cpp_compiler().partition(" ")[0])
     yield "nvcc", _version(str(find_nvcc() or "nvcc"))
     yield "NVRTC", _nvrtc()
+    yield "ninja", _version("ninja")
     for kind in KINDS:
         for line in kernels_and_files(kind):
             yield f"{kind} kernels", line
