@@ -21,7 +21,7 @@ from adaptive_longformer.attention.functional import (
 )
 from adaptive_longformer.attention.kernels import cache
 from adaptive_longformer.attention.kernels.build import cpp_compiler, find_nvcc
-from adaptive_longformer.attention.kernels.load import ENVIRONMENT, kernel_route
+from adaptive_longformer.attention.kernels.load import kernel_route
 from adaptive_longformer.attention.kernels.nvrtc import find_nvrtc
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -65,12 +65,13 @@ def _environment() -> Iterator[tuple[str, str]]:
     yield "C++ compiler", _version(cpp_compiler().partition(" ")[0])
     yield "nvcc", _version(str(find_nvcc() or "nvcc"))
     yield "NVRTC", _nvrtc()
+    yield "ninja", _version("ninja")
     for kind in KINDS:
         for line in kernels_and_files(kind):
             yield f"{kind} kernels", line
-    for name in ENVIRONMENT:
-        if name in os.environ:
-            yield name, os.environ[name]
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("ADAPTIVE_LONGFORMER_"):
+            yield name, value
 
 
 def _version(program: str) -> str:
@@ -106,14 +107,12 @@ def kernels_and_files(kind: str) -> Iterator[str]:
             state = f"{num_built} of {num_parts} in the cache"
         yield f"by {route.compiler}, {state} ({route.folder})"
         for folder in route.parts:
-            try:
-                found = cache.find(folder)
-            except cache.UnusableError as error:
-                yield f"not trusted, built anew at the next use: {error}"
-                continue
-            if found is not None:
+            found = cache.find(folder)
+            if isinstance(found, cache.CachedFile):
                 with found.file:
                     yield f"trusted: {found.why_trusted()}"
+            elif folder.exists():
+                yield f"not trusted, built anew at the next use: {found}"
     except cache.KernelsUnavailableError as error:
         yield f"none: {error}"
 

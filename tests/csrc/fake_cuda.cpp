@@ -146,7 +146,7 @@ int cuCtxSetCurrent(void* context) {
 
 int cuModuleGetGlobal_v2(void**, size_t* size, Module*, const char* name) {
   *size = sizeof(adaptive::Arguments);
-  return std::strcmp(name, "adaptive_arguments") == 0 ? 0 : 500;
+  return std::strcmp(name, "&arguments_size") == 0 ? 0 : 500;
 }
 
 int cuModuleLoadData(Module** module, const void* image) {

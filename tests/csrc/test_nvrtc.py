@@ -22,7 +22,7 @@ from adaptive_longformer.attention.kernels import (
 )
 from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
 from adaptive_longformer.attention.kernels.cuda_launches import INSTANCES, KERNELS, Instance
-from adaptive_longformer.attention.kernels.cuda_library import ARGUMENTS, SOURCE, CudaProgram
+from adaptive_longformer.attention.kernels.cuda_library import CudaProgram, compile_instance
 from adaptive_longformer.attention.kernels.load import kernel_route
 from adaptive_longformer.attention.kernels.nvrtc import Nvrtc, find_nvrtc
 from adaptive_longformer.testing import use_library
@@ -43,13 +43,12 @@ def test_nvrtc_compiles_every_kernel(instance, architecture):
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
     headers = {path.name: path.read_text() for path in CUDA_SOURCES.glob("*.cuh")}
-    expressions = [instance.expression(kernel) for kernel in KERNELS]
-    program = compiler.compile(SOURCE, headers, expressions, architecture)
+    program = compile_instance(compiler, headers, instance, architecture)
     assert program.cubin.startswith(b"\x7fELF")
-    for kernel, expression in zip(KERNELS, expressions, strict=True):
-        name = program.names[expression]
+    for kernel in KERNELS:
+        name = program.names[instance.expression(kernel)]
         assert f"{kernel}_kernel" in name and name.encode() in program.cubin
-    assert f"\0{ARGUMENTS}\0".encode() in program.cubin
+    assert b"\0arguments_size\0" in program.cubin
 
 
 @pytest.fixture(scope="session")

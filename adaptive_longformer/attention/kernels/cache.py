@@ -41,10 +41,6 @@ class KernelsUnavailableError(RuntimeError):
     """The compiled kernels cannot be used here; the message says why."""
 
 
-class UnusableError(Exception):
-    """What a folder of the cache holds is damaged or could be from others; the message says why."""
-
-
 class CachedFile(NamedTuple):
     """A file of the cache that was opened and checked.
 
@@ -100,53 +96,47 @@ def kernels_mode() -> str:
     return mode
 
 
-def find(folder: Path) -> CachedFile | None:
-    """The file of a folder of the cache, opened; None if there is none yet.
+def find(folder: Path) -> CachedFile | str:
+    """The file of a folder of the cache, opened; or why there is none that may be used: it is not
+    built yet, it is damaged, or it could be from others.
 
     Raises:
-        UnusableError: it is damaged, or it or its folder could be from others.
         KernelsUnavailableError: others could change the cache, or it cannot be read.
     """
+    missing = f"{folder} holds no finished build"
     with named_os_errors():
         if not folder.parent.exists():
-            return None
+            return missing
         _check_cache(folder.parent)
     try:
         check_path(folder)
         with open_trusted(folder / _DONE) as file:
             record = _RECORD.fullmatch(file.read(_LONGEST_RECORD))
     except FileNotFoundError:
-        return None
+        return missing
     except (OSError, UntrustedError) as error:
-        raise UnusableError(str(error)) from error
+        return str(error)
     if record is None:
-        raise UnusableError(f"{folder / _DONE} is damaged")
+        return f"{folder / _DONE} is damaged"
     sha256, size, name = (group.decode() for group in record.groups())
     path = folder / name
     try:
         file = open_trusted(path)
     except (OSError, UntrustedError) as error:
-        raise UnusableError(str(error)) from error
+        return str(error)
     is_whole = os.fstat(file.fileno()).st_size == int(size)
     if is_whole and hashlib.sha256(file.read()).hexdigest() == sha256:
         file.seek(0)
         return CachedFile(path, file, sha256)
     file.close()
-    raise UnusableError(f"{path} is damaged: it is not what was built")
+    return f"{path} is damaged: it is not what was built"
 
 
 def why_not_cached(folder: Path) -> str | None:
-    """None if a folder of the cache holds a file that may be used, else why not.
-
-    Raises:
-        KernelsUnavailableError: as `find`.
-    """
-    try:
-        found = find(folder)
-    except UnusableError as error:
-        return str(error)
-    if found is None:
-        return f"{folder} holds no finished build"
+    """None if `find` finds a file, else its reason."""
+    found = find(folder)
+    if isinstance(found, str):
+        return found
     found.file.close()
     return None
 
@@ -161,25 +151,24 @@ def find_or_make(folder: Path, make: Callable[[Path], str]) -> CachedFile:
     Raises:
         KernelsUnavailableError: it cannot be made, or not be kept safely; with the reason.
     """
-    with contextlib.suppress(UnusableError):
-        if (found := find(folder)) is not None:
-            return found
+    found = find(folder)
+    if isinstance(found, CachedFile):
+        return found
     if kernels_mode() == "cached":
-        raise KernelsUnavailableError(
-            f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {why_not_cached(folder)}"
-        )
+        raise KernelsUnavailableError(f"ADAPTIVE_LONGFORMER_KERNELS is 'cached' and {found}")
     with named_os_errors():
-        missing = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
-        for path in reversed(missing):
-            path.mkdir(mode=0o700, exist_ok=True)
+        # Unlike those of mkdir, parents are closed to others too.
+        for path in reversed([folder.parent, *folder.parent.parents]):
+            if not path.exists():
+                path.mkdir(mode=0o700, exist_ok=True)
         _check_cache(folder.parent)
         with locked(folder) as is_locked:
-            try:
-                # Another process may have made it while this one waited.
-                if (found := find(folder)) is not None:
-                    return found
-            except UnusableError as error:
-                logger.warning("%s; it is built anew", error)
+            # Another process may have made it while this one waited.
+            found = find(folder)
+            if isinstance(found, CachedFile):
+                return found
+            if folder.exists():
+                logger.warning("%s; it is built anew", found)
             prefix = f"{folder.name}.unfinished-"
             if is_locked:
                 # What killed builders left.
@@ -195,11 +184,9 @@ def find_or_make(folder: Path, make: Callable[[Path], str]) -> CachedFile:
 def _make(folder: Path, unfinished: Path, make: Callable[[Path], str]) -> CachedFile:
     """Makes the file of a folder in another one, opens it, and gives that the folder's name."""
     _record(unfinished, make(unfinished))
-    try:
-        made = find(unfinished)
-    except UnusableError as error:
-        raise KernelsUnavailableError(str(error)) from error
-    assert made is not None
+    made = find(unfinished)
+    if isinstance(made, str):
+        raise KernelsUnavailableError(made)
     replaced = unfinished.with_name(f"{unfinished.name}-replaced")
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, replaced)

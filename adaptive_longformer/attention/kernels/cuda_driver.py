@@ -13,7 +13,7 @@ _ALWAYS_ALLOWED = 48 * 1024
 
 
 class CudaDriver:
-    """The loaded driver.
+    """The loaded driver; what it refuses is a RuntimeError with what it says.
 
     Raises:
         KernelsUnavailableError: there is none.
@@ -26,13 +26,8 @@ class CudaDriver:
             raise KernelsUnavailableError(f"no CUDA driver: {error}") from error
 
     def ensure_context(self, device: int) -> None:
-        """Gives this thread the context that torch uses, if it has none, as autograd's may.
-
-        Args:
-            device: index of the current device.
-
-        Raises:
-            RuntimeError: with what the driver says.
+        """Gives this thread the context that torch uses on the current device, whose index is
+        `device`, if it has none, as a thread of autograd may.
         """
         library, context = self._library, ctypes.c_void_p()
         self._check(library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
@@ -42,21 +37,13 @@ class CudaDriver:
             self._check(library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
     def load(self, cubin: bytes) -> ctypes.c_void_p:
-        """Machine code as a module of the current device; it stays there for the process.
-
-        Raises:
-            RuntimeError: the driver refuses it.
-        """
+        """Machine code as a module of the current device; it stays there for the process."""
         module = ctypes.c_void_p()
         self._check(self._library.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         return module
 
     def size_of(self, module: ctypes.c_void_p, variable: str) -> int:
-        """The bytes of a variable of a module.
-
-        Raises:
-            RuntimeError: there is no such variable.
-        """
+        """The bytes of a variable of a module."""
         address, size = ctypes.c_void_p(), ctypes.c_size_t()
         found = self._library.cuModuleGetGlobal_v2(
             ctypes.byref(address), ctypes.byref(size), module, variable.encode()
@@ -65,11 +52,7 @@ class CudaDriver:
         return size.value
 
     def function(self, module: ctypes.c_void_p, name: str, shared_memory: int) -> ctypes.c_void_p:
-        """A kernel of a module, allowed to use so many bytes of shared memory.
-
-        Raises:
-            RuntimeError: there is no such kernel, or the device has less memory.
-        """
+        """A kernel of a module, allowed to use so many bytes of shared memory."""
         function = ctypes.c_void_p()
         found = self._library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
         self._check(found, name)
@@ -85,11 +68,7 @@ class CudaDriver:
     def launch(
         self, function: ctypes.c_void_p, launch: Launch, arguments: Any, stream: int
     ) -> None:
-        """Launches a kernel whose only parameter is the struct `arguments`.
-
-        Raises:
-            RuntimeError: with the kernel and what the driver says.
-        """
+        """Launches a kernel whose only parameter is the struct `arguments`."""
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         error = self._library.cuLaunchKernel(
             function, ctypes.c_uint(launch.grid_x), ctypes.c_uint(launch.grid_y),

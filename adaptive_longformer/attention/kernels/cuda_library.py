@@ -27,12 +27,12 @@ from adaptive_longformer.attention.kernels.nvrtc import OPTIONS, CompiledProgram
 
 logger = logging.getLogger(__name__)
 
-# A variable whose size says what the kernels take the size of their arguments for.
-ARGUMENTS = "adaptive_arguments"
-SOURCE = f"""#include "forward.cuh"
+# Its last line is a variable whose size says what the kernels take as the size of their arguments.
+SOURCE = """#include "forward.cuh"
 #include "backward.cuh"
-extern "C" __device__ char {ARGUMENTS}[sizeof(adaptive::Arguments)];
+__device__ char arguments_size[sizeof(adaptive::Arguments)];
 """
+_SIZE = "&arguments_size"
 
 
 class CudaLibrary:
@@ -115,7 +115,7 @@ class CudaProgram:
         """The kernels of an instance on the current device, by name."""
         program = self._compiled(instance, architecture_of(device))
         module = self._driver.load(program.cubin)
-        assert self._driver.size_of(module, ARGUMENTS) == arguments_size
+        assert self._driver.size_of(module, program.names[_SIZE]) == arguments_size
         shared_memory = shared_memory_bytes(instance.head_dim, instance.query_block_size)
         return {
             kernel: self._driver.function(
@@ -129,8 +129,7 @@ class CudaProgram:
 
         def make(folder: Path) -> str:
             logger.info("Compiling %s for %s with NVRTC (once)", instance, architecture)
-            expressions = [instance.expression(kernel) for kernel in KERNELS]
-            program = self.nvrtc.compile(SOURCE, self._headers, expressions, architecture)
+            program = compile_instance(self.nvrtc, self._headers, instance, architecture)
             names = json.dumps(program.names).encode()
             (folder / "program").write_bytes(names + b"\n" + program.cubin)
             return "program"
@@ -138,6 +137,18 @@ class CudaProgram:
         with find_or_make(self._folder(instance, architecture), make).file as file:
             names = json.loads(file.readline())
             return CompiledProgram(file.read(), names)
+
+
+def compile_instance(
+    nvrtc: Nvrtc, headers: dict[str, str], instance: Instance, architecture: str
+) -> CompiledProgram:
+    """The machine code of all kernels of an instance.
+
+    Raises:
+        KernelsUnavailableError: NVRTC refuses them, with its first error.
+    """
+    expressions = [instance.expression(kernel) for kernel in KERNELS]
+    return nvrtc.compile(SOURCE, headers, [*expressions, _SIZE], architecture)
 
 
 def architecture_of(device: int) -> str:

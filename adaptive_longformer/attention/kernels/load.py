@@ -39,12 +39,6 @@ from adaptive_longformer.attention.kernels.cuda_library import (
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT = (
-    "ADAPTIVE_LONGFORMER_KERNELS",
-    "ADAPTIVE_LONGFORMER_CACHE",
-    "ADAPTIVE_LONGFORMER_VERBOSE",
-    "ADAPTIVE_LONGFORMER_BACKEND",
-)
 # By kind: the kernels, or why there are none.
 loaded: dict[str, Any] = {}
 _loading = threading.Lock()

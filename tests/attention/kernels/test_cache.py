@@ -15,7 +15,6 @@ import pytest
 from adaptive_longformer.attention.kernels import cache
 from adaptive_longformer.attention.kernels.cache import (
     KernelsUnavailableError,
-    UnusableError,
     find,
     find_or_make,
 )
@@ -153,8 +152,7 @@ DAMAGE = {
 
 def assert_built_anew(folder, caplog):
     """One line says why; what is found then is right and kept."""
-    with pytest.raises(UnusableError):
-        find(folder)
+    assert isinstance(find(folder), str)
     with caplog.at_level(logging.WARNING):
         assert content_of(folder) == CONTENT
     (record,) = caplog.records
