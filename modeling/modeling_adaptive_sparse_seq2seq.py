@@ -31,7 +31,6 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 )
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
-from adaptive_longformer.modeling.baseline_attention import encoder_attention
 from adaptive_longformer.modeling.decoder_attention import (
     DecoderCrossAttention,
     DecoderSelfAttention,
@@ -160,7 +159,7 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
         super().__init__(config, config.encoder_ffn_dim)
-        self.attention = encoder_attention(config, layer_idx, output_bias=config.use_bias)
+        self.attention = AdaptiveSparseAttention(config, layer_idx, output_bias=config.use_bias)
         self.attention_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
