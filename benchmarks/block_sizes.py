@@ -15,11 +15,11 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from side_by_side.measure import environment
 from side_by_side.report import Verdicts, write_json
+from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
@@ -147,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", default="results", help="folder for the JSON")
+    add_results_arguments(parser)
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios")
     args = parser.parse_args()
     # Shorter ones have too few blocks outside the window.
@@ -161,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    folder = None if args.check else results_folder(args)
     torch.set_num_threads(args.threads)
     verify(args)
     cells = []
@@ -168,12 +169,11 @@ def main() -> int:
         for mode in (FORWARD, FORWARD_BACKWARD):
             cells += time_cells(length, mode, args)
             print_table(cells[-len(args.sizes) :])
-    about = environment(torch.device("cpu"))
-    settings = {name: getattr(args, name) for name in ("heads", "head_dim", "repeats")}
-    settings |= {"window": WINDOW.width, "chosen_tokens": CHOSEN_TOKENS}
-    path = Path(args.results) / "block_sizes.json"
-    write_json(path, environment=about, settings=settings, cells=cells)
-    if not args.check:
+    if folder is not None:
+        about = environment(torch.device("cpu"))
+        settings = {name: getattr(args, name) for name in ("heads", "head_dim", "repeats")}
+        settings |= {"window": WINDOW.width, "chosen_tokens": CHOSEN_TOKENS}
+        write_json(folder / "block_sizes.json", environment=about, settings=settings, cells=cells)
         return 0
     verdicts = Verdicts()
     for cell in cells:

@@ -11,6 +11,16 @@ from adaptive_longformer.analysis.watching import watch
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag
 
+# What the columns of `SparsityReport.table` are.
+LEGEND = """\
+keys/query   keys that a query reads: tokens of its window, global tokens, tokens of selected blocks
+blocks       selected blocks in the list of a block of queries
+missed mass  attention that full attention would give to keys that are not read; 0 misses nothing
+recall       of the blocks with the most exact attention, as many as were selected, the share that
+             was selected; 1 chooses the best ones
+budgets      blocks that each head may select
+windows      tokens to each side that each head sees"""
+
 
 @dataclass(frozen=True)
 class LayerSparsity:
