@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -239,7 +240,7 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Resizes the vocabulary as in Transformers.
+        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
 
         Raises:
             ValueError: encoder and decoder have tables of their own.
@@ -249,7 +250,13 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
                 "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
                 "decoder and language head together"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        if isinstance(self, AdaptiveSparseForConditionalGeneration):
+            more = embeddings.weight.shape[0] - self.final_logits_bias.shape[1]
+            self.final_logits_bias = F.pad(self.final_logits_bias, (0, more))
+        return embeddings
 
 
 class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
@@ -612,25 +619,6 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.post_init()
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
-
-        Raises:
-            ValueError: encoder and decoder have tables of their own.
-        """
-        embeddings = super().resize_token_embeddings(
-            new_num_tokens, pad_to_multiple_of, mean_resizing
-        )
-        old, size = self.final_logits_bias, embeddings.weight.shape[0]
-        kept = old[:, :size]
-        self.final_logits_bias = torch.cat([kept, old.new_zeros(1, size - kept.shape[1])], dim=1)
-        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for labels [batch, target_length], which data collators ask for."""
