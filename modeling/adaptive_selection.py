@@ -9,6 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.join_gradients import JoinGradients
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.baselines.oracle_selection import oracle_selection
 from adaptive_longformer.baselines.random_selection import random_selection
@@ -41,26 +42,6 @@ class Reads(NamedTuple):
     pattern_or_layout: Pattern | BlockLayout
     entry_bias: torch.Tensor | None = None
     span: AttentionSpan | None = None
-
-
-class JoinParameters(torch.autograd.Function):
-    """The first tensor as it is; zeros as gradients of the others.
-
-    DistributedDataParallel waits for every parameter's gradient, also where its branch did not run.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
-        zeros = [
-            torch.zeros_like(parameter) if needed else None
-            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return grad, *zeros
 
 
 class SelectionState:
@@ -218,7 +199,7 @@ class AdaptiveSelection(nn.Module):
             if it took no part; and what the layer reads.
         """
         if torch.is_grad_enabled():
-            query = JoinParameters.apply(query, *self.parameters())  # type: ignore[assignment]
+            query = JoinGradients.apply(query, *self.parameters())  # type: ignore[assignment]
         if not self.is_active:
             return query, Reads(self.pattern)
         span = self.attention_span()

@@ -1,10 +1,14 @@
 """The attention layer: projections around the sparse attention operator."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
+from adaptive_longformer.attention.dropout import fresh_dropout
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
+from adaptive_longformer.baselines.layers import BASELINES
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
     AdaptiveSparseConfig,
@@ -61,6 +65,8 @@ class AdaptiveSparseAttention(nn.Module):
             self.key_global = nn.Linear(*sizes, bias=config.use_bias)
             self.value_global = nn.Linear(*sizes, bias=config.use_bias)
         self.output = nn.Linear(*sizes, bias=output_bias)
+        baseline = BASELINES.get(config.attention_pattern)
+        self.baseline = None if baseline is None else baseline(config, layer_idx)
         self.adaptive = None
         if config.attention_pattern in SELECTING_PATTERNS:
             self.adaptive = AdaptiveSelection(config, layer_idx, self.is_causal)
@@ -89,51 +95,95 @@ class AdaptiveSparseAttention(nn.Module):
         Returns:
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
+
+        Raises:
+            ValueError: probabilities are asked for, and a baseline has none.
         """
-        selects = self.adaptive is not None and self.adaptive.is_active
-        padding = LeftPadding.of(attention_mask) if selects else LeftPadding()
+        if output_attentions and self.baseline is not None:
+            raise ValueError(
+                "output_attentions is True, attention_pattern "
+                f"{self.config.attention_pattern!r} has no probabilities"
+            )
+        padding = LeftPadding.of(attention_mask) if self.is_selecting else LeftPadding()
         hidden_states = padding.removed(hidden_states)
         attention_mask = padding.removed(attention_mask)
         global_mask = padding.removed(global_mask)
-        query, key, value = (
-            self._split_heads(projection(hidden_states))
-            for projection in (self.query, self.key, self.value)
-        )
-        reads = Reads(self._pattern(hidden_states, random_step))
+        query, key, value = self._project(hidden_states)
+        if self.baseline is not None:
+            context, probabilities = self.baseline(query, key, value, attention_mask), None
+        else:
+            if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
+                # The operator then gives these projections gradients of zero: DDP waits for them.
+                global_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
+            context, probabilities = self._attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                global_mask,
+                Reads(self._pattern(hidden_states, random_step)),
+                selection_state,
+                output_attentions,
+                self._global_projections(hidden_states),
+            )
+        context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
+        if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
+            context = context.masked_fill(~attention_mask[..., None], 0.0)
+        output = padding.restored(self.output(context))
+        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
+
+    @property
+    def max_global_tokens(self) -> int | None:
+        """How many tokens of a sequence can be global; None: any number."""
+        return self.config.max_global_tokens
+
+    @property
+    def is_selecting(self) -> bool:
+        """Whether blocks of queries choose blocks of keys to read."""
+        return self.adaptive is not None and self.adaptive.is_active
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value [batch, heads, length, head_dim]."""
+        modules = (self.query, self.key, self.value)
+        return tuple(self._split_heads(module(hidden_states)) for module in modules)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        reads: Reads,
+        selection_state: SelectionState | None,
+        output_attentions: bool | None,
+        global_qkv: GlobalQKV | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Context [batch, heads, length, head_dim] and probabilities of whole sequences, from what
+        is given to read or what the layer chooses.
+        """
         if self.adaptive is not None:
             query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
-        dropout_p = self.dropout_p if self.training else 0.0
-        if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
-            # The operator then gives these projections gradients of zero, which DDP waits for.
-            global_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
-        where = {
+        call: dict[str, Any] = {
             "attention_mask": attention_mask,
+            "is_causal": self.is_causal,
             "global_mask": global_mask,
-            "max_global_tokens": self.config.max_global_tokens,
-            "global_qkv": self._global_projections(hidden_states),
+            "max_global_tokens": self.max_global_tokens,
+            "global_qkv": global_qkv,
             "scale": self.scale,
             "entry_bias": reads.entry_bias,
             "span": reads.span,
         }
+        dropout = fresh_dropout(self.dropout_p if self.training else 0.0, query.device)
+        backend = self.config.attention_backend
         context = sparse_attention(
-            query,
-            key,
-            value,
-            reads.pattern_or_layout,
-            dropout_p=dropout_p,
-            dropout_seed=random_seed(query.device) if dropout_p else None,
-            backend=self.config.attention_backend,
-            **where,
+            query, key, value, reads.pattern_or_layout, backend=backend, **dropout, **call
         )
         assert isinstance(context, torch.Tensor)  # return_lse=False
-        context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
-        if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
-            context = context.masked_fill(~attention_mask[..., None], 0.0)
         probabilities = None
         if output_attentions:
-            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
-        output = padding.restored(self.output(context))
-        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
+            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **call)
+        return context, probabilities
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None
@@ -186,12 +236,3 @@ def is_plain_linear(module: nn.Module) -> bool:
         and type(module._parameters.get("bias")) in (nn.Parameter, type(None))
         and not module.weight.is_meta
     )
-
-
-def random_seed(device: torch.device) -> torch.Tensor:
-    """A seed for dropout from torch's default generator of the device: int64 scalar tensor.
-
-    Drawn inside the layer, so that activation checkpointing, which restores the generator, draws it
-    again.
-    """
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -26,6 +26,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
+from adaptive_longformer.baselines.layers import WindowLinearAttention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
     AdaptiveSparseConfig,
@@ -37,7 +38,6 @@ from adaptive_longformer.modeling.adaptive_selection import (
     set_selection_strength,
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
-from adaptive_longformer.modeling.baseline_attention import LinearMix, encoder_attention
 from adaptive_longformer.modeling.default_global_tokens import (
     encoder_masks,
     mask_question,
@@ -153,7 +153,7 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention = encoder_attention(config, layer_idx)
+        self.attention = AdaptiveSparseAttention(config, layer_idx)
         self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
@@ -215,7 +215,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # What the pooler or BigBird's training has left in a checkpoint may be missing or unused; a
     # checkpoint of another pattern becomes adaptive by its configuration alone.
-    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$", r"\.adaptive\."]
+    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$", r"\.(adaptive|baseline)\."]
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)random_step$", r"(^|\.)pooler\."]
     _supports_context_parallel = False
     _can_record_outputs = {
@@ -269,7 +269,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AdaptiveSparsePreTrainedModel) and "random_step" in module._buffers:
             init.zeros_(module.random_step)
-        if isinstance(module, AdaptiveSelection | LinearMix):
+        if isinstance(module, AdaptiveSelection | WindowLinearAttention):
             module.reset_parameters()
 
     def _register_random_step(self) -> None:

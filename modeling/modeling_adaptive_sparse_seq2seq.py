@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -31,7 +32,6 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 )
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
-from adaptive_longformer.modeling.baseline_attention import encoder_attention
 from adaptive_longformer.modeling.decoder_attention import (
     DecoderCrossAttention,
     DecoderSelfAttention,
@@ -160,7 +160,7 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, layer_idx: int) -> None:
         super().__init__(config, config.encoder_ffn_dim)
-        self.attention = encoder_attention(config, layer_idx, output_bias=config.use_bias)
+        self.attention = AdaptiveSparseAttention(config, layer_idx, output_bias=config.use_bias)
         self.attention_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
@@ -240,7 +240,7 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Resizes the vocabulary as in Transformers.
+        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
 
         Raises:
             ValueError: encoder and decoder have tables of their own.
@@ -250,7 +250,13 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
                 "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
                 "decoder and language head together"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        if isinstance(self, AdaptiveSparseForConditionalGeneration):
+            more = embeddings.weight.shape[0] - self.final_logits_bias.shape[1]
+            self.final_logits_bias = F.pad(self.final_logits_bias, (0, more))
+        return embeddings
 
 
 class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
@@ -613,25 +619,6 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.post_init()
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
-
-        Raises:
-            ValueError: encoder and decoder have tables of their own.
-        """
-        embeddings = super().resize_token_embeddings(
-            new_num_tokens, pad_to_multiple_of, mean_resizing
-        )
-        old, size = self.final_logits_bias, embeddings.weight.shape[0]
-        kept = old[:, :size]
-        self.final_logits_bias = torch.cat([kept, old.new_zeros(1, size - kept.shape[1])], dim=1)
-        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for labels [batch, target_length], which data collators ask for."""

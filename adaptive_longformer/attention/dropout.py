@@ -12,12 +12,26 @@ combination per pair:
 all in int32, which wraps, with arithmetic shifts.
 """
 
+from typing import Any
+
 import torch
 
 from adaptive_longformer.patterns.mixing import MULTIPLIER_1, MULTIPLIER_2, mix
 
 _GOLDEN = 0x9E3779B1
 _MULTIPLIER_2_SIGNED = MULTIPLIER_2 - 2**32
+
+
+def fresh_dropout(dropout_p: float, device: torch.device) -> dict[str, Any]:
+    """The arguments of `sparse_attention` for dropout with a seed that is drawn now.
+
+    It comes from torch's default generator of the device. Called inside a layer, activation
+    checkpointing, which restores the generator, draws it again.
+    """
+    seed = None
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    return {"dropout_p": dropout_p, "dropout_seed": seed}
 
 
 def row_keys(seed: torch.Tensor, batch: int, heads: int, length: int) -> torch.Tensor:

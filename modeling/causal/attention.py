@@ -3,10 +3,9 @@
 import torch
 from transformers.cache_utils import Cache
 
-from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import Reads, SelectionState
-from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.causal.cache import SelectionLayer, SinkWindowLayer
 from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
 from adaptive_longformer.modeling.dense_attention import dense_attention
@@ -28,9 +27,8 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         self.num_sinks = config.num_sink_tokens if config.uses_global_tokens else 0
 
     @property
-    def is_selecting(self) -> bool:
-        """Whether blocks of queries choose blocks of keys to read."""
-        return self.adaptive is not None and self.adaptive.is_active
+    def max_global_tokens(self) -> int:
+        return self.num_sinks
 
     def forward(
         self,
@@ -66,58 +64,52 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             ValueError: a layer that chooses blocks is given a cache that does not keep what that
                 takes.
         """
-        query, key, value = (
-            self._split_heads(projection(hidden_states))
-            for projection in (self.query, self.key, self.value)
-        )
-        kept = queries = cache_layer = None
+        query, key, value = self._project(hidden_states)
+        kept = cache_layer = None
         if past_key_values is not None:
             new_ranks = None if sink_rank is None else sink_rank[:, past_length:]
             kept = past_key_values.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
             cache_layer = past_key_values.layers[self.layer_idx]
-            if isinstance(cache_layer, SelectionLayer):
-                queries = cache_layer.add_queries(query)
-            elif self.is_selecting:
-                raise ValueError(
-                    f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
-                    "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
-                    "make one by adaptive_longformer.modeling.causal.cache.causal_cache"
-                )
+        is_selecting = self.is_selecting
+        if is_selecting and cache_layer is not None and not isinstance(cache_layer, SelectionLayer):
+            raise ValueError(
+                f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
+                "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
+                "make one by adaptive_longformer.modeling.causal.cache.causal_cache"
+            )
+        queries = None
+        if isinstance(cache_layer, SelectionLayer):
+            queries = cache_layer.add_queries(query)
+        dropout_p = self.dropout_p if self.training else 0.0
         if past_length == 0:
-            context, probabilities = self._attend(
+            context, probabilities = self._attend_from_start(
                 query, key, value, attention_mask, sink_rank, first_slots, selection_state,
                 output_attentions,
             )  # fmt: skip
-        elif self.is_selecting:
+        elif is_selecting:
             assert self.adaptive is not None and queries is not None
             assert isinstance(cache_layer, SelectionLayer)
             decoding = SelectedDecoding(
-                self.adaptive,
-                cache_layer,
-                attention_mask,
-                sink_rank,
-                first_slots,
-                self.scale,
-                self.dropout_p if self.training else 0.0,
-                selection_state is not None and selection_state.validate,
-            )
+                self.adaptive, cache_layer, attention_mask, sink_rank, first_slots, self.scale,
+                dropout_p, selection_state is not None and selection_state.validate,
+            )  # fmt: skip
             context, probabilities = decoding.attend(query, queries, output_attentions)
         else:
-            assert kept is not None and past_key_values is not None
+            assert kept is not None
             visible = self._visible(
-                past_key_values, past_length, query.shape[2], kept[0], attention_mask, sink_rank
+                cache_layer, past_length, query.shape[2], kept[0], attention_mask, sink_rank
             )
             context, probabilities = dense_attention(
                 query,
                 *kept,
                 visible,
                 scale=self.scale,
-                dropout_p=self.dropout_p if self.training else 0.0,
+                dropout_p=dropout_p,
                 output_attentions=output_attentions,
             )
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
-    def _attend(
+    def _attend_from_start(
         self,
         query,
         key,
@@ -134,32 +126,10 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         attention_mask, sink_rank = padding.removed(attention_mask), padding.removed(sink_rank)
         global_mask = None if sink_rank is None else sink_rank < self.num_sinks
         reads = Reads(self.pattern)
-        if self.adaptive is not None:
-            query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
-        where = {
-            "attention_mask": attention_mask,
-            "global_mask": global_mask,
-            "max_global_tokens": self.num_sinks,
-            "is_causal": True,
-            "scale": self.scale,
-            "entry_bias": reads.entry_bias,
-            "span": reads.span,
-        }
-        dropout_p = self.dropout_p if self.training else 0.0
-        context = sparse_attention(
-            query,
-            key,
-            value,
-            reads.pattern_or_layout,
-            dropout_p=dropout_p,
-            dropout_seed=random_seed(query.device) if dropout_p else None,
-            backend=self.config.attention_backend,
-            **where,
-        )
-        assert isinstance(context, torch.Tensor)  # return_lse=False
-        probabilities = None
-        if output_attentions:
-            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
+        context, probabilities = self._attend(
+            query, key, value, attention_mask, global_mask, reads, selection_state,
+            output_attentions,
+        )  # fmt: skip
         if first_slots is not None:
             # Padding before a sequence has seen it from behind.
             is_padding = ~attention_mask[:, None, :, None]
@@ -171,7 +141,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
 
     def _visible(
         self,
-        past_key_values: Cache,
+        cache_layer: object,
         past_length: int,
         length: int,
         key: torch.Tensor,
@@ -179,7 +149,6 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         sink_rank: torch.Tensor | None,
     ) -> torch.Tensor:
         """Which of the kept keys every new token sees: bool [batch or 1, 1, new, kept]."""
-        cache_layer = past_key_values.layers[self.layer_idx]
         num_packed = 0
         if isinstance(cache_layer, SinkWindowLayer):
             num_packed, slots = cache_layer.num_sinks, cache_layer.slots()

@@ -15,9 +15,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from adaptive_longformer.attention.dropout import fresh_dropout
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_keys import limit_global_tokens
-from adaptive_longformer.modeling.attention_layer import random_seed
 from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
@@ -274,8 +274,7 @@ def _attend(
         global_mask=global_mask,
         max_global_tokens=options.num_global_tokens,
         scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=random_seed(query.device) if dropout_p else None,
+        **fresh_dropout(dropout_p, query.device),
     )
     assert isinstance(output, torch.Tensor)  # return_lse=False
     return output

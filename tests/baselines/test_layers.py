@@ -81,7 +81,7 @@ def test_a_fresh_mix_is_the_sliding_window(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(mixed(**inputs)[0], window(**inputs)[0])
         for layer in mixed.layers:
-            layer.attention.adaptive.linear_share.fill_(1.0)
+            layer.attention.baseline.linear_share.fill_(1.0)
         linear = AdaptiveSparseModel.from_pretrained(tmp_path, attention_pattern="linear")
         torch.testing.assert_close(mixed(**inputs)[0], linear(**inputs)[0])
 
