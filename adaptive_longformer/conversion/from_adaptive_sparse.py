@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
@@ -21,7 +20,7 @@ from adaptive_longformer.conversion.plan import (
 from adaptive_longformer.conversion.positions import is_tiled
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
-from adaptive_longformer.conversion.to_adaptive_sparse import read_source_config
+from adaptive_longformer.conversion.to_adaptive_sparse import read_config, read_source_config
 
 
 def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
@@ -40,7 +39,7 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
     raw = read_json(folder / "config.json")
     check_family(raw.get("model_type"), TARGETS)
     target = TARGETS[raw["model_type"]]
-    config = _read_config(target.config_class, raw)
+    config = read_config(target.config_class, raw)
     family = _family(config)
     base_model = target.classes["Model"].__name__
     head = target.head_of((config.architectures or [base_model])[0])
@@ -94,6 +93,7 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
         tensors.update(extra_file.tensors)
     return Plan(
         source_model_type=family.model_type,
+        head=head,
         source_class=target.classes[head],
         target_class=source_class(family, head),
         config=reversed_raw,
@@ -104,13 +104,6 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
         model_max_length=rows - family.position_offset(config) if rows != our_rows else None,
         notes=notes,
     )
-
-
-def _read_config(config_class: type[Any], raw: dict[str, Any]) -> Any:
-    try:
-        return config_class.from_dict(copy.deepcopy(raw))
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"source: config.json is damaged: {error}") from error
 
 
 def _family(config: Any) -> Family:
