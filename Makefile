@@ -35,13 +35,16 @@ endef
 	$(call make_venv,.venv)
 	@echo "Installing into .venv (some minutes the first time)"
 	@.venv/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[dev]'
-	@touch .venv/.installed .venv/.installed-docs $@
-
-.venv/.installed-docs: pyproject.toml constraints.txt
-	$(call make_venv,.venv)
-	@echo "Installing into .venv (some minutes the first time)"
-	@.venv/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[docs]'
 	@touch .venv/.installed $@
+
+# The extra "docs" alone: the API pages are read from the sources, nothing of ours is imported.
+DOCS_EXTRA := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["optional-dependencies"]["docs"], sep="\n")
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(call make_venv,.venv-docs)
+	@$(PYTHON) -c '$(DOCS_EXTRA)' > .venv-docs/requirements.txt
+	@.venv-docs/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -r .venv-docs/requirements.txt
+	@touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(call make_venv,.venv-oldest)
@@ -70,8 +73,8 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 	.venv/bin/ruff check --fix $(SOURCES)
 	.venv/bin/ruff format $(SOURCES)
 
-docs: .venv/.installed-docs  ## Build the documentation into site/, strictly and offline
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+docs: .venv-docs/.installed  ## Build the documentation into site/, strictly and offline (Python 3.11)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 docs-data:  ## Draw the pictures and write the tables of docs from benchmarks/results
 	$(PYTHON) docs/make/pictures.py
@@ -99,5 +102,5 @@ gpu-all:  ## The GPU tests and all benchmarks (long), results also in benchmarks
 	done; exit $$status
 
 clean:  ## Remove the environments, caches and build outputs
-	rm -rf .venv .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find adaptive_longformer configuration modeling tests -name __pycache__ -prune -exec rm -rf {} +

@@ -36,7 +36,14 @@ ALLOWED = {
         "window_linear",
         "lsh",
     ),
-    "default_global_tokens": ("auto", "none", "first", "question", "after_separator"),
+    "default_global_tokens": (
+        "auto",
+        "longformer",
+        "none",
+        "first",
+        "question",
+        "after_separator",
+    ),
     "position_style": ("roberta", "bert"),
     "head_style": ("roberta", "bert", "big_bird"),
 }
@@ -125,8 +132,11 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             window of a calibrated model.
         default_global_tokens: which tokens are global when no `global_attention_mask` is given.
             "none", "first" (first valid token), "question" (before the first separator),
-            "after_separator", or "auto": "none" for the pattern "big_bird", which has its global
-            blocks; otherwise "question" for question answering, "first" for every other model.
+            "after_separator", or one that goes by the head. "auto": "question" for question
+            answering, "first" for every other model, "none" for the pattern "big_bird", which has
+            its global blocks. "longformer", as the classes of Longformer do: "first" for sequence
+            classification, "question" for question answering, "after_separator" for multiple
+            choice, "none" for every other model.
         separate_global_projections: Longformer's query_global, key_global and value_global.
         attention_backend: see `adaptive_longformer.attention.backends.choose`; "auto" takes the
             first that fits.

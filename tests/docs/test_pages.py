@@ -4,10 +4,14 @@ A page is run from top to bottom in an empty folder, in which tiny checkpoints l
 of those on the hub. A block below `<!-- not run: reason -->` is not run: its options are checked.
 """
 
+import re
+
 import pytest
 from doc_commands import run, understand
-from doc_pages import PAGES, PROSE, blocks_of, commands_of, inline_commands, name_of
+from doc_pages import PAGES, PROSE, ROOT, blocks_of, commands_of, inline_commands, name_of
 from doc_workplace import prepare
+
+from adaptive_longformer import AdaptiveSparseConfig
 
 # How many blocks of all pages are not run. A larger number needs a reason as good as a test.
 NOT_RUN = 19
@@ -49,3 +53,12 @@ def test_few_blocks_are_not_run():
     ]
     print(*not_run, sep="\n")
     assert len(not_run) == NOT_RUN
+
+
+def test_fields_in_the_table_of_knobs_exist():
+    page = (ROOT / "docs" / "adaptive.md").read_text(encoding="utf-8")
+    table = page.split("## The knobs")[1].split("\n\n")[1]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert len(names) > 5
+    assert set(names) <= set(AdaptiveSparseConfig().to_dict())

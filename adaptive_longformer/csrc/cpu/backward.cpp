@@ -1,6 +1,6 @@
 // Block-sparse attention, backward: the five matrix products of a tile run once, from the forward lists. One task walks
-// all query blocks of a head, in bundles (or of a segment, when there are fewer heads than threads) and adds up its own gradients of
-// keys and values, so that nothing is shared and every sum has a fixed order.
+// all bundles of query blocks of a head (or of a segment, when there are fewer heads than threads) and adds up its own
+// gradients of keys and values, so that nothing is shared and every sum has a fixed order.
 #include "bundle.h"
 #include "matmul.h"
 #include "threads.h"
@@ -47,8 +47,8 @@ void load_queries(const Problem& problem, Scratch& scratch) {
     float* grad_row = scratch.grad_output.data() + (int64_t)lane * width;
     float* output_row = scratch.grad_query.data() + (int64_t)lane * width;
     const float lse = arguments.lse[bundle.row(0) + row];
-    const bool is_padding =
-        arguments.is_padding != nullptr && arguments.is_padding[bundle.batch * arguments.length + bundle.start(0) + row];
+    const bool is_padding = arguments.is_padding != nullptr &&
+                            arguments.is_padding[bundle.batch * arguments.length + bundle.start(0) + row];
     // So are those of a row that sees nothing, or of garbage in a padded slot.
     if (lse == -INFINITE || (is_padding && lse != lse)) {
       std::fill_n(query_row, width, 0.0f);
@@ -131,27 +131,29 @@ void differentiate(const Problem& problem, const PackedHead& packed, Scratch& sc
     for (int part = 0; part < tile.count; part++) {
       const Entry& entry = *tile.entries[part];
       const int64_t block = entry.block * block_size, next = tile.entries[part + 1]->block * block_size;
-      const auto next_block_of = [&](const float* blocks) { return Fetch{blocks + next, blocks + next + block_size}; };
+      const auto next_of = [&](const float* blocks) {
+        return Fetch{blocks + next, blocks + next + block_size, blocks + next};
+      };
       float* weights = scratch.weights.data() + (int64_t)part * key_block * lanes;
       float* grad_scores = scratch.grad_scores.data() + (int64_t)part * key_block * lanes;
       tile_keys[part] = packed.keys + block;
       multiply<false, false>(packed.keys + block, width, {&queries_transposed, 1, problem.head_dim, bundle.lanes},
-                             weights, lanes, key_block, lanes, next_block_of(packed.keys));
+                             weights, lanes, key_block, lanes, next_of(packed.keys));
       multiply<false, false>(packed.values + block, width,
                              {&grad_outputs_transposed, 1, problem.head_dim, bundle.lanes}, grad_scores, lanes,
-                             key_block, lanes, next_block_of(packed.values));
+                             key_block, lanes, next_of(packed.values));
       if (entry.is_masked || entry.has_span) bundle.mask(weights, tile, entry);
       if (arguments.dropout_p > 0)
         differentiate_entry<true>(problem, tile, entry, weights, grad_scores, grad_spans, scratch);
       else
         differentiate_entry<false>(problem, tile, entry, weights, grad_scores, grad_spans, scratch);
       multiply<false, true>(weights, lanes, {&grad_outputs, 1, lanes, width}, packed.grad_values + block, width,
-                            key_block, width, next_block_of(packed.grad_values));
+                            key_block, width, next_of(packed.grad_values));
       multiply<false, true>(grad_scores, lanes, {&queries, 1, lanes, width}, packed.grad_keys + block, width, key_block,
-                            width, next_block_of(packed.grad_keys));
+                            width, next_of(packed.grad_keys));
     }
     multiply<true, true>(scratch.grad_scores.data(), lanes, {tile_keys, tile.count, key_block, width},
-                         scratch.grad_query.data() + first_row, width, lanes, width, {queries, queries});
+                         scratch.grad_query.data() + first_row, width, lanes, width, {queries, queries, queries});
   }
   bundle.store_rows(arguments.grad_query, scratch.grad_query.data(), [&](int) { return (float)arguments.scale; });
   if (arguments.grad_span != nullptr)
@@ -186,10 +188,12 @@ void backward(const Arguments& arguments) {
   const int64_t num_heads = arguments.batch * arguments.heads, num_threads = arguments.num_threads;
   const int64_t block_size = (int64_t)problem.key_block * problem.padded_dim;
   const int64_t num_bundles = Bundle::count(problem), packed_size = problem.num_blocks * block_size;
-  // Segments cost memory and an addition each: only where heads alone leave threads idle.
+  // Segments cost memory and an addition each: only where heads alone leave threads idle. One thread takes those of two,
+  // so that both add up in the same order.
+  const int64_t sharing = std::max<int64_t>(num_threads, 2);
   int64_t num_segments = 1;
-  if (num_heads % num_threads != 0 && num_heads < 4 * num_threads)
-    num_segments = std::min(num_bundles, (2 * num_threads + num_heads - 1) / num_heads);
+  if (num_heads % sharing != 0 && num_heads < 4 * sharing)
+    num_segments = std::min(num_bundles, (2 * sharing + num_heads - 1) / num_heads);
   const int64_t group = std::min(num_heads, num_threads);
   const Buffer<float> keys(group * packed_size), values(group * packed_size),
       grad_keys(group * num_segments * packed_size), grad_values(group * num_segments * packed_size);

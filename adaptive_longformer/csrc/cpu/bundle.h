@@ -40,7 +40,7 @@ struct Tile {
   int first_lane, lanes;
 };
 
-// One per thread, loaded with one bundle after the other. A query block starts at a whole vector of lanes; lanes behind
+// One per thread, assigned to one bundle after the other. A query block starts at a whole vector of lanes; lanes behind
 // its last query are dead: they compute on zeros, and nothing that they give is used.
 class Bundle {
  public:
@@ -132,7 +132,8 @@ class Bundle {
       for (int i = 0; i < tile.lanes; i += WIDTH) {
         const int query = position(tile.first_lane + i);
         const Ints offset = key_position[key] - query - lane_numbers();
-        const Ints visible = (((offset >= entry.low) & (offset <= entry.high)) ^ entry.invert) & (offset <= entry.limit);
+        const Ints in_range = ((offset >= entry.low) & (offset <= entry.high)) ^ entry.invert;
+        const Ints visible = in_range & (offset <= entry.limit);
         Floats score = load<Floats>(row + i);
         if (entry.has_span) score += load<Floats>(problem->span_log_weight(head, key_position[key], query));
         store(row + i, visible ? score : broadcast(-INFINITE));
@@ -258,7 +259,8 @@ class Bundle {
     const Arguments& arguments = problem->arguments;
     const auto [lowest, highest] = offsets(entry.block, entry.first_member, entry.num_members);
     entry.low = INT_MIN, entry.high = INT_MAX, entry.limit = arguments.is_causal ? 0 : INT_MAX;
-    entry.is_masked = problem->num_open(batch, entry.block) < problem->key_block || (arguments.is_causal && highest > 0);
+    entry.is_masked = problem->num_open(batch, entry.block) < problem->key_block;
+    entry.is_masked |= arguments.is_causal && highest > 0;
     if (arguments.has_window) {
       const int left = (int)-arguments.left, right = (int)arguments.right;
       const bool touches = highest >= left && lowest <= right, is_inside = lowest >= left && highest <= right;
@@ -267,8 +269,9 @@ class Bundle {
         entry.low = left, entry.high = right, entry.invert = entry.is_window ? 0 : -1;
       }
     }
+    // At the length itself the weight is still 1, but its slope is not 0.
     if (entry.is_window && arguments.span_length != nullptr)
-      entry.has_span = (float)std::max(-lowest, highest) > arguments.span_length[head];
+      entry.has_span = (float)std::max(-lowest, highest) >= arguments.span_length[head];
   }
 
   // Entries of the same members one after the other, in the order of the lists.

@@ -98,10 +98,11 @@ void attend(const Problem& problem, const float* keys, const float* values, Scra
       const Entry& entry = *tile.entries[part];
       const float* next = keys + tile.entries[part + 1]->block * block_size;
       float* scores = scratch.scores.data() + (int64_t)part * problem.key_block * tile.lanes;
-      multiply<false, false>(keys + entry.block * block_size, width, {&queries, 1, problem.head_dim, bundle.lanes},
-                             scores, tile.lanes, problem.key_block, tile.lanes, {next, next + block_size});
-      if (entry.is_masked || entry.has_span) bundle.mask(scores, tile, entry);
       tile_values[part] = values + entry.block * block_size;
+      multiply<false, false, true>(keys + entry.block * block_size, width,
+                                   {&queries, 1, problem.head_dim, bundle.lanes}, scores, tile.lanes,
+                                   problem.key_block, tile.lanes, {next, next + block_size, tile_values[part]});
+      if (entry.is_masked || entry.has_span) bundle.mask(scores, tile, entry);
     }
     if (has_dropout)
       softmax<true>(problem, tile, scratch);
@@ -110,7 +111,7 @@ void attend(const Problem& problem, const float* keys, const float* values, Scra
     const float* next = values + tile.entries[tile.count]->block * block_size;
     multiply<true, true>(scratch.scores.data(), tile.lanes, {tile_values, tile.count, problem.key_block, width},
                          scratch.sum.data() + (int64_t)tile.first_lane * width, width, tile.lanes, width,
-                         {next, next + block_size});
+                         {next, next + block_size, next});
   }
   bundle.store_rows(arguments.output, scratch.sum.data(), [&](int lane) {
     const float total = scratch.total.data()[lane];

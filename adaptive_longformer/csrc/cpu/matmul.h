@@ -18,19 +18,20 @@ struct Pieces {
   int count, piece_depth, stride;
 };
 
-// Memory that is read next, a line of LINE floats for each step of a product until all are on their way.
+// Memory that is read next, from `next` to `end` and as much from `also` on: with every step of a product a line of
+// LINE floats, until all are on their way.
 struct Fetch {
-  const float *next, *end;
+  const float *next, *end, *also;
 };
 
 constexpr int LINE = 16;
 
 // c[ROWS x VECTORS * WIDTH] = (ACCUMULATE ? c : 0) + a[ROWS x depth] b[depth x VECTORS * WIDTH], row-major, b from a
 // column on. With TRANSPOSED a is stored as [depth x ROWS].
-template <int ROWS, int VECTORS, bool TRANSPOSED, bool ACCUMULATE>
+template <int ROWS, int VECTORS, bool TRANSPOSED, bool ACCUMULATE, bool FETCHES_BOTH>
 ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, int column, float* c, int c_stride,
                                  Fetch& fetch) {
-  const float* line = fetch.next;
+  const float *line = fetch.next, *other_line = fetch.also;
   const int64_t step = line < fetch.end ? LINE : 0;
   Floats sum[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -42,7 +43,8 @@ ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, 
     const float* b_row = b.first_rows[piece] + column;
     for (int k = 0; k < b.piece_depth; k++) {
       __builtin_prefetch(line, 0, 2);
-      line += step;
+      if (FETCHES_BOTH) __builtin_prefetch(other_line, 0, 2);
+      line += step, other_line += step;
       Floats right[VECTORS];
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; j++) right[j] = load<Floats>(b_row + j * WIDTH);
@@ -56,15 +58,16 @@ ALWAYS_INLINE void multiply_rows(const float* a, int a_stride, const Pieces& b, 
       b_row += b.stride;
     }
   }
-  fetch.next = line;
+  fetch.next = line, fetch.also = other_line;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; j++) store(c + i * c_stride + j * WIDTH, sum[i][j]);
 }
 
-// c[rows x columns] = (ACCUMULATE ? c : 0) + a b, with columns a multiple of WIDTH; a as in multiply_rows.
-template <bool TRANSPOSED, bool ACCUMULATE>
+// c[rows x columns] = (ACCUMULATE ? c : 0) + a b, with columns a multiple of WIDTH; a as in multiply_rows. FETCHES_BOTH
+// says whether the second range of `fetch` counts.
+template <bool TRANSPOSED, bool ACCUMULATE, bool FETCHES_BOTH = false>
 void multiply(const float* a, int a_stride, const Pieces& b, float* c, int c_stride, int rows, int columns,
               Fetch fetch) {
   int column = 0;
@@ -73,9 +76,10 @@ void multiply(const float* a, int a_stride, const Pieces& b, float* c, int c_str
     int row = 0;
     const auto run = [&](auto count) {
       constexpr int ROWS = decltype(count)::value;
-      multiply_rows<ROWS, VECTORS, TRANSPOSED, ACCUMULATE>(a + (int64_t)row * (TRANSPOSED ? 1 : a_stride), a_stride, b,
-                                                           column, c + (int64_t)row * c_stride + column, c_stride,
-                                                           fetch);
+      const float* a_row = a + (int64_t)row * (TRANSPOSED ? 1 : a_stride);
+      float* c_row = c + (int64_t)row * c_stride + column;
+      multiply_rows<ROWS, VECTORS, TRANSPOSED, ACCUMULATE, FETCHES_BOTH>(a_row, a_stride, b, column, c_row, c_stride,
+                                                                         fetch);
       row += ROWS;
     };
     constexpr int MOST = MAX_ROWS * 2 / VECTORS;

@@ -7,6 +7,10 @@
 #include <limits>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "arguments.h"
 #include "rows.h"
 #include "vectors.h"
@@ -16,6 +20,8 @@ namespace adaptive {
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
+
+constexpr size_t HUGE_PAGE = 1 << 21;
 
 // Uninitialised memory for vectors.
 template <typename Element>
@@ -32,8 +38,14 @@ class Buffer {
     if (count <= capacity_) return;
     std::free(data_);
     capacity_ = 0;
-    data_ = (Element*)std::aligned_alloc(64, (count * sizeof(Element) + 63) / 64 * 64);
+    const size_t alignment = count * sizeof(Element) < HUGE_PAGE ? 64 : HUGE_PAGE;
+    const size_t size = (count * sizeof(Element) + alignment - 1) / alignment * alignment;
+    data_ = (Element*)std::aligned_alloc(alignment, size);
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // Lists jump between blocks, each of which else has pages of its own to look up. Only a wish: it may be refused.
+    if (alignment == HUGE_PAGE) madvise(data_, size, MADV_HUGEPAGE);
+#endif
     capacity_ = count;
   }
   Element* data() const { return data_; }
@@ -159,7 +171,8 @@ class Problem {
       }
       const bool is_open = position < arguments.length;
       key_position_.data()[first + key] = is_open ? (int32_t)position : HIDDEN;
-      key_word_.data()[first + key] = is_open && arguments.column_words != nullptr ? arguments.column_words[position] : 0;
+      key_word_.data()[first + key] =
+          is_open && arguments.column_words != nullptr ? arguments.column_words[position] : 0;
       num_open += is_open;
     }
     num_open_.data()[batch * num_blocks + block] = num_open;
