@@ -12,6 +12,7 @@ a whole book, of which one copy is kept. An LED or BigBird-Pegasus is converted 
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_longformer.gpu import has_bfloat16_gpu
-from adaptive_longformer.training.document_pairs import (
-    DocumentPair,
-    load_document_pairs,
-    narrative_pairs,
-)
+from adaptive_longformer.training.document_pairs import DocumentPair, load_document_pairs
 from adaptive_longformer.training.take_over import take_over_checkpoint
 from adaptive_longformer.training.text_metrics import answer_metrics
 from adaptive_longformer.training.text_to_text_collator import TextToTextCollator
@@ -67,6 +64,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     return parser.parse_args(argv)
+
+
+def narrative_pairs(rows: Iterable[dict], max_documents: int) -> list[DocumentPair]:
+    """The questions of the first documents of a data set like NarrativeQA.
+
+    Every row of that data set repeats the whole book or script; here the rows of a document share
+    one text, so that it can be streamed.
+
+    Args:
+        rows: {"document": {"id", "text"}, "question": {"text"}, "answers": [{"text"}]}, the rows of
+            a document next to each other.
+        max_documents: stop after so many documents.
+    """
+    documents: dict[str, str] = {}
+    pairs = []
+    for row in rows:
+        name = row["document"]["id"]
+        if name not in documents:
+            if len(documents) == max_documents:
+                break
+            documents[name] = row["document"]["text"]
+        answers = [answer["text"] for answer in row["answers"]]
+        pairs.append(
+            DocumentPair(document=documents[name], query=row["question"]["text"], targets=answers)
+        )
+    return pairs
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[list[DocumentPair], list[DocumentPair]]:

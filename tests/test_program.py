@@ -256,7 +256,7 @@ def source(tmp_path):
         (convert, "write_weights", False),
         (convert, "_write", True),
         (convert, "measure_agreement", False),
-        (convert, "_write_model_card", True),
+        (convert, "model_card", True),
         (staging, "_move", False),
         (torch, "equal", False),
     ],

@@ -1,21 +1,13 @@
 """BERT, read with a sliding window and, if asked, longer position tables."""
 
 from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
-from adaptive_longformer.conversion.tables import Table, bert_encoder, bert_lm_head
+from adaptive_longformer.conversion.tables import BERT_BODY, BERT_LM_HEAD, Table
 
 BERT = Family(
     name="BERT",
     model_type="bert",
     class_prefix="Bert",
-    table=Table(
-        "bert.",
-        [
-            *bert_encoder("bert."),
-            *bert_lm_head(),
-            ("classifier.{parameter}", "classifier.{parameter}"),
-            ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
-        ],
-    ),
+    table=Table("bert.", [*BERT_BODY, "pooler.dense"], [*BERT_LM_HEAD, "classifier", "qa_outputs"]),
     fields=(*SHARED_FIELDS, "classifier_dropout"),
     constants={
         "attention_pattern": "longformer",

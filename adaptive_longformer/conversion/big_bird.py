@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
-from adaptive_longformer.conversion.tables import Table, bert_encoder, bert_lm_head
+from adaptive_longformer.conversion.tables import BERT_BODY, BERT_LM_HEAD, Table
 
 
 class BigBirdFamily(Family):
@@ -60,19 +60,16 @@ BIG_BIRD = BigBirdFamily(
     class_prefix="BigBird",
     table=Table(
         "bert.",
+        [*BERT_BODY, ("pooler", "pooler.dense")],
         [
-            *bert_encoder("bert.", pooler="pooler"),
-            *bert_lm_head(),
-            ("classifier.dense.{parameter}", "classifier.dense.{parameter}"),
-            ("classifier.out_proj.{parameter}", "classifier.out_proj.{parameter}"),
-            ("classifier.{parameter}", "classifier.{parameter}"),
-            ("qa_classifier.intermediate.dense.{parameter}", "qa_outputs.intermediate.{parameter}"),
-            ("qa_classifier.output.dense.{parameter}", "qa_outputs.output.{parameter}"),
-            (
-                "qa_classifier.output.LayerNorm.{parameter}",
-                "qa_outputs.output_layer_norm.{parameter}",
-            ),
-            ("qa_classifier.qa_outputs.{parameter}", "qa_outputs.out_proj.{parameter}"),
+            *BERT_LM_HEAD,
+            "classifier.dense",
+            "classifier.out_proj",
+            "classifier",
+            ("qa_classifier.intermediate.dense", "qa_outputs.intermediate"),
+            ("qa_classifier.output.dense", "qa_outputs.output"),
+            ("qa_classifier.output.LayerNorm", "qa_outputs.output_layer_norm"),
+            ("qa_classifier.qa_outputs", "qa_outputs.out_proj"),
         ],
     ),
     fields=(

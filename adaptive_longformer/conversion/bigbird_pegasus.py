@@ -5,11 +5,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from adaptive_longformer.conversion.family import SEQ2SEQ_FIELDS, BartFamily
-from adaptive_longformer.conversion.tables import Table, bart_model
+from adaptive_longformer.conversion.tables import BART_BODY, BART_HEADS, Table
 from adaptive_longformer.conversion.target import SEQ2SEQ
 
-_SOURCE_LAYER = "model.encoder.layers.{layer}.self_attn."
-_TARGET_ATTENTION = "model.encoder.layers.{layer}.attention."
+_SOURCE_ATTENTION = "encoder.layers.{layer}.self_attn."
+_TARGET_ATTENTION = "encoder.layers.{layer}.attention."
 
 
 class BigBirdPegasusFamily(BartFamily):
@@ -35,25 +35,19 @@ BIGBIRD_PEGASUS = BigBirdPegasusFamily(
     table=Table(
         "model.",
         [
-            *bart_model("model."),
+            *BART_BODY,
             *(
-                (
-                    _SOURCE_LAYER + "self." + projection + ".{parameter}",
-                    _TARGET_ATTENTION + projection + ".{parameter}",
-                )
-                for projection in ("query", "key", "value")
+                (_SOURCE_ATTENTION + f"self.{name}", _TARGET_ATTENTION + name)
+                for name in ("query", "key", "value")
             ),
-            (_SOURCE_LAYER + "output.{parameter}", _TARGET_ATTENTION + "output.{parameter}"),
-            *(
-                (
-                    f"model.{part}.layernorm_embedding.{{parameter}}",
-                    f"model.{part}.final_layer_norm.{{parameter}}",
-                )
-                for part in ("encoder", "decoder")
-            ),
-            ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
-            ("classification_head.dense.{parameter}", "classifier.dense.{parameter}"),
-            ("classification_head.out_proj.{parameter}", "classifier.out_proj.{parameter}"),
+            (_SOURCE_ATTENTION + "output", _TARGET_ATTENTION + "output"),
+            ("encoder.layernorm_embedding", "encoder.final_layer_norm"),
+            ("decoder.layernorm_embedding", "decoder.final_layer_norm"),
+        ],
+        [
+            *BART_HEADS,
+            ("classification_head.dense", "classifier.dense"),
+            ("classification_head.out_proj", "classifier.out_proj"),
         ],
     ),
     fields=(*SEQ2SEQ_FIELDS, "scale_embedding", "use_bias", "block_size", "num_random_blocks"),

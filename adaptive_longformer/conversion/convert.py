@@ -103,14 +103,7 @@ def convert_checkpoint(
             logits differ.
         OSError: the disk is full or not writable.
     """
-    report_progress = progress or _no_progress
-    if reverse and (max_positions is not None or attention_window is not None):
-        name = "max_positions" if max_positions is not None else "attention_window"
-        raise ValueError(f"{name}: not allowed together with reverse")
-    if drop_adaptive and not reverse:
-        raise ValueError("drop_adaptive: allowed only together with reverse")
-    if isinstance(max_positions, bool) or not isinstance(max_positions, int | None):
-        raise ValueError(f"max_positions: {max_positions!r} is not allowed; give a whole number")
+    _check_arguments(max_positions, attention_window, reverse, drop_adaptive)
     folder = locate(source, TARGETS if reverse else FAMILIES)
     target_folder = check_target(target, folder, overwrite)
     if reverse:
@@ -119,25 +112,21 @@ def convert_checkpoint(
         plan = plan_conversion(folder, max_positions, attention_window)
     if verify:
         check_finite(Checkpoint(folder))
-
+    progress = progress or _no_progress
+    difference = None
     with staged_folder(target_folder) as staging:
-        companions = companion_files(folder)
-        if not has_tokenizer(companions):
-            plan.notes.append(
-                "the source has no tokenizer, so that the target has none either: "
-                "tokenizer.save_pretrained puts one there"
-            )
-        needed = plan.num_bytes + sum(file.stat().st_size for file in companions) + _SMALL_FILES
-        check_room(staging, needed)
-        try:
-            _write(plan, staging, companions, report_progress)
-        except OSError as error:
-            if error.errno == errno.ENOSPC and "bytes needed" not in str(error):
-                raise disk_full(staging, needed) from error
-            raise
-        difference = _verify(plan, folder, staging, reverse, report_progress) if verify else None
+        _write(plan, folder, staging, progress)
+        if verify:
+            difference = _verify(plan, folder, staging, reverse, progress)
         if not reverse:
-            _write_model_card(plan, staging, str(source), folder, target_folder.name, difference)
+            card = model_card(
+                plan,
+                name=target_folder.name,
+                source=str(source),
+                folder=folder,
+                difference=difference,
+            )
+            (staging / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in staging.iterdir())
     return ConversionReport(
         source=str(source),
@@ -155,7 +144,40 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _write(plan: Plan, staging: Path, companions: list[Path], progress: Progress) -> None:
+def _check_arguments(
+    max_positions: int | None,
+    attention_window: int | list[int] | None,
+    reverse: bool,
+    drop_adaptive: bool,
+) -> None:
+    if reverse and (max_positions is not None or attention_window is not None):
+        name = "max_positions" if max_positions is not None else "attention_window"
+        raise ValueError(f"{name}: not allowed together with reverse")
+    if drop_adaptive and not reverse:
+        raise ValueError("drop_adaptive: allowed only together with reverse")
+    if isinstance(max_positions, bool) or not isinstance(max_positions, int | None):
+        raise ValueError(f"max_positions: {max_positions!r} is not allowed; give a whole number")
+
+
+def _write(plan: Plan, folder: Path, staging: Path, progress: Progress) -> None:
+    """Write everything but the model card; raise OSError if the disk has no room for it."""
+    companions = companion_files(folder)
+    if not has_tokenizer(companions):
+        plan.notes.append(
+            "the source has no tokenizer, so that the target has none either: "
+            "tokenizer.save_pretrained puts one there"
+        )
+    needed = plan.num_bytes + sum(file.stat().st_size for file in companions) + _SMALL_FILES
+    check_room(staging, needed)
+    try:
+        _write_files(plan, staging, companions, progress)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and "bytes needed" not in str(error):
+            raise disk_full(staging, needed) from error
+        raise
+
+
+def _write_files(plan: Plan, staging: Path, companions: list[Path], progress: Progress) -> None:
     write_weights(staging, plan.tensors, plan.load, progress)
     write_json(staging / "config.json", plan.config)
     for file in companions:
@@ -181,7 +203,7 @@ def _verify(
 ) -> float | None:
     """Return the largest difference between the logits; raise ValueError if it is too large."""
     family = FAMILIES[plan.source_model_type]
-    head = _head(plan.target_class.__name__) if plan.complete else "Model"
+    head = plan.head if plan.complete else "Model"
     if not plan.complete:
         plan.notes.append(
             "the head is not in the checkpoint: the encoder's output was verified instead"
@@ -222,34 +244,6 @@ def _windows(config: Any) -> list[int]:
     return windows if isinstance(windows, list) else [windows]
 
 
-def _head(class_name: str) -> str:
-    return "For" + class_name.split("For", 1)[1] if "For" in class_name else "Model"
-
-
 def _load(model_class: Any, folder: Path, with_head: bool) -> Any:
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
     return model if with_head else model.base_model
-
-
-def _write_model_card(
-    plan: Plan, staging: Path, source: str, folder: Path, name: str, difference: float | None
-) -> None:
-    if difference is None:
-        parity = "not measured (`--verify` measures it)"
-    else:
-        parity = f"largest difference between logits {difference:.2g} (float32, random token ids)"
-    if plan.exact_length is not None:
-        parity += f"; equal up to {plan.exact_length} tokens"
-    card = model_card(
-        name=name,
-        source=source,
-        source_folder=folder,
-        source_model_type=plan.source_model_type,
-        source_class=plan.source_class.__name__,
-        target_class=plan.target_class.__name__,
-        config=plan.target_class.config_class.from_dict(dict(plan.config)),
-        num_parameters=plan.num_parameters,
-        parity=parity,
-        notes=plan.notes,
-    )
-    (staging / "README.md").write_text(card, encoding="utf-8")

@@ -1,12 +1,11 @@
 """LED, the Longformer encoder-decoder (allenai/led-base-16384 and its fine-tuned children)."""
 
 from adaptive_longformer.conversion.family import SEQ2SEQ_FIELDS, BartFamily
-from adaptive_longformer.conversion.tables import Table, bart_model
+from adaptive_longformer.conversion.tables import BART_BODY, BART_HEADS, Table
 from adaptive_longformer.conversion.target import SEQ2SEQ
 
-_SOURCE_LAYER = "led.encoder.layers.{layer}.self_attn."
-_SOURCE_ATTENTION = _SOURCE_LAYER + "longformer_self_attn."
-_TARGET_ATTENTION = "model.encoder.layers.{layer}.attention."
+_SOURCE_ATTENTION = "encoder.layers.{layer}.self_attn."
+_TARGET_ATTENTION = "encoder.layers.{layer}.attention."
 
 # Transformers has no LEDForSequenceClassification.
 _HEADS = ("Model", "ForConditionalGeneration", "ForQuestionAnswering")
@@ -19,32 +18,16 @@ LED = BartFamily(
     table=Table(
         "led.",
         [
-            *bart_model("led."),
+            *BART_BODY,
             *(
-                (
-                    _SOURCE_ATTENTION + projection + ".{parameter}",
-                    _TARGET_ATTENTION + projection + ".{parameter}",
-                )
-                for projection in (
-                    "query",
-                    "key",
-                    "value",
-                    "query_global",
-                    "key_global",
-                    "value_global",
-                )
+                (_SOURCE_ATTENTION + f"longformer_self_attn.{name}", _TARGET_ATTENTION + name)
+                for name in ("query", "key", "value", "query_global", "key_global", "value_global")
             ),
-            (_SOURCE_LAYER + "output.{parameter}", _TARGET_ATTENTION + "output.{parameter}"),
-            (
-                "led.encoder.layernorm_embedding.{parameter}",
-                "model.encoder.embeddings.layer_norm.{parameter}",
-            ),
-            (
-                "led.decoder.layernorm_embedding.{parameter}",
-                "model.decoder.embeddings.layer_norm.{parameter}",
-            ),
-            ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
+            (_SOURCE_ATTENTION + "output", _TARGET_ATTENTION + "output"),
+            ("encoder.layernorm_embedding", "encoder.embeddings.layer_norm"),
+            ("decoder.layernorm_embedding", "decoder.embeddings.layer_norm"),
         ],
+        BART_HEADS,
     ),
     fields=(
         *SEQ2SEQ_FIELDS,

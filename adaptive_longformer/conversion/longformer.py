@@ -1,10 +1,10 @@
 """Longformer (allenai/longformer-base-4096 and its fine-tuned children)."""
 
 from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
-from adaptive_longformer.conversion.tables import Table, bert_encoder, roberta_heads
+from adaptive_longformer.conversion.tables import BERT_BODY, ROBERTA_HEADS, Table
 
-_SOURCE_LAYER = "longformer.encoder.layer.{layer}.attention.self."
-_TARGET_LAYER = "model.layers.{layer}.attention."
+_SOURCE_ATTENTION = "encoder.layer.{layer}.attention.self."
+_TARGET_ATTENTION = "layers.{layer}.attention."
 
 LONGFORMER = Family(
     name="Longformer",
@@ -13,18 +13,14 @@ LONGFORMER = Family(
     table=Table(
         "longformer.",
         [
-            *bert_encoder("longformer."),
-            (
-                _SOURCE_LAYER + "query_global.{parameter}",
-                _TARGET_LAYER + "query_global.{parameter}",
+            *BERT_BODY,
+            *(
+                (_SOURCE_ATTENTION + name, _TARGET_ATTENTION + name)
+                for name in ("query_global", "key_global", "value_global")
             ),
-            (_SOURCE_LAYER + "key_global.{parameter}", _TARGET_LAYER + "key_global.{parameter}"),
-            (
-                _SOURCE_LAYER + "value_global.{parameter}",
-                _TARGET_LAYER + "value_global.{parameter}",
-            ),
-            *roberta_heads(),
+            "pooler.dense",
         ],
+        ROBERTA_HEADS,
     ),
     fields=(*SHARED_FIELDS, "attention_window", "sep_token_id"),
     constants={

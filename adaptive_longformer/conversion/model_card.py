@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 from adaptive_longformer.configuration.remote_code import auto_class
+from adaptive_longformer.conversion.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,47 +23,51 @@ _PIPELINES = {
 
 
 def model_card(
-    *,
-    name: str,
-    source: str,
-    source_folder: Path,
-    source_model_type: str,
-    source_class: str,
-    target_class: str,
-    config: Any,
-    num_parameters: int,
-    parity: str,
-    notes: list[str],
+    plan: Plan, *, name: str, source: str, folder: Path, difference: float | None
 ) -> str:
     """Fill the template: where the weights come from, what they compute, how to load them.
 
     Args:
-        name: the folder's name.
+        plan: what was written.
+        name: the name of its folder.
         source: what the user named as the source: a hub id or a folder.
-        config: the configuration of the result.
-        parity: what is known about the difference between the logits.
+        folder: where the source is.
+        difference: the largest between the logits; None if it was not measured.
     """
-    head = "For" + target_class.split("For", 1)[1] if "For" in target_class else "Model"
     is_hub_id = bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
     front_matter = f"base_model: {source}\n" if is_hub_id else ""
-    link = f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{Path(source).name}`"
+    config = plan.target_class.config_class.from_dict(dict(plan.config))
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
-        pipeline_tag=_PIPELINES[head],
-        front_matter=front_matter + _license(source_folder),
-        source_model_type=source_model_type,
-        source_class=source_class,
-        source_link=link,
-        target_class=target_class,
-        auto_class=auto_class(target_class),
-        num_parameters=f"{num_parameters:,}",
+        pipeline_tag=_PIPELINES[plan.head],
+        front_matter=front_matter + _license(folder),
+        source_model_type=plan.source_model_type,
+        source_class=plan.source_class.__name__,
+        source_link=(
+            f"[{source}](https://huggingface.co/{source})"
+            if is_hub_id
+            else f"`{Path(source).name}`"
+        ),
+        target_class=plan.target_class.__name__,
+        auto_class=auto_class(plan.target_class.__name__),
+        num_parameters=f"{plan.num_parameters:,}",
         dtype=str(config.dtype).removeprefix("torch."),
         max_sequence_length=config.max_sequence_length,
         pattern=_pattern(config),
         global_tokens=config.default_global_tokens,
-        parity=parity,
-        notes="".join(f"- {note}\n" for note in notes) or "None.\n",
+        parity=_parity(plan, difference),
+        notes="".join(f"- {note}\n" for note in plan.notes) or "None.\n",
     )
+
+
+def _parity(plan: Plan, difference: float | None) -> str:
+    """Return what is known about the difference between the logits."""
+    parity = "not measured (`--verify` measures it)"
+    if difference is not None:
+        parity = f"largest difference between logits {difference:.2g} (float32, random token ids)"
+    if plan.exact_length is not None:
+        parity += f"; equal up to {plan.exact_length} tokens"
+    return parity
 
 
 def _pattern(config: Any) -> str:

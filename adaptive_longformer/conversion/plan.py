@@ -20,6 +20,7 @@ class Plan:
 
     Attributes:
         source_model_type: the source's `model_type`.
+        head: the head of both, such as "ForMaskedLM".
         source_class: the Transformers class of the source.
         target_class: the class that loads the result.
         config: the content of the result's config.json.
@@ -34,8 +35,9 @@ class Plan:
     """
 
     source_model_type: str
+    head: str
     source_class: type
-    target_class: type
+    target_class: Any
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     load: Callable[[str], torch.Tensor]

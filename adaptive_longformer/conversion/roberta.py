@@ -1,13 +1,13 @@
 """RoBERTa, read with a sliding window and, if asked, longer position tables."""
 
 from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
-from adaptive_longformer.conversion.tables import Table, bert_encoder, roberta_heads
+from adaptive_longformer.conversion.tables import BERT_BODY, ROBERTA_HEADS, Table
 
 ROBERTA = Family(
     name="RoBERTa",
     model_type="roberta",
     class_prefix="Roberta",
-    table=Table("roberta.", [*bert_encoder("roberta."), *roberta_heads()]),
+    table=Table("roberta.", [*BERT_BODY, "pooler.dense"], ROBERTA_HEADS),
     fields=(*SHARED_FIELDS, "classifier_dropout"),
     constants={
         "attention_pattern": "longformer",

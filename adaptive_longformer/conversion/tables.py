@@ -11,6 +11,11 @@ _PLACEHOLDERS = {"layer": r"\d+", "parameter": "weight|bias"}
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
+# Names of a layer, for its weight and its bias, or of one of these; a plain string where both
+# models have the same name.
+Row = tuple[str, str] | str
+
+
 class Table:
     """An ordered list of rows (source name, target name), read in both directions.
 
@@ -21,12 +26,16 @@ class Table:
     Args:
         source_prefix: the source's name for its base model, with the dot ("longformer."). A
             checkpoint of the bare base model leaves it out, as ours leaves out "model.".
-        rows: pairs of full names, base model prefix included.
+        body: rows of the base model, without its names.
+        heads: rows of what is around it.
     """
 
-    def __init__(self, source_prefix: str, rows: Sequence[tuple[str, str]]):
+    def __init__(self, source_prefix: str, body: Sequence[Row], heads: Sequence[Row]) -> None:
         self.source_prefix = source_prefix
-        self.rows = tuple(rows)
+        self.rows = (
+            *(_full_names(row, source_prefix, TARGET_PREFIX) for row in body),
+            *(_full_names(row) for row in heads),
+        )
         self._to_target = [(_compile(source), target) for source, target in self.rows]
         self._to_source = [(_compile(target), source) for source, target in self.rows]
 
@@ -53,112 +62,79 @@ class Table:
         return _all(self._to_source, name)
 
 
-def bert_encoder(prefix: str, pooler: str = "pooler.dense") -> list[tuple[str, str]]:
-    """Return the rows of the encoder that BERT introduced and the other families kept.
+# The encoder that BERT introduced and the other families kept; the pooler's name differs.
+BERT_BODY: tuple[Row, ...] = (
+    ("embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+    ("embeddings.position_embeddings.weight", "embeddings.position_embeddings.weight"),
+    ("embeddings.token_type_embeddings.weight", "embeddings.token_type_embeddings.weight"),
+    ("embeddings.LayerNorm", "embeddings.layer_norm"),
+    ("encoder.layer.{layer}.attention.self.query", "layers.{layer}.attention.query"),
+    ("encoder.layer.{layer}.attention.self.key", "layers.{layer}.attention.key"),
+    ("encoder.layer.{layer}.attention.self.value", "layers.{layer}.attention.value"),
+    ("encoder.layer.{layer}.attention.output.dense", "layers.{layer}.attention.output"),
+    ("encoder.layer.{layer}.attention.output.LayerNorm", "layers.{layer}.attention_layer_norm"),
+    ("encoder.layer.{layer}.intermediate.dense", "layers.{layer}.intermediate"),
+    ("encoder.layer.{layer}.output.dense", "layers.{layer}.output"),
+    ("encoder.layer.{layer}.output.LayerNorm", "layers.{layer}.output_layer_norm"),
+)
 
-    Args:
-        prefix: the source's name for its base model, with the dot.
-        pooler: its name for the pooler's linear layer.
-    """
-    layer = prefix + "encoder.layer.{layer}."
-    ours = "model.layers.{layer}."
-    return [
-        (prefix + "embeddings.word_embeddings.weight", "model.embeddings.word_embeddings.weight"),
-        (
-            prefix + "embeddings.position_embeddings.weight",
-            "model.embeddings.position_embeddings.weight",
-        ),
-        (
-            prefix + "embeddings.token_type_embeddings.weight",
-            "model.embeddings.token_type_embeddings.weight",
-        ),
-        (prefix + "embeddings.LayerNorm.{parameter}", "model.embeddings.layer_norm.{parameter}"),
-        (layer + "attention.self.query.{parameter}", ours + "attention.query.{parameter}"),
-        (layer + "attention.self.key.{parameter}", ours + "attention.key.{parameter}"),
-        (layer + "attention.self.value.{parameter}", ours + "attention.value.{parameter}"),
-        (layer + "attention.output.dense.{parameter}", ours + "attention.output.{parameter}"),
-        (
-            layer + "attention.output.LayerNorm.{parameter}",
-            ours + "attention_layer_norm.{parameter}",
-        ),
-        (layer + "intermediate.dense.{parameter}", ours + "intermediate.{parameter}"),
-        (layer + "output.dense.{parameter}", ours + "output.{parameter}"),
-        (layer + "output.LayerNorm.{parameter}", ours + "output_layer_norm.{parameter}"),
-        (prefix + pooler + ".{parameter}", "model.pooler.dense.{parameter}"),
-    ]
+# The language modelling head that BERT introduced and BigBird kept.
+BERT_LM_HEAD: tuple[Row, ...] = (
+    ("cls.predictions.transform.dense", "lm_head.dense"),
+    ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
+    ("cls.predictions.bias", "lm_head.decoder.bias"),
+    ("cls.predictions.decoder", "lm_head.decoder"),
+)
 
+# The task heads that RoBERTa introduced and Longformer kept.
+ROBERTA_HEADS: tuple[Row, ...] = (
+    "lm_head.dense",
+    "lm_head.layer_norm",
+    ("lm_head.bias", "lm_head.decoder.bias"),
+    "lm_head.decoder",
+    "classifier.dense",
+    "classifier.out_proj",
+    "classifier",
+    "qa_outputs",
+)
 
-def bert_lm_head() -> list[tuple[str, str]]:
-    """Return the rows of the language modelling head that BERT introduced and BigBird kept."""
-    return [
-        ("cls.predictions.transform.dense.{parameter}", "lm_head.dense.{parameter}"),
-        ("cls.predictions.transform.LayerNorm.{parameter}", "lm_head.layer_norm.{parameter}"),
-        ("cls.predictions.bias", "lm_head.decoder.bias"),
-        ("cls.predictions.decoder.{parameter}", "lm_head.decoder.{parameter}"),
-    ]
-
-
-def bart_model(prefix: str) -> list[tuple[str, str]]:
-    """Return the rows of the encoder-decoder that BART introduced, language head included.
-
-    What is left to the family is the encoder's attention, and where the embeddings' (or the last)
-    LayerNorm belongs.
-    """
-    rows = [
-        # A checkpoint may hold its shared table under all the names it is used by.
-        (prefix + "shared.weight", "model.encoder.embeddings.word_embeddings.weight"),
-        (prefix + "encoder.embed_tokens.weight", "model.encoder.embeddings.word_embeddings.weight"),
-        (prefix + "decoder.embed_tokens.weight", "model.decoder.embeddings.word_embeddings.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("final_logits_bias", "final_logits_bias"),
-    ]
-    for part in ("encoder", "decoder"):
-        layer, ours = f"{prefix}{part}.layers.{{layer}}.", f"model.{part}.layers.{{layer}}."
-        rows += [
-            (
-                f"{prefix}{part}.embed_positions.weight",
-                f"model.{part}.embeddings.position_embeddings.weight",
-            ),
-            (layer + "fc1.{parameter}", ours + "intermediate.{parameter}"),
-            (layer + "fc2.{parameter}", ours + "output.{parameter}"),
-            (layer + "final_layer_norm.{parameter}", ours + "output_layer_norm.{parameter}"),
-        ]
-    layer, ours = prefix + "encoder.layers.{layer}.", "model.encoder.layers.{layer}."
-    rows.append(
-        (layer + "self_attn_layer_norm.{parameter}", ours + "attention_layer_norm.{parameter}")
-    )
-    layer, ours = prefix + "decoder.layers.{layer}.", "model.decoder.layers.{layer}."
-    for source, target in (("self_attn", "self_attention"), ("encoder_attn", "cross_attention")):
-        rows += [
-            (f"{layer}{source}.{projection}.{{parameter}}", f"{ours}{target}.{name}.{{parameter}}")
-            for projection, name in (
-                ("q_proj", "query"),
-                ("k_proj", "key"),
-                ("v_proj", "value"),
-                ("out_proj", "output"),
-            )
-        ]
-        rows.append(
-            (
-                f"{layer}{source}_layer_norm.{{parameter}}",
-                f"{ours}{target}_layer_norm.{{parameter}}",
-            )
+# The encoder-decoder that BART introduced. What is left to the family is the encoder's attention,
+# and where the embeddings' (or the last) LayerNorm belongs.
+BART_BODY: tuple[Row, ...] = (
+    # A checkpoint may hold its shared table under all the names it is used by.
+    ("shared.weight", "encoder.embeddings.word_embeddings.weight"),
+    ("encoder.embed_tokens.weight", "encoder.embeddings.word_embeddings.weight"),
+    ("decoder.embed_tokens.weight", "decoder.embeddings.word_embeddings.weight"),
+    *(
+        (f"{part}.{source}", f"{part}.{target}")
+        for part in ("encoder", "decoder")
+        for source, target in (
+            ("embed_positions.weight", "embeddings.position_embeddings.weight"),
+            ("layers.{layer}.fc1", "layers.{layer}.intermediate"),
+            ("layers.{layer}.fc2", "layers.{layer}.output"),
+            ("layers.{layer}.final_layer_norm", "layers.{layer}.output_layer_norm"),
         )
-    return rows
+    ),
+    ("encoder.layers.{layer}.self_attn_layer_norm", "encoder.layers.{layer}.attention_layer_norm"),
+    *(
+        (f"decoder.layers.{{layer}}.{source}{end}", f"decoder.layers.{{layer}}.{target}{our_end}")
+        for source, target in (("self_attn", "self_attention"), ("encoder_attn", "cross_attention"))
+        for end, our_end in (
+            (".q_proj", ".query"),
+            (".k_proj", ".key"),
+            (".v_proj", ".value"),
+            (".out_proj", ".output"),
+            ("_layer_norm", "_layer_norm"),
+        )
+    ),
+)
+BART_HEADS: tuple[Row, ...] = ("lm_head.weight", "final_logits_bias", "qa_outputs")
 
 
-def roberta_heads() -> list[tuple[str, str]]:
-    """Return the rows of the task heads that RoBERTa introduced and Longformer kept."""
-    return [
-        ("lm_head.dense.{parameter}", "lm_head.dense.{parameter}"),
-        ("lm_head.layer_norm.{parameter}", "lm_head.layer_norm.{parameter}"),
-        ("lm_head.bias", "lm_head.decoder.bias"),
-        ("lm_head.decoder.{parameter}", "lm_head.decoder.{parameter}"),
-        ("classifier.dense.{parameter}", "classifier.dense.{parameter}"),
-        ("classifier.out_proj.{parameter}", "classifier.out_proj.{parameter}"),
-        ("classifier.{parameter}", "classifier.{parameter}"),
-        ("qa_outputs.{parameter}", "qa_outputs.{parameter}"),
-    ]
+def _full_names(row: Row, source_prefix: str = "", target_prefix: str = "") -> tuple[str, str]:
+    source, target = (row, row) if isinstance(row, str) else row
+    end = "" if target.endswith(("weight", "bias")) else ".{parameter}"
+    return source_prefix + source + end, target_prefix + target + end
 
 
 def _current(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,47 @@ from adaptive_longformer.conversion.plan import Plan, check_against_model
 from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.tables import TARGET_PREFIX
+from adaptive_longformer.conversion.target import Target
+
+
+@dataclass
+class _Source:
+    """A checkpoint of another family.
+
+    Attributes:
+        raw: the content of its config.json, and `config` what Transformers makes of it.
+        names: our full name of each of its tensors; None for one that has no place in our model.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    raw: dict[str, Any]
+    family: Family
+    config: PreTrainedConfig
+    checkpoint: Checkpoint
+    names: dict[str, str | None]
+    head: str
+    notes: list[str]
+
+    @property
+    def target(self) -> Target:
+        return self.family.target
 
 
 def plan_conversion(
     folder: Path, max_positions: int | None, attention_window: int | list[int] | None
 ) -> Plan:
     """Decide what a source checkpoint becomes; reads headers, compares duplicated tensors."""
-    raw = read_json(folder / "config.json")
-    check_family(raw.get("model_type"), FAMILIES)
-    family = FAMILIES[raw["model_type"]]
-    target = family.target
-    config = read_source_config(raw)
-    _check_attention(raw)
-    checkpoint = Checkpoint(folder)
-    notes: list[str] = []
+    source = _read(folder)
+    family, target = source.family, source.target
+    fields, overrides, exact_length = _target_fields(source, max_positions, attention_window)
+    chosen, extra = _choose_tensors(source, overrides)
+    target_config = _target_config(source, fields, overrides, chosen)
 
-    names = {name: family.table.to_target(name) for name in checkpoint.tensors}
-    head = _head(family, raw, {name for name in names.values() if name}, notes)
-    target_class = target.classes[head]
-    _check_is_causal(config, head)
-    fields, overrides, exact_length = _target_fields(
-        family, config, head, max_positions, attention_window, notes
-    )
-    fields.update(_special_tokens(family, folder, raw, config))
-    chosen, extra = _choose_tensors(family, head, checkpoint, names, config, overrides, notes)
-    fields.update(overrides)
-
-    tensors = {name: checkpoint.tensors[source] for name, source in chosen.items()}
-    offset = family.position_offset(config)
-    source_rows, num_rows = family.position_rows(config), fields[target.positions_field]
+    tensors = {name: source.checkpoint.tensors[theirs] for name, theirs in chosen.items()}
+    offset = family.position_offset(source.config)
+    source_rows = family.position_rows(source.config)
+    num_rows = getattr(target_config, target.positions_field)
     table = tensors.get(target.position_embeddings)
     if table is not None and table.shape[0] != source_rows:
         raise ValueError(
@@ -59,15 +72,7 @@ def plan_conversion(
         )
     if table is not None:
         tensors[target.position_embeddings] = table.new_empty(num_rows, table.shape[1])
-    fields["architectures"] = [target_class.__name__]
-    fields["auto_map"] = auto_map(target.config_class.model_type)
-    fields["tokenizer_class"] = raw.get("tokenizer_class") or family.tokenizer_class
-    word_embeddings = tensors.get(target.word_embeddings)
-    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or _dtype(word_embeddings)
-    # For the way back: the source's configuration, and what was decided differently.
-    fields["source_config"] = copy.deepcopy(raw)
-    fields["conversion_overrides"] = overrides
-    target_config = target.config_class(**fields)
+    target_class = target.classes[source.head]
     missing = check_against_model(
         target_class,
         target_config,
@@ -76,52 +81,100 @@ def plan_conversion(
         lambda name: chosen.get(name) or family.table.to_source(name) or name,
     )
     if missing:
-        notes.append(
+        source.notes.append(
             f"the source has no {', '.join(missing)}: newly initialised at loading, as the source's"
         )
 
     # The bare base model has no prefix in front of its names, as save_pretrained would write it.
-    bare = head == "Model" and all(name.startswith(TARGET_PREFIX) for name in chosen)
+    bare = source.head == "Model" and all(name.startswith(TARGET_PREFIX) for name in chosen)
     written = {name.removeprefix(TARGET_PREFIX) if bare else name: name for name in chosen}
 
     def load(name: str) -> torch.Tensor:
-        tensor = checkpoint.load(chosen[written[name]])
+        tensor = source.checkpoint.load(chosen[written[name]])
         if written[name] == target.position_embeddings:
             return tile_positions(tensor, num_rows, offset)
         return tensor
 
     return Plan(
         source_model_type=family.model_type,
-        source_class=source_class(family, head),
+        head=source.head,
+        source_class=source_class(family, source.head),
         target_class=target_class,
         config=json.loads(target_config.to_json_string()),
         tensors={short: tensors[full] for short, full in written.items()},
         load=load,
-        extra={name: checkpoint.tensors[name] for name in extra},
-        load_extra=checkpoint.load,
+        extra={name: source.checkpoint.tensors[name] for name in extra},
+        load_extra=source.checkpoint.load,
         names={
             "model_type": family.model_type,
             "architecture": target_class.__name__,
-            "tensors": {name: ours for name, ours in names.items() if name not in extra},
+            "tensors": {name: ours for name, ours in source.names.items() if name not in extra},
         },
         exact_length=exact_length,
         complete=not missing,
         model_max_length=target_config.max_sequence_length if num_rows != source_rows else None,
-        notes=notes,
+        notes=source.notes,
     )
 
 
 def read_source_config(raw: dict[str, Any]) -> PreTrainedConfig:
     """Return the Transformers configuration of a source's config.json."""
+    return read_config(CONFIG_MAPPING[raw["model_type"]], raw)
+
+
+def read_config(config_class: type[Any], raw: dict[str, Any]) -> Any:
+    """Return a configuration; raise ValueError if config.json is damaged."""
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+        return config_class.from_dict(copy.deepcopy(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"source: config.json is damaged: {error}") from error
 
 
-def _dtype(word_embeddings: torch.Tensor | None) -> str:
-    dtype = torch.float32 if word_embeddings is None else word_embeddings.dtype
-    return str(dtype).removeprefix("torch.")
+def _read(folder: Path) -> _Source:
+    """Reads the headers of a checkpoint, and refuses what does not convert."""
+    raw = read_json(folder / "config.json")
+    check_family(raw.get("model_type"), FAMILIES)
+    family = FAMILIES[raw["model_type"]]
+    config = read_source_config(raw)
+    _check_attention(raw)
+    checkpoint = Checkpoint(folder)
+    notes: list[str] = []
+    names = {name: family.table.to_target(name) for name in checkpoint.tensors}
+    if architectures := raw.get("architectures"):
+        head = head_of(family, architectures[0])
+    else:
+        head = head_from_tensors({name for name in names.values() if name})
+        notes.append(
+            "config.json names no architecture; its tensors are those of "
+            f"{family.class_prefix}{head}"
+        )
+    _check_is_causal(config, head)
+    return _Source(folder, raw, family, config, checkpoint, names, head, notes)
+
+
+def _target_config(
+    source: _Source, fields: dict[str, Any], overrides: dict[str, Any], chosen: dict[str, str]
+) -> Any:
+    """Our configuration, with what the way back needs."""
+    raw, target = source.raw, source.target
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    if not dtype:
+        words = chosen.get(target.word_embeddings)
+        dtype = torch.float32 if words is None else source.checkpoint.tensors[words].dtype
+    return target.config_class(
+        **{
+            **fields,
+            **_special_tokens(source),
+            **overrides,
+            "architectures": [target.classes[source.head].__name__],
+            "auto_map": auto_map(target.config_class.model_type),
+            "tokenizer_class": raw.get("tokenizer_class") or source.family.tokenizer_class,
+            "dtype": str(dtype).removeprefix("torch."),
+            # For the way back: the source's configuration, and what was decided differently.
+            "source_config": copy.deepcopy(raw),
+            "conversion_overrides": overrides,
+        }
+    )
 
 
 def _check_is_causal(config: PreTrainedConfig, head: str) -> None:
@@ -148,31 +201,16 @@ def _check_attention(raw: dict[str, Any]) -> None:
         )
 
 
-def _head(family: Family, raw: dict[str, Any], names: set[str], notes: list[str]) -> str:
-    architectures = raw.get("architectures")
-    if architectures:
-        return head_of(family, architectures[0])
-    head = head_from_tensors(names)
-    notes.append(
-        f"config.json names no architecture; its tensors are those of {family.class_prefix}{head}"
-    )
-    return head
-
-
 def _target_fields(
-    family: Family,
-    config: PreTrainedConfig,
-    head: str,
-    max_positions: int | None,
-    attention_window: int | list[int] | None,
-    notes: list[str],
+    source: _Source, max_positions: int | None, attention_window: int | list[int] | None
 ) -> tuple[dict[str, Any], dict[str, Any], int | None]:
     """Return our fields, those the user chose, and up to which length logits are equal."""
-    fields = family.target_fields(config, head)
+    family, config, notes = source.family, source.config, source.notes
+    fields = family.target_fields(config, source.head)
     overrides: dict[str, Any] = {}
     usable = family.max_length(config)
-    exact_length = family.exact_length(config, head)
-    notes += family.notes(config, head)
+    exact_length = family.exact_length(config, source.head)
+    notes += family.notes(config, source.head)
     if max_positions is not None:
         if not usable <= max_positions <= MAX_POSITIONS:
             raise ValueError(
@@ -181,37 +219,16 @@ def _target_fields(
             )
         if max_positions != usable:
             offset = family.position_offset(config)
-            overrides[family.target.positions_field] = max_positions + offset
+            overrides[source.target.positions_field] = max_positions + offset
             notes.append(
                 f"the position table was extended from {usable} to {max_positions} tokens by "
                 "repeating it: fine-tune before trusting inputs longer than the source's"
             )
-    if attention_window is not None and fields["attention_pattern"] != "longformer":
-        raise ValueError(
-            f"attention_window: {attention_window!r} is not allowed; the pattern "
-            f"{fields['attention_pattern']!r} of this source has none"
-        )
     if attention_window is not None:
-        before = _windows(fields["attention_window"], config)
-        if isinstance(attention_window, list) and len(attention_window) != len(before):
-            raise ValueError(
-                f"attention_window: {len(attention_window)} values are not allowed; "
-                f"give one number or one for each of the {len(before)} layers"
-            )
-        after = _windows(attention_window, config)
-        for window in after:
-            if isinstance(window, bool) or not isinstance(window, int) or window < 2 or window % 2:
-                raise ValueError(
-                    f"attention_window: {window!r} is not allowed; "
-                    "it counts both sides, so it must be an even number, at least 2"
-                )
         overrides["attention_window"] = attention_window
-        # An input of n tokens sees no window edge while n - 1 <= window / 2.
-        changed = [
-            min(pair) // 2 + 1 for pair in zip(before, after, strict=True) if len({*pair}) > 1
-        ]
-        if changed and min(changed) < usable:
-            exact_length = min(changed)
+        equal_length = _equal_length(fields, attention_window, config.num_hidden_layers)
+        if equal_length is not None and equal_length < usable:
+            exact_length = equal_length
             notes.append(
                 f"attention_window {attention_window} instead of {fields['attention_window']}: "
                 f"logits equal the source's only up to {exact_length} tokens"
@@ -225,18 +242,40 @@ def _target_fields(
     return fields, overrides, exact_length
 
 
-def _windows(attention_window: int | list[int], config: PreTrainedConfig) -> list[int]:
-    if isinstance(attention_window, list):
-        return attention_window
-    return [attention_window] * config.num_hidden_layers
+def _equal_length(
+    fields: dict[str, Any], attention_window: int | list[int], num_layers: int
+) -> int | None:
+    """Up to how many tokens other windows than those of `fields` see the same; None: for any."""
+    if fields["attention_pattern"] != "longformer":
+        raise ValueError(
+            f"attention_window: {attention_window!r} is not allowed; the pattern "
+            f"{fields['attention_pattern']!r} of this source has none"
+        )
+    before, after = (
+        windows if isinstance(windows, list) else [windows] * num_layers
+        for windows in (fields["attention_window"], attention_window)
+    )
+    if len(after) != len(before):
+        raise ValueError(
+            f"attention_window: {len(after)} values are not allowed; "
+            f"give one number or one for each of the {len(before)} layers"
+        )
+    for window in after:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 2 or window % 2:
+            raise ValueError(
+                f"attention_window: {window!r} is not allowed; "
+                "it counts both sides, so it must be an even number, at least 2"
+            )
+    # An input of n tokens sees no window edge while n - 1 <= window / 2.
+    changed = [min(pair) // 2 + 1 for pair in zip(before, after, strict=True) if len({*pair}) > 1]
+    return min(changed, default=None)
 
 
-def _special_tokens(
-    family: Family, folder: Path, raw: dict[str, Any], config: PreTrainedConfig
-) -> dict[str, Any]:
+def _special_tokens(source: _Source) -> dict[str, Any]:
     """Return the ids of separator and first token, from the configuration or the tokenizer."""
-    if family.constants.get("position_style") == "bert":
-        vocabulary = _special_token_ids(folder)
+    config = source.config
+    if source.family.constants.get("position_style") == "bert":
+        vocabulary = _special_token_ids(source.folder)
         found = {"sep_token_id": vocabulary.get("[SEP]"), "cls_token_id": vocabulary.get("[CLS]")}
     else:
         end = config.eos_token_id
@@ -244,11 +283,10 @@ def _special_tokens(
             "sep_token_id": end[0] if isinstance(end, list) else end,
             "cls_token_id": config.bos_token_id,
         }
-    stated = {name: raw.get(name, getattr(config, name, None)) for name in found}
+    stated = {name: source.raw.get(name, getattr(config, name, None)) for name in found}
     found |= {name: value for name, value in stated.items() if isinstance(value, int)}
-    return {
-        name: value for name, value in found.items() if hasattr(family.target.config_class, name)
-    }
+    config_class = source.target.config_class
+    return {name: value for name, value in found.items() if hasattr(config_class, name)}
 
 
 def _special_token_ids(folder: Path) -> dict[str, int]:
@@ -262,15 +300,7 @@ def _special_token_ids(folder: Path) -> dict[str, int]:
     return {}
 
 
-def _choose_tensors(
-    family: Family,
-    head: str,
-    checkpoint: Checkpoint,
-    names: dict[str, str | None],
-    config: PreTrainedConfig,
-    overrides: dict[str, Any],
-    notes: list[str],
-) -> tuple[dict[str, str], list[str]]:
+def _choose_tensors(source: _Source, overrides: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Choose for each of our tensors the source tensor it is made of.
 
     Where a source stores one tensor under two names the values are compared: duplicates are dropped
@@ -278,57 +308,51 @@ def _choose_tensors(
     which is the later row of the table.
 
     Returns:
-        Our name -> source name, and the source names that have no place; `names` is updated.
+        Our name -> source name, and the source names that have no place; `source.names` is updated.
     """
     chosen: dict[str, str] = {}
     extra: list[str] = []
-    for source, ours in names.items():
+    ties = source.config.tie_word_embeddings
+    for theirs, ours in source.names.items():
         if ours is None:
-            extra.append(source)
+            extra.append(theirs)
         elif ours not in chosen:
-            chosen[ours] = source
-        elif not checkpoint.equal(source, chosen[ours]):
-            unused, chosen[ours] = sorted((chosen[ours], source), key=family.table.row_of)
-            if ours == family.target.word_embeddings and config.tie_word_embeddings:
+            chosen[ours] = theirs
+        elif not source.checkpoint.equal(theirs, chosen[ours]):
+            row_of = source.family.table.row_of
+            unused, chosen[ours] = sorted((chosen[ours], theirs), key=row_of)
+            if ours == source.target.word_embeddings and ties:
                 raise ValueError(
                     f"source: {unused} and {chosen[ours]} differ, but config.json ties them"
                 )
             extra.append(unused)
-    if config.tie_word_embeddings:
-        _drop_tied_copies(family, head, checkpoint, names, chosen, overrides, notes)
+    if ties:
+        _drop_tied_copies(source, chosen, overrides)
     if extra:
-        notes.append(
+        source.notes.append(
             f"no place in our model, only kept for a conversion back: {', '.join(sorted(extra))}"
         )
     return chosen, extra
 
 
-def _drop_tied_copies(
-    family: Family,
-    head: str,
-    checkpoint: Checkpoint,
-    names: dict[str, str | None],
-    chosen: dict[str, str],
-    overrides: dict[str, Any],
-    notes: list[str],
-) -> None:
+def _drop_tied_copies(source: _Source, chosen: dict[str, str], overrides: dict[str, Any]) -> None:
     """Leave out tables that only repeat the word embeddings; untie them all if one does not."""
-    words = family.target.word_embeddings
-    stored = [name for name in family.target.tied if name in chosen]
+    words, names, equal = source.target.word_embeddings, source.names, source.checkpoint.equal
+    stored = [name for name in source.target.tied if name in chosen]
     if words not in chosen and stored:
         # The source kept another one of the names of the shared table.
         chosen[words] = chosen.pop(stored.pop(0))
         names[chosen[words]] = words
-    different = [name for name in stored if not checkpoint.equal(chosen[name], chosen[words])]
+    different = [name for name in stored if not equal(chosen[name], chosen[words])]
     if not different:
         for name in stored:
             names[chosen.pop(name)] = words
         return
     overrides["tie_word_embeddings"] = False
-    notes.append(
+    source.notes.append(
         f"{', '.join(chosen[name] for name in different)} differs from the word embeddings, but "
         "config.json ties them: kept apart, as Transformers does"
     )
-    for name in family.target.tied:
-        if name.startswith(TARGET_PREFIX) or head == "ForConditionalGeneration":
+    for name in source.target.tied:
+        if name.startswith(TARGET_PREFIX) or source.head == "ForConditionalGeneration":
             chosen.setdefault(name, chosen[words])

@@ -65,42 +65,15 @@ def answer_question(
         ValueError: an argument is empty, out of range, the model is of another kind, or the
             question leaves no room for the document.
     """
-    for name, text in (("question", question), ("document", document)):
-        if not text.strip():
-            raise ValueError(f"{name} is empty, a text is needed")
     for name, number in (("num_answers", num_answers), ("max_answer_tokens", max_answer_tokens)):
         if number < 1:
             raise ValueError(f"{name} is {number}, a whole number >= 1 is needed")
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer is a {type(tokenizer).__name__}, a fast one is needed: it knows which "
-            "characters a token is made of"
-        )
     capacity = _capacity(model)
     if max_length is not None and not 1 <= max_length <= capacity:
         raise ValueError(
             f"max_length is {max_length}, 1 to the model's {capacity} tokens is allowed"
         )
-    max_length = max_length or capacity
-    # Not with an empty document, which a tokenizer may take for none.
-    some_document = len(tokenizer("a", add_special_tokens=False)["input_ids"])
-    with_question = len(tokenizer(question, "a")["input_ids"]) - some_document
-    room = max_length - with_question
-    if room < 1:
-        raise ValueError(
-            f"question has {with_question} tokens with the separators, at least one of "
-            f"{max_length} must be left for the document"
-        )
-    pieces = tokenizer(
-        question,
-        document,
-        truncation="only_second",
-        max_length=max_length,
-        stride=min(stride, room - 1),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    pieces = _pieces(tokenizer, question, document, max_length or capacity, stride)
     was_training = model.training
     model.eval()
     found: list[tuple[float, int, int]] = []
@@ -118,6 +91,39 @@ def answer_question(
         if len(answers) == num_answers:
             break
     return answers
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, question: str, document: str, max_length: int, stride: int
+) -> Any:
+    """The tokens of the question with each piece of the document, and which characters they are."""
+    for name, text in (("question", question), ("document", document)):
+        if not text.strip():
+            raise ValueError(f"{name} is empty, a text is needed")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}, a fast one is needed: it knows which "
+            "characters a token is made of"
+        )
+    # Not with an empty document, which a tokenizer may take for none.
+    some_document = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    with_question = len(tokenizer(question, "a")["input_ids"]) - some_document
+    room = max_length - with_question
+    if room < 1:
+        raise ValueError(
+            f"question has {with_question} tokens with the separators, at least one of "
+            f"{max_length} must be left for the document"
+        )
+    return tokenizer(
+        question,
+        document,
+        truncation="only_second",
+        max_length=max_length,
+        stride=min(stride, room - 1),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
 
 
 def _capacity(model: PreTrainedModel) -> int:

@@ -1,9 +1,9 @@
 """Long documents with texts to write about them: summaries, or questions and their answers."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 
 class DocumentPair(TypedDict):
@@ -49,32 +49,6 @@ def load_document_pairs(
         ]
     if not pairs:
         raise ValueError(f"{path} is empty, at least one document is needed")
-    return pairs
-
-
-def narrative_pairs(rows: Iterable[Mapping[str, Any]], max_documents: int) -> list[DocumentPair]:
-    """The questions of the first documents of a data set like NarrativeQA.
-
-    Every row of that data set repeats the whole book or script; here the rows of a document share
-    one text, so that it can be streamed.
-
-    Args:
-        rows: {"document": {"id", "text"}, "question": {"text"}, "answers": [{"text"}]}, the rows of
-            a document next to each other.
-        max_documents: stop after so many documents.
-    """
-    documents: dict[str, str] = {}
-    pairs = []
-    for row in rows:
-        name = row["document"]["id"]
-        if name not in documents:
-            if len(documents) == max_documents:
-                break
-            documents[name] = row["document"]["text"]
-        answers = [answer["text"] for answer in row["answers"]]
-        pairs.append(
-            DocumentPair(document=documents[name], query=row["question"]["text"], targets=answers)
-        )
     return pairs
 
 

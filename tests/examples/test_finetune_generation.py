@@ -72,3 +72,23 @@ def test_an_led_is_converted_fine_tuned_and_resumed(script, metrics, files, tmp_
     assert state["epoch"] == 3 and state["log_history"][0]["epoch"] <= 1
     assert second["loss"] < first["loss"]
     assert json.loads((tmp_path / "result.json").read_text()) == second
+
+
+def narrative_rows():
+    for name in "abc":
+        for question in range(2):
+            yield {
+                "document": {"id": name, "text": f"book {name}"},
+                "question": {"text": f"{name}{question}?"},
+                "answers": [{"text": "yes"}, {"text": "indeed"}],
+            }
+
+
+def test_questions_of_a_book_share_its_text_and_reading_stops():
+    example = runpy.run_path(str(EXAMPLES / "finetune_question_answering.py"))
+    rows = narrative_rows()
+    pairs = example["narrative_pairs"](rows, max_documents=2)
+    assert [pair["query"] for pair in pairs] == ["a0?", "a1?", "b0?", "b1?"]
+    assert pairs[0]["document"] is pairs[1]["document"]
+    assert pairs[0]["targets"] == ["yes", "indeed"]
+    assert next(rows)["question"]["text"] == "c1?"  # the first row of c was looked at

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from adaptive_longformer.training.document_pairs import load_document_pairs, narrative_pairs
+from adaptive_longformer.training.document_pairs import load_document_pairs
 
 
 def write(folder, *rows):
@@ -56,22 +56,3 @@ def test_no_file_and_an_empty_file_are_errors(tmp_path):
         load_document_pairs(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="is empty"):
         load_document_pairs(write(tmp_path, "", "\n"))
-
-
-def narrative_rows():
-    for name in "abc":
-        for question in range(2):
-            yield {
-                "document": {"id": name, "text": f"book {name}"},
-                "question": {"text": f"{name}{question}?"},
-                "answers": [{"text": "yes"}, {"text": "indeed"}],
-            }
-
-
-def test_questions_of_a_book_share_its_text_and_reading_stops():
-    rows = narrative_rows()
-    pairs = narrative_pairs(rows, max_documents=2)
-    assert [pair["query"] for pair in pairs] == ["a0?", "a1?", "b0?", "b1?"]
-    assert pairs[0]["document"] is pairs[1]["document"]
-    assert pairs[0]["targets"] == ["yes", "indeed"]
-    assert next(rows)["question"]["text"] == "c1?"  # the first row of c was looked at
