@@ -1,15 +1,13 @@
 """The configuration of the adaptive_sparse encoder."""
 
-import os
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from adaptive_longformer.attention.backends.choose import BACKENDS
 from adaptive_longformer.configuration.presets import preset
-from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.big_bird import BigBird
 from adaptive_longformer.patterns.block_layout import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from adaptive_longformer.patterns.fixed import Fixed
@@ -64,7 +62,7 @@ PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classif
 
 
 @strict
-class AdaptiveSparseConfig(PreTrainedConfig):
+class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     """Everything that defines an adaptive_sparse encoder.
 
     Args:
@@ -218,21 +216,6 @@ class AdaptiveSparseConfig(PreTrainedConfig):
             ValueError: there is no such preset.
         """
         return cls(**{**preset(name), **overrides})
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves as in Transformers, with the files `auto_map` names if the configuration has one.
-
-        Models save their configuration after their own files, so this also replaces the copy of our
-        modeling file that Transformers writes for a model loaded with `trust_remote_code`.
-        """
-        if getattr(self, "auto_map", None):
-            os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory, self.model_type)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_sequence_length(self) -> int:

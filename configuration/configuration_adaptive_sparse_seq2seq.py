@@ -1,16 +1,13 @@
 """The configuration of the adaptive_sparse_seq2seq encoder-decoder."""
 
-import os
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     WITHOUT_GLOBAL_TOKENS,
     AdaptiveSparseConfig,
 )
-from adaptive_longformer.configuration.remote_code import write_remote_code
+from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.selection.select_blocks import RoutingOptions
 
@@ -60,7 +57,7 @@ ENCODER_ATTENTION_FIELDS = (
 
 
 @strict
-class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
+class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     """Everything that defines an encoder-decoder with a sparse encoder.
 
     Sizes have the names of BART and LED, the encoder's attention those of `AdaptiveSparseConfig`.
@@ -167,20 +164,6 @@ class AdaptiveSparseSeq2SeqConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Before @strict runs it, which would wrap the ValueError in an exception that is none.
         self.validate_adaptive_sparse_seq2seq()
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: a checkpoint imports this package, it carries no copy of its source."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves as in Transformers, with the files `auto_map` names if the configuration has one.
-
-        See `AdaptiveSparseConfig.save_pretrained`.
-        """
-        if getattr(self, "auto_map", None):
-            os.makedirs(save_directory, exist_ok=True)
-            write_remote_code(save_directory, self.model_type)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_sequence_length(self) -> int:

@@ -13,8 +13,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.alignment import roll_rows
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
@@ -91,15 +90,11 @@ class AdaptiveSparseAttention(nn.Module):
             The output [batch, length, hidden_size], and the attention probabilities before dropout
             [batch, heads, length, length], whose rows sum to 1, or None.
         """
-        shifts = None
-        if self.adaptive is not None and self.adaptive.is_active:
-            shifts = padding_to_roll(attention_mask)
-        if shifts is not None:
-            assert attention_mask is not None
-            hidden_states = roll_rows(hidden_states, shifts)
-            attention_mask = roll_rows(attention_mask, shifts)
-            if global_mask is not None:
-                global_mask = roll_rows(global_mask, shifts)
+        selects = self.adaptive is not None and self.adaptive.is_active
+        padding = LeftPadding.of(attention_mask) if selects else LeftPadding()
+        hidden_states = padding.removed(hidden_states)
+        attention_mask = padding.removed(attention_mask)
+        global_mask = padding.removed(global_mask)
         query, key, value = (
             self._split_heads(projection(hidden_states))
             for projection in (self.query, self.key, self.value)
@@ -137,12 +132,8 @@ class AdaptiveSparseAttention(nn.Module):
         probabilities = None
         if output_attentions:
             probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **where)
-        output = self.output(context)
-        if shifts is not None:
-            output = roll_rows(output, -shifts)
-            if probabilities is not None:
-                probabilities = roll_rows(roll_rows(probabilities, -shifts, dim=2), -shifts, dim=3)
-        return output, probabilities
+        output = padding.restored(self.output(context))
+        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None

@@ -5,12 +5,12 @@ Queries are [batch, heads, length, head_dim], keys and values [batch, heads, key
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
+from adaptive_longformer.modeling.dense_attention import dense_attention
 
 
 def causal_mask(
@@ -52,10 +52,11 @@ class DecoderAttention(nn.Module):
         self.head_dim = config.d_model // config.decoder_attention_heads
         self.scale = self.head_dim**-0.5
         self.dropout_p = float(config.attention_dropout)
-        self.query = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
-        self.key = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
-        self.value = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
-        self.output = nn.Linear(config.d_model, config.d_model, bias=config.use_bias)
+        sizes = (config.d_model, config.d_model)
+        self.query = nn.Linear(*sizes, bias=config.use_bias)
+        self.key = nn.Linear(*sizes, bias=config.use_bias)
+        self.value = nn.Linear(*sizes, bias=config.use_bias)
+        self.output = nn.Linear(*sizes, bias=config.use_bias)
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -69,21 +70,15 @@ class DecoderAttention(nn.Module):
         output_attentions: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output [batch, length, d_model], and the probabilities if asked for."""
-        query = self._split_heads(self.query(hidden_states))
-        context = F.scaled_dot_product_attention(
-            query,
+        context, probabilities = dense_attention(
+            self._split_heads(self.query(hidden_states)),
             key,
             value,
-            attn_mask=mask,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            mask,
             scale=self.scale,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            output_attentions=output_attentions,
         )
-        probabilities = None
-        if output_attentions:
-            scores = query @ key.transpose(-1, -2) * self.scale
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            probabilities = scores.float().softmax(dim=-1).to(query.dtype)
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
 

@@ -1,7 +1,71 @@
-"""Which tokens are global when the caller does not say."""
+"""Where the question is, and which tokens are global when the caller does not say."""
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from adaptive_longformer.attention.global_keys import limit_global_tokens
+from adaptive_longformer.modeling.input_checks import boolean_mask, can_read_values, check_indices
+from adaptive_longformer.modeling.padding import effective_mask, first_tokens
+
+
+def encoder_masks(
+    config: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    global_attention_mask: torch.Tensor | None,
+    validate: bool,
+    *,
+    auto_global_tokens: str,
+    input_ids: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The caller's masks as the attention layers take them, with the default global tokens.
+
+    Args:
+        config: a configuration with the attention fields of `AdaptiveSparseConfig`.
+        hidden_states: [batch, length, hidden_size], for the shape and the device.
+        attention_mask: [batch, length], 1 for tokens, 0 for padding; None: no padding.
+        global_attention_mask: [batch, length], 1 for global tokens; None: the default.
+        validate: also read the values when that needs a device synchronisation.
+        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+        input_ids, token_type_ids: [batch, length], where the default looks for the question.
+
+    Returns:
+        Which tokens are not padding and which are global, bool [batch, length] on the device of the
+        hidden states; None for a mask seen to have no effect.
+
+    Raises:
+        ValueError: a mask has a wrong type, shape or value.
+    """
+    batch_size, length, _ = hidden_states.shape
+    shape, device = (batch_size, length), hidden_states.device
+    valid = boolean_mask("attention_mask", attention_mask, shape, validate)
+    global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
+    valid = effective_mask(valid, device)
+    if not config.uses_global_tokens:
+        return valid, None
+    if global_mask is None:
+        strategy = config.default_global_tokens
+        if strategy == "auto":
+            has_global_blocks = config.attention_pattern == "big_bird"
+            strategy = "none" if has_global_blocks else auto_global_tokens
+        global_mask = default_global_mask(
+            strategy,
+            torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid,
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            sep_token_id=config.sep_token_id,
+        )
+    if global_mask is None:
+        return valid, None
+    global_mask = global_mask.to(device)
+    if config.max_global_tokens is not None:
+        global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
+    if can_read_values(global_mask, validate=False) and not global_mask.any():
+        return valid, None
+    return valid, global_mask
 
 
 def default_global_mask(
@@ -36,15 +100,17 @@ def default_global_mask(
     """
     if strategy == "none":
         return None
-    first = _first(valid)
+    first = first_tokens(valid)
     if strategy == "first":
         return first
     if input_ids is not None and sep_token_id is not None:
         separators = (input_ids == sep_token_id) & valid
+        start = _through_first(separators)
         if strategy == "question":
-            chosen = separators.cumsum(dim=1) == 0
+            chosen = start & ~separators
         else:
-            chosen = _after_first(separators)
+            follower = F.pad((start & separators)[:, :-1], (1, 0)) & separators
+            chosen = ~start & ~follower
         found = separators.any(dim=1, keepdim=True)
     elif strategy == "question" and token_type_ids is not None:
         chosen = token_type_ids == 0
@@ -55,13 +121,61 @@ def default_global_mask(
     return torch.where(chosen.any(dim=1, keepdim=True), chosen, first)
 
 
-def _first(mask: torch.Tensor) -> torch.Tensor:
-    return mask & (mask.cumsum(dim=1) == 1)
+def question_tokens(input_ids: torch.Tensor, sep_token_id: int) -> torch.Tensor:
+    """BigBird's question, the tokens up to and with the first separator: bool [batch, length].
+
+    A sequence without separator has a question of one token, the first.
+    """
+    separators = input_ids == sep_token_id
+    first_slot = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
+    found = separators.any(dim=1, keepdim=True)
+    return torch.where(found, _through_first(separators), first_slot)
 
 
-def _after_first(separators: torch.Tensor) -> torch.Tensor:
-    """The tokens after the first separator, without a second one that follows it directly."""
-    first = _first(separators)
-    after = (separators.cumsum(dim=1) > 0) & ~first
-    follower = F.pad(first[:, :-1], (1, 0)) & separators
-    return after & ~follower
+def question_of_length(
+    question_lengths: torch.Tensor, shape: tuple[int, int], device: torch.device, validate: bool
+) -> torch.Tensor:
+    """The first so many slots of every sequence, padding in front counted: bool [batch, length].
+
+    Args:
+        question_lengths: [batch, 1] or [batch] whole numbers.
+        shape: [batch, length].
+        device: where the mask is wanted.
+        validate: also read the values when that needs a device synchronisation.
+
+    Raises:
+        ValueError: wrong type, shape or values.
+    """
+    batch_size, length = shape
+    if tuple(question_lengths.shape) not in ((batch_size, 1), (batch_size,)):
+        raise ValueError(
+            f"question_lengths has shape {tuple(question_lengths.shape)}, "
+            f"(batch_size, 1) = {(batch_size, 1)} is needed"
+        )
+    check_indices("question_lengths", question_lengths, length + 1, "sequence_length + 1", validate)
+    slots = torch.arange(length, device=device)
+    return slots < question_lengths.to(device).view(-1, 1)
+
+
+def mask_question(
+    logits: torch.Tensor, is_question: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits [batch, length, 2] with 1e6 taken off the tokens that cannot be in the answer.
+
+    These are the question's but the sequence's first token that is not padding, which stands for
+    "no answer". (Transformers' BigBird takes slot 0 for it, which under left padding is a pad.)
+
+    Args:
+        logits: [batch, length, 2].
+        is_question: bool [batch, length].
+        attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
+    """
+    valid = torch.ones_like(is_question)
+    if attention_mask is not None:
+        valid = attention_mask.to(logits.device) > 0
+    return logits - (is_question & ~first_tokens(valid))[..., None] * 1e6
+
+
+def _through_first(separators: torch.Tensor) -> torch.Tensor:
+    """The tokens up to and with the first separator; all where there is none."""
+    return separators.cumsum(dim=1) - separators.long() == 0

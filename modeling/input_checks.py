@@ -86,10 +86,52 @@ def check_indices(
             )
 
 
-def check_tokens(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+def check_inputs(
+    config: Any,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    validate: bool,
+    *,
+    token_type_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    prefix: str = "",
 ) -> tuple[int, int]:
-    """The batch size and the length of the input.
+    """The batch size and the length of the input of an encoder or decoder.
+
+    Args:
+        config: its configuration.
+        input_ids, token_type_ids, position_ids: [batch, length].
+        inputs_embeds: [batch, length, hidden_size].
+        validate: also read the values when that needs a device synchronisation.
+        prefix: before the names of the first two, for the error.
+
+    Raises:
+        ValueError: not exactly one of the first two, wrong shape, type or value, or length 0.
+    """
+    shape = check_tokens(input_ids, inputs_embeds, config.hidden_size, prefix)
+    for name, indices, table in (
+        (f"{prefix}input_ids", input_ids, "vocab_size"),
+        ("token_type_ids", token_type_ids, "type_vocab_size"),
+        ("position_ids", position_ids, "max_position_embeddings"),
+    ):
+        if indices is None:
+            continue
+        if tuple(indices.shape) not in (shape, (1, shape[1])):
+            raise ValueError(
+                f"{name} has shape {tuple(indices.shape)}, "
+                f"(batch_size, sequence_length) = {shape} is needed"
+            )
+        check_indices(name, indices, getattr(config, table), table, validate)
+    return shape
+
+
+def check_tokens(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    hidden_size: int,
+    prefix: str = "",
+) -> tuple[int, int]:
+    """The batch size and the length of the input; `prefix` is before the names in an error.
 
     Raises:
         ValueError: not exactly one input, wrong shape, or length 0.
@@ -97,7 +139,8 @@ def check_tokens(
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(
-            f"{given} of input_ids and inputs_embeds were given, exactly one is needed"
+            f"{given} of {prefix}input_ids and {prefix}inputs_embeds were given, "
+            "exactly one is needed"
         )
     if input_ids is not None:
         name, shape, needed = "input_ids", input_ids.shape, "(batch_size, sequence_length)"
@@ -107,13 +150,11 @@ def check_tokens(
         name, shape = "inputs_embeds", inputs_embeds.shape
         needed = f"(batch_size, sequence_length, hidden_size = {hidden_size})"
         fits = len(shape) == 3 and shape[2] == hidden_size
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(shape)}, {needed} is needed")
-    if shape[1] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(shape)}, a sequence_length of at least 1 is needed"
-        )
-    return shape[0], shape[1]
+    if fits and shape[1] == 0:
+        needed = "a sequence_length of at least 1"
+    elif fits:
+        return shape[0], shape[1]
+    raise ValueError(f"{prefix}{name} has shape {tuple(shape)}, {needed} is needed")
 
 
 def check_choices(
@@ -124,22 +165,19 @@ def check_choices(
     Raises:
         ValueError: the input has no dimension for the choices.
     """
-    for name, tensor, needed in (
-        ("input_ids", input_ids, ("batch_size", "num_choices", "sequence_length")),
-        (
-            "inputs_embeds",
-            inputs_embeds,
-            ("batch_size", "num_choices", "sequence_length", "hidden_size"),
-        ),
-    ):
-        if tensor is not None:
-            if tensor.ndim != len(needed) or tensor.shape[1] == 0:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, "
-                    f"({', '.join(needed)}) with at least one choice is needed"
-                )
-            return tensor.shape[0], tensor.shape[1]
-    raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
+    needed = ["batch_size", "num_choices", "sequence_length"]
+    if input_ids is not None:
+        name, tensor = "input_ids", input_ids
+    elif inputs_embeds is not None:
+        name, tensor, needed = "inputs_embeds", inputs_embeds, [*needed, "hidden_size"]
+    else:
+        raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
+    if tensor.ndim != len(needed) or tensor.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, "
+            f"({', '.join(needed)}) with at least one choice is needed"
+        )
+    return tensor.shape[0], tensor.shape[1]
 
 
 def check_length(length: int, max_sequence_length: int) -> None:

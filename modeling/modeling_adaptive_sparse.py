@@ -4,7 +4,8 @@ Hidden states are [batch, length, hidden_size] everywhere.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
 
@@ -37,11 +38,16 @@ from adaptive_longformer.modeling.adaptive_selection import (
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.baseline_attention import LinearMix, encoder_attention
+from adaptive_longformer.modeling.default_global_tokens import (
+    encoder_masks,
+    mask_question,
+    question_of_length,
+    question_tokens,
+)
 from adaptive_longformer.modeling.input_checks import (
-    boolean_mask,
     check_choices,
     check_extra_arguments,
-    check_indices,
+    check_inputs,
     check_length,
     check_tokens,
 )
@@ -51,12 +57,7 @@ from adaptive_longformer.modeling.losses import (
     span_loss,
     token_loss,
 )
-from adaptive_longformer.modeling.padding import resolve_masks
-from adaptive_longformer.modeling.question_tokens import (
-    first_slots,
-    mask_question,
-    question_tokens,
-)
+from adaptive_longformer.modeling.padding import first_valid_token
 from adaptive_longformer.modeling.selection_losses import density_loss
 
 _HUB_ARGUMENTS = (
@@ -91,19 +92,10 @@ def returning_a_dict(kwargs: Any) -> Any:
     return {**kwargs, "return_dict": True}
 
 
-def first_valid_token(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """The hidden state of every sequence's first token that is not padding: [batch, hidden_size].
-
-    Note:
-        BERT, RoBERTa and Longformer read slot 0, which under left padding is a pad; this does not.
-    """
-    if attention_mask is None:
-        return hidden_states[:, 0]
-    is_valid = attention_mask.to(hidden_states.device) > 0
-    index = is_valid.int().argmax(dim=1)  # the first of equal maxima
-    return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+def beside_the_head(outputs: ModelOutput) -> dict[str, Any]:
+    """What a head returns of the model below it, unchanged."""
+    read = ("last_hidden_state", "pooler_output")
+    return {name: value for name, value in outputs.items() if name not in read}
 
 
 class AdaptiveSparseEmbeddings(nn.Module):
@@ -180,13 +172,9 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
         selection_state: SelectionState | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
-            hidden_states,
-            attention_mask,
-            global_mask,
-            output_attentions,
-            random_step,
+            hidden_states, attention_mask, global_mask, output_attentions, random_step,
             selection_state,
-        )
+        )  # fmt: skip
         return self.after_attention(attended, hidden_states)
 
     def after_attention(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -221,6 +209,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     config: AdaptiveSparseConfig
     random_step: torch.Tensor  # where `_register_random_step` makes it
     base_model_prefix = "model"
+    _input_embed_layer = "word_embeddings"  # in `embeddings`
     supports_gradient_checkpointing = True
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseLayer"]
     _can_compile_fullgraph = True
@@ -302,33 +291,6 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         self.random_step.add_(1)
         return step
 
-    def _check_indices(
-        self,
-        batch_size: int,
-        length: int,
-        input_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        validate: bool,
-    ) -> None:
-        for name, indices, size, meaning in (
-            ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
-            ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),
-            (
-                "position_ids",
-                position_ids,
-                self.config.max_position_embeddings,
-                "max_position_embeddings",
-            ),
-        ):
-            if indices is not None:
-                if tuple(indices.shape) not in ((batch_size, length), (1, length)):
-                    raise ValueError(
-                        f"{name} has shape {tuple(indices.shape)}, "
-                        f"(batch_size, sequence_length) = {(batch_size, length)} is needed"
-                    )
-                check_indices(name, indices, size, meaning, validate)
-
     def set_selection_strength(self, strength: float) -> None:
         """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
 
@@ -348,6 +310,30 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if config.target_density is not None:
             loss = loss + density_loss(self, config.target_density)
         return loss
+
+    def head_loss(
+        self, loss: Callable[..., torch.Tensor], logits: torch.Tensor, labels, *more: Any
+    ) -> torch.Tensor | None:
+        """`loss(logits, labels, *more)` and what the selection adds; None without labels."""
+        if labels is None:
+            return None
+        return self.add_selection_losses(loss(logits, labels, *more))
+
+    def _encode(
+        self,
+        hidden_states: torch.Tensor,
+        masks: tuple[torch.Tensor | None, torch.Tensor | None],
+        output_attentions: bool | None,
+        validate: bool,
+    ) -> torch.Tensor:
+        """The layers of an encoder, one after the other; `masks` as `encoder_masks` makes them."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        random_step = self._next_random_step()
+        for layer in cast(nn.ModuleList, self.layers):
+            state = self._selection_state(validate)
+            hidden_states = layer(hidden_states, *masks, output_attentions, random_step, state)
+        return hidden_states
 
     def _selection_state(self, validate: bool) -> SelectionState | None:
         """What one layer remembers of this forward pass; None if nothing is to be remembered."""
@@ -405,12 +391,6 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
     @capture_outputs
     def forward(
         self,
@@ -446,36 +426,30 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
             ValueError: an argument has a wrong shape, type or value, or the sequence is too long.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
-        batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        _, length = check_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            validate,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
         if position_ids is None:
             check_length(length, self.config.max_sequence_length)
-        self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
-        shape = (batch_size, length)
-        attention_mask = boolean_mask("attention_mask", attention_mask, shape, validate)
-        global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
-
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        attention_mask, global_mask = resolve_masks(
+        masks = encoder_masks(
             self.config,
             hidden_states,
             attention_mask,
-            global_mask,
+            global_attention_mask,
+            validate,
             auto_global_tokens=self.auto_global_tokens,
             input_ids=input_ids,
             token_type_ids=token_type_ids,
         )
-        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        random_step = self._next_random_step()
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask,
-                global_mask,
-                output_attentions,
-                random_step,
-                self._selection_state(validate),
-            )
-        pooled = None if self.pooler is None else self.pooler(hidden_states, attention_mask)
+        output_attentions = kwargs.get("output_attentions")
+        hidden_states = self._encode(hidden_states, masks, output_attentions, validate)
+        pooled = None if self.pooler is None else self.pooler(hidden_states, masks[0])
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
@@ -497,23 +471,28 @@ class AdaptiveSparseLMHead(nn.Module):
         return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
 
 
-class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
-    """The encoder with a masked language modelling head."""
+class AdaptiveSparseLanguageModel(AdaptiveSparsePreTrainedModel):
+    """A model whose head predicts tokens by a decoder tied to the word embeddings."""
 
+    lm_head: AdaptiveSparseLMHead
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = True
-
-    def __init__(self, config: AdaptiveSparseConfig) -> None:
-        super().__init__(config)
-        self.model = AdaptiveSparseModel(config, add_pooling_layer=False)
-        self.lm_head = AdaptiveSparseLMHead(config)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head.decoder = new_embeddings
+
+
+class AdaptiveSparseForMaskedLM(AdaptiveSparseLanguageModel):
+    """The encoder with a masked language modelling head."""
+
+    def __init__(self, config: AdaptiveSparseConfig) -> None:
+        super().__init__(config)
+        self.model = AdaptiveSparseModel(config, add_pooling_layer=False)
+        self.lm_head = AdaptiveSparseLMHead(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -537,26 +516,13 @@ class AdaptiveSparseForMaskedLM(AdaptiveSparsePreTrainedModel):
             logits [batch, length, vocab_size], and the loss if there are labels.
         """
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            global_attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids,
+            inputs_embeds, validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_selection_losses(loss)
-        return MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        num_items = kwargs.get("num_items_in_batch")
+        loss = self.head_loss(token_loss, logits, labels, num_items)
+        return MaskedLMOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
 
 class AdaptiveSparseClassificationHead(nn.Module):
@@ -622,29 +588,15 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
             logits [batch, num_labels], and the loss if there are labels.
         """
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            global_attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids,
+            inputs_embeds, validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         if self.config.head_style == "bert":
             logits = self.classifier(self.dropout(outputs.pooler_output))
         else:
             logits = self.classifier(outputs.last_hidden_state, attention_mask)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config.problem_type)
-            loss = self.add_selection_losses(loss)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = self.head_loss(classification_loss, logits, labels, self.config.problem_type)
+        return SequenceClassifierOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
 
 class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
@@ -682,26 +634,13 @@ class AdaptiveSparseForTokenClassification(AdaptiveSparsePreTrainedModel):
             logits [batch, length, num_labels], and the loss if there are labels.
         """
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            global_attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids,
+            inputs_embeds, validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_selection_losses(loss)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        num_items = kwargs.get("num_items_in_batch")
+        loss = self.head_loss(token_loss, logits, labels, num_items)
+        return TokenClassifierOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
 
 class AdaptiveSparseQuestionAnsweringHead(nn.Module):
@@ -782,15 +721,9 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         if is_question is not None and token_type_ids is None and self.config.type_vocab_size > 1:
             token_type_ids = (~is_question).long()
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            global_attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids,
+            inputs_embeds, validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         logits = self.qa_outputs(outputs.last_hidden_state)
         if is_question is not None:
             logits = mask_question(logits, is_question, attention_mask)
@@ -803,8 +736,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             loss=loss,
             start_logits=start_logits.contiguous(),
             end_logits=end_logits.contiguous(),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **beside_the_head(outputs),
         )
 
     def _question_tokens(
@@ -826,7 +758,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
             shape = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
             given = inputs_embeds if input_ids is None else input_ids
             assert given is not None
-            return first_slots(question_lengths, shape, given.device, validate)
+            return question_of_length(question_lengths, shape, given.device, validate)
         separator = self.config.sep_token_id
         if input_ids is None or separator is None:
             return None
@@ -888,15 +820,8 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
         outputs = self.model(*flat, validate, **returning_a_dict(kwargs))
         logits = self.classifier(self.dropout(outputs.pooler_output))
         logits = logits.view(batch_size, num_choices)
-        loss = None
-        if labels is not None:
-            loss = self.add_selection_losses(choice_loss(logits, labels))
-        return MultipleChoiceModelOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = self.head_loss(choice_loss, logits, labels)
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
 
 def _classifier_dropout(config: AdaptiveSparseConfig) -> float:

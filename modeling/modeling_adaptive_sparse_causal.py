@@ -16,25 +16,27 @@ from typing_extensions import Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
-from adaptive_longformer.modeling.causal.causal_attention import CausalSparseAttention
-from adaptive_longformer.modeling.causal.causal_cache import causal_cache
+from adaptive_longformer.modeling.causal.attention import CausalSparseAttention
+from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
     can_read_values,
     check_extra_arguments,
+    check_inputs,
     check_length,
-    check_tokens,
 )
 from adaptive_longformer.modeling.losses import next_token_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseEmbeddings,
+    AdaptiveSparseLanguageModel,
     AdaptiveSparseLayer,
     AdaptiveSparseLMHead,
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    beside_the_head,
     returning_a_dict,
 )
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding, effective_mask
 
 # Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "quantized")
@@ -126,12 +128,6 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
     @property
     def is_selecting(self) -> bool:
         """Whether tokens read blocks that they choose: "adaptive" at a strength above 0."""
@@ -178,8 +174,14 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
                 blocks.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
-        batch_size, length = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
-        self._check_indices(batch_size, length, input_ids, token_type_ids, position_ids, validate)
+        batch_size, length = check_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            validate,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
         if past_key_values is not None and past_key_values.is_compileable:
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}, whose size is fixed: a "
@@ -190,10 +192,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         mask = boolean_mask("attention_mask", attention_mask, (batch_size, total), validate)
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
-        if mask is not None:
-            mask = mask.to(tokens.device)
-            if can_read_values(mask, validate=False) and mask.all():
-                mask = None
+        mask = effective_mask(mask, tokens.device)
         if position_ids is None:
             position_ids = self._position_ids(mask, past_length, total, tokens.device)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -203,21 +202,15 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         is_selecting = self.is_selecting
         if use_cache and past_key_values is None:
             past_key_values = causal_cache(self.config, is_selecting)
-        first_slots = padding_to_roll(mask) if is_selecting else None
+        first_slots = LeftPadding.of(mask).slots if is_selecting else None
         if first_slots is not None and past_length:
             first_slots = first_slots.cpu()  # once for all layers
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                mask,
-                sink_rank,
-                output_attentions,
-                past_length,
-                first_slots,
-                self._selection_state(validate),
-                past_key_values=past_key_values,
-            )
+                hidden_states, mask, sink_rank, output_attentions, past_length, first_slots,
+                self._selection_state(validate), past_key_values=past_key_values,
+            )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
@@ -250,7 +243,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         return rank.clamp(max=num_sinks)
 
 
-class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
+class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
     """The decoder with a language modelling head; `generate()` continues texts.
 
     Layers with a sliding window cache only what can still be seen; for generation that takes tokens
@@ -258,21 +251,13 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
     everything, and read only what they choose.
     """
 
-    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseCausalLayer"]
-    accepts_loss_kwargs = True
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
         self.model = AdaptiveSparseCausalModel(config)
         self.lm_head = AdaptiveSparseLMHead(config)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head.decoder = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -309,28 +294,13 @@ class AdaptiveSparseForCausalLM(AdaptiveSparsePreTrainedModel, GenerationMixin):
                 f"logits_to_keep is {logits_to_keep}, 0 is needed with labels: the loss reads all"
             )
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-            use_cache,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            past_key_values, use_cache, validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_selection_losses(loss)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        num_items = kwargs.get("num_items_in_batch")
+        loss = self.head_loss(next_token_loss, logits, labels, num_items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **beside_the_head(outputs))
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args, inputs_embeds: torch.Tensor | None = None, **kwargs

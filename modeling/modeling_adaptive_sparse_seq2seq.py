@@ -37,21 +37,22 @@ from adaptive_longformer.modeling.decoder_attention import (
     DecoderSelfAttention,
     causal_mask,
 )
+from adaptive_longformer.modeling.default_global_tokens import encoder_masks
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
     can_read_values,
     check_extra_arguments,
-    check_indices,
+    check_inputs,
     check_length,
-    check_tokens,
 )
 from adaptive_longformer.modeling.losses import classification_loss, span_loss, token_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    beside_the_head,
     returning_a_dict,
 )
-from adaptive_longformer.modeling.padding import resolve_masks
+from adaptive_longformer.modeling.padding import effective_mask
 
 logger = logging.get_logger(__name__)
 
@@ -283,12 +284,6 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
     # No **kwargs: generate() passes what the signature names, and Seq2SeqTrainer gives it labels.
     @capture_outputs
     def forward(
@@ -319,15 +314,10 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             ValueError: an argument has a wrong shape, type or value, or the document is too long.
         """
         config = self.config
-        batch_size, length = check_tokens(input_ids, inputs_embeds, config.d_model)
+        _, length = check_inputs(config, input_ids, inputs_embeds, validate)
         check_length(length, config.max_sequence_length)
-        if input_ids is not None:
-            check_indices("input_ids", input_ids, config.vocab_size, "vocab_size", validate)
-        shape = (batch_size, length)
-        mask = boolean_mask("attention_mask", attention_mask, shape, validate)
-        global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
         if (
-            global_mask is None
+            global_attention_mask is None
             and config.default_global_tokens == "none"
             and config.separate_global_projections
             and not torch.compiler.is_compiling()  # which would break its graph for a warning
@@ -335,26 +325,16 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             logger.warning_once(FORGOTTEN_GLOBAL_MASK)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds)
-        mask, global_mask = resolve_masks(
+        masks = encoder_masks(
             config,
             hidden_states,
-            mask,
-            global_mask,
+            attention_mask,
+            global_attention_mask,
+            validate,
             auto_global_tokens=self.auto_global_tokens,
             input_ids=input_ids,
         )
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        random_step = self._next_random_step()
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                mask,
-                global_mask,
-                output_attentions,
-                random_step,
-                self._selection_state(validate),
-            )
+        hidden_states = self._encode(hidden_states, masks, output_attentions, validate)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -382,12 +362,6 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
 
     @capture_outputs
     def forward(
@@ -425,58 +399,60 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         Raises:
             ValueError: an argument has a wrong shape, type or value, or the text is too long.
         """
-        config = self.config
-        batch_size, length = _check_decoder_tokens(input_ids, inputs_embeds, config.d_model)
-        if encoder_hidden_states is None:
-            raise ValueError("encoder_hidden_states is None, the encoded document is needed")
-        num_documents = encoder_hidden_states.shape[0]
-        if batch_size % max(1, num_documents) or (batch_size and not num_documents):
-            raise ValueError(
-                f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
-                f"documents = {num_documents} is needed"
-            )
+        shape = check_inputs(self.config, input_ids, inputs_embeds, validate, prefix="decoder_")
+        batch_size, length = shape
+        encoder_mask = self._check_document(
+            encoder_hidden_states, encoder_attention_mask, batch_size, validate
+        )
+        assert encoder_hidden_states is not None
         past_key_values = self._cache(past_key_values, use_cache)
         num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_length = num_cached + length
-        if key_length > config.max_decoder_position_embeddings:
+        longest = self.config.max_decoder_position_embeddings
+        if key_length > longest:
             raise ValueError(
                 f"the decoder is given {key_length} tokens, at most "
-                f"config.max_decoder_position_embeddings = "
-                f"{config.max_decoder_position_embeddings} are allowed"
+                f"config.max_decoder_position_embeddings = {longest} are allowed"
             )
-        if input_ids is not None:
-            check_indices("decoder_input_ids", input_ids, config.vocab_size, "vocab_size", validate)
         mask = boolean_mask(
             "decoder_attention_mask", attention_mask, (batch_size, key_length), validate
         )
-        encoder_mask = boolean_mask(
-            "attention_mask",
-            encoder_attention_mask,
-            (num_documents, encoder_hidden_states.shape[1]),
-            validate,
-        )
-
         hidden_states = self.embeddings(input_ids, inputs_embeds, num_cached)
-        mask = causal_mask(length, key_length, _to(hidden_states, mask), hidden_states.device)
-        encoder_mask = _to(hidden_states, encoder_mask)
+        device = hidden_states.device
+        mask = causal_mask(length, key_length, effective_mask(mask, device), device)
+        encoder_mask = effective_mask(encoder_mask, device)
         if encoder_mask is not None:
             encoder_mask = encoder_mask[:, None, None, :]
         if output_attentions is None:
-            output_attentions = config.output_attentions
+            output_attentions = self.config.output_attentions
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                mask,
-                encoder_hidden_states,
-                encoder_mask,
-                past_key_values,
+                hidden_states, mask, encoder_hidden_states, encoder_mask, past_key_values,
                 output_attentions,
-            )
+            )  # fmt: skip
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
+
+    def _check_document(
+        self,
+        hidden_states: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        batch_size: int,
+        validate: bool,
+    ) -> torch.Tensor | None:
+        """The encoded document's mask, bool [documents, document_length]."""
+        if hidden_states is None:
+            raise ValueError("encoder_hidden_states is None, the encoded document is needed")
+        num_documents, length, _ = hidden_states.shape
+        if batch_size % max(1, num_documents) or (batch_size and not num_documents):
+            raise ValueError(
+                f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
+                f"documents = {num_documents} is needed"
+            )
+        return boolean_mask("attention_mask", mask, (num_documents, length), validate)
 
     def _cache(
         self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
@@ -574,53 +550,22 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
                 is nothing to decode.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
-        asked = {
-            "output_attentions": kwargs.get("output_attentions"),
-            "output_hidden_states": kwargs.get("output_hidden_states"),
-        }
+        asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         also = {name: value for name, value in asked.items() if value is not None}
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError(
-                    "neither of decoder_input_ids and decoder_inputs_embeds was given, and there "
-                    "are no input_ids or labels to make them from: give decoder_input_ids"
-                )
-            if input_ids.shape[-1] > self.config.max_decoder_position_embeddings:
-                raise ValueError(
-                    "neither of decoder_input_ids and decoder_inputs_embeds was given, and the "
-                    f"document's {input_ids.shape[-1]} tokens cannot take their place: the decoder "
-                    "reads at most config.max_decoder_position_embeddings = "
-                    f"{self.config.max_decoder_position_embeddings}. Give decoder_input_ids or "
-                    "labels"
-                )
-            decoder_input_ids = shift_tokens_right(
-                input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
-            )
+            decoder_input_ids = self._shifted_document(input_ids)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask,
-                global_attention_mask,
-                inputs_embeds,
-                validate,
-                return_dict=True,
-                **also,
-            )
+                input_ids, attention_mask, global_attention_mask, inputs_embeds, validate,
+                return_dict=True, **also,
+            )  # fmt: skip
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         assert isinstance(encoder_outputs, ModelOutput)
         decoder_outputs = self.decoder(
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs[0],
-            attention_mask,
-            past_key_values,
-            decoder_inputs_embeds,
-            use_cache,
-            validate,
-            return_dict=True,
-            **also,
-        )
+            decoder_input_ids, decoder_attention_mask, encoder_outputs[0], attention_mask,
+            past_key_values, decoder_inputs_embeds, use_cache, validate, return_dict=True, **also,
+        )  # fmt: skip
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             past_key_values=decoder_outputs.past_key_values,
@@ -630,6 +575,25 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
+        )
+
+    def _shifted_document(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """What the decoder reads if it is given nothing, as in BART."""
+        missing = "neither of decoder_input_ids and decoder_inputs_embeds was given, and "
+        if input_ids is None:
+            raise ValueError(
+                f"{missing}there are no input_ids or labels to make them from: give "
+                "decoder_input_ids"
+            )
+        longest = self.config.max_decoder_position_embeddings
+        if input_ids.shape[-1] > longest:
+            raise ValueError(
+                f"{missing}the document's {input_ids.shape[-1]} tokens cannot take their place: "
+                f"the decoder reads at most config.max_decoder_position_embeddings = {longest}. "
+                "Give decoder_input_ids or labels"
+            )
+        return shift_tokens_right(
+            input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
         )
 
 
@@ -653,12 +617,6 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     def resize_token_embeddings(
         self,
@@ -716,25 +674,14 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs,
-            global_attention_mask,
-            past_key_values,
-            inputs_embeds,
-            decoder_inputs_embeds,
-            use_cache,
-            validate,
-            **returning_a_dict(kwargs),
-        )
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+            global_attention_mask, past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache,
+            validate, **returning_a_dict(kwargs),
+        )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state) + self.final_logits_bias
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits, labels, kwargs.get("num_items_in_batch"))
-            loss = self.add_selection_losses(loss)
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **_beside_the_head(outputs))
+        num_items = kwargs.get("num_items_in_batch")
+        loss = self.head_loss(token_loss, logits, labels, num_items)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
     def _expand_inputs_for_generation(
         self,
@@ -816,18 +763,10 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
             given.
         """
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs,
-            global_attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=False,
-            validate=validate,
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+            global_attention_mask, None, inputs_embeds, decoder_inputs_embeds, False, validate,
             **returning_a_dict(kwargs),
-        )
+        )  # fmt: skip
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -837,7 +776,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
             loss=loss,
             start_logits=start_logits.contiguous(),
             end_logits=end_logits.contiguous(),
-            **_beside_the_head(outputs),
+            **beside_the_head(outputs),
         )
 
 
@@ -907,25 +846,13 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
                 "end-of-sequence token"
             )
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs,
-            global_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=False,
-            validate=validate,
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+            global_attention_mask, None, None, decoder_inputs_embeds, False, validate,
             **returning_a_dict(kwargs),
-        )
+        )  # fmt: skip
         logits = self.classifier(self._last_end(outputs.last_hidden_state, input_ids, validate))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config.problem_type)
-            loss = self.add_selection_losses(loss)
-        return Seq2SeqSequenceClassifierOutput(
-            loss=loss, logits=logits, **_beside_the_head(outputs)
-        )
+        loss = self.head_loss(classification_loss, logits, labels, self.config.problem_type)
+        return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **beside_the_head(outputs))
 
     def _last_end(
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor, validate: bool
@@ -949,41 +876,6 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         slots = torch.arange(1, length + 1, device=hidden_states.device)
         index = (is_end * slots).argmax(dim=1)
         return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
-
-
-def _check_decoder_tokens(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
-) -> tuple[int, int]:
-    """As `check_tokens`, with the names the decoder's inputs have for the user."""
-    try:
-        return check_tokens(input_ids, inputs_embeds, hidden_size)
-    except ValueError as error:
-        message = str(error).replace("input_ids", "decoder_input_ids")
-        raise ValueError(message.replace("inputs_embeds", "decoder_inputs_embeds")) from None
-
-
-def _to(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask on the device of the hidden states; None if it is seen to have no effect."""
-    if mask is None:
-        return None
-    mask = mask.to(hidden_states.device)
-    return None if can_read_values(mask, validate=False) and mask.all() else mask
-
-
-def _beside_the_head(outputs: Seq2SeqModelOutput) -> dict[str, Any]:
-    """What a head returns of the model below it, unchanged."""
-    return {
-        name: getattr(outputs, name)
-        for name in (
-            "past_key_values",
-            "decoder_hidden_states",
-            "decoder_attentions",
-            "cross_attentions",
-            "encoder_last_hidden_state",
-            "encoder_hidden_states",
-            "encoder_attentions",
-        )
-    }
 
 
 __all__ = [

@@ -1,77 +1,89 @@
-"""The masks of the caller as the attention layers take them."""
+"""Where padding is: each row's first valid token, and rows rolled until they begin with it.
 
-from typing import Any
+Masks are bool [batch, length], True where a token is not padding.
+"""
+
+from typing import Any, TypeVar
 
 import torch
 
-from adaptive_longformer.attention.global_keys import limit_global_tokens
-from adaptive_longformer.modeling.alignment import left_padding
-from adaptive_longformer.modeling.default_global_tokens import default_global_mask
 from adaptive_longformer.modeling.input_checks import can_read_values
 
+Rows = TypeVar("Rows", torch.Tensor, torch.Tensor | None)
 
-def resolve_masks(
-    config: Any,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
-    *,
-    auto_global_tokens: str,
-    input_ids: torch.Tensor | None = None,
-    token_type_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Fills in the default global tokens; None for a mask seen to have no effect.
+
+def effective_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A mask on a device; None if there is none, or it is seen to hide nothing."""
+    if mask is None:
+        return None
+    mask = mask.to(device)
+    return None if can_read_values(mask, validate=False) and mask.all() else mask
+
+
+def first_slots(mask: torch.Tensor) -> torch.Tensor:
+    """The slot of every row's first valid token, int64 [batch]; 0 for a row without any."""
+    return mask.int().argmax(dim=1)  # the first of equal maxima
+
+
+def first_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """Marks every row's first valid token: bool [batch, length]."""
+    return mask & (mask.cumsum(dim=1) == 1)
+
+
+def first_valid_token(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The hidden state of every sequence's first token that is not padding: [batch, hidden_size].
 
     Args:
-        config: a configuration with the attention fields of `AdaptiveSparseConfig`.
-        hidden_states: [batch, length, hidden_size], for the shape and the device.
-        attention_mask: bool [batch, length], True where a token is not padding; None: all are.
-        global_mask: bool [batch, length], True where a token is global; None: the default.
-        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
-        input_ids, token_type_ids: [batch, length], where the default looks for the question.
+        hidden_states: [batch, length, hidden_size].
+        attention_mask: [batch, length], above 0 for tokens, 0 for padding. None: no padding.
 
-    Returns:
-        The attention mask and the global mask, on the device of the hidden states.
-    """
-    device = hidden_states.device
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(device)
-    if not config.uses_global_tokens:
-        global_mask = None
-    elif global_mask is not None:
-        global_mask = global_mask.to(device)
-    else:
-        valid = attention_mask
-        if valid is None:
-            valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=device)
-        strategy = config.default_global_tokens
-        if strategy == "auto":
-            has_global_blocks = config.attention_pattern == "big_bird"
-            strategy = "none" if has_global_blocks else auto_global_tokens
-        global_mask = default_global_mask(
-            strategy,
-            valid,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            sep_token_id=config.sep_token_id,
-        )
-    if global_mask is not None and config.max_global_tokens is not None:
-        global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
-    if can_read_values(hidden_states, validate=False):
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
-        if global_mask is not None and not global_mask.any():
-            global_mask = None
-    return attention_mask, global_mask
-
-
-def padding_to_roll(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """How far every row must move for its blocks to start at its first valid token: int64 [batch];
-    None if none is seen to have padding before it.
+    Note:
+        BERT, RoBERTa and Longformer read slot 0, which under left padding is a pad; this does not.
     """
     if attention_mask is None:
-        return None
-    shifts = left_padding(attention_mask)
-    if can_read_values(shifts, validate=False) and not shifts.any():
-        return None
-    return shifts
+        return hidden_states[:, 0]
+    index = first_slots(attention_mask.to(hidden_states.device) > 0)
+    return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+
+
+class LeftPadding:
+    """Rolls rows so that every one begins with its first valid token, and back.
+
+    Blocks start at slot 0, and what a block is must not depend on how a row is padded. Nothing is
+    moved where no row is seen to have padding before it.
+
+    Args:
+        slots: int64 [batch], how far every row moves; None: nowhere.
+    """
+
+    def __init__(self, slots: torch.Tensor | None = None) -> None:
+        self.slots = slots
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "LeftPadding":
+        """The padding before the tokens that a mask shows; None: there is no padding."""
+        if mask is None:
+            return cls()
+        slots = first_slots(mask)
+        return cls() if can_read_values(slots, validate=False) and not slots.any() else cls(slots)
+
+    def removed(self, rows: Rows, dim: int = 1) -> Rows:
+        """Rows [batch, ..., length, ...] that begin with their tokens; None stays None."""
+        return self._rolled(rows, dim, 1)
+
+    def restored(self, rows: Rows, dim: int = 1) -> Rows:
+        """The rows as they were before `removed`."""
+        return self._rolled(rows, dim, -1)
+
+    def _rolled(self, rows: Any, dim: int, direction: int) -> Any:
+        """Slot s gets what was in slot s + direction * slots."""
+        if rows is None or self.slots is None:
+            return rows
+        length = rows.shape[dim]
+        target = torch.arange(length, device=rows.device)
+        source = (target + direction * self.slots[:, None]) % max(length, 1)  # [batch, length]
+        shape = [1] * rows.ndim
+        shape[0], shape[dim] = source.shape
+        return rows.take_along_dim(source.view(shape), dim=dim)

@@ -8,11 +8,11 @@ made from all kept keys.
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection
-from adaptive_longformer.modeling.causal.causal_cache import SelectionLayer
+from adaptive_longformer.modeling.causal.cache import SelectionLayer
+from adaptive_longformer.modeling.dense_attention import dense_attention
 
 
 class SelectedDecoding:
@@ -131,20 +131,20 @@ class SelectedDecoding:
         )
         shape = (self.batch, self.heads, end - begin, -1)
         bias = torch.cat([bias.to(query.dtype).expand(shape) for _, bias in parts], dim=3)
-        # A row that sees nothing (padding) attends to everything, then becomes zero.
-        is_empty = (bias == -torch.inf).all(dim=-1, keepdim=True)
-        bias = bias.masked_fill(is_empty, 0.0)
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=self.dropout_p, scale=self.scale
-        ).masked_fill(is_empty, 0.0)
-        dense = None
-        if output_attentions:
-            scores = query @ key.mT * self.scale + bias
-            weights = scores.softmax(dim=-1).masked_fill(is_empty, 0.0)
-            dense = weights.new_zeros(*weights.shape[:3], self.total)
-            index = torch.cat([part.expand(self.batch, self.heads, -1) for part in slots], dim=2)
-            dense = dense.scatter_add(3, index[:, :, None].expand_as(weights), weights)
-        return output, dense
+        output, weights = dense_attention(
+            query,
+            key,
+            value,
+            bias,
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            output_attentions=output_attentions,
+        )
+        if weights is None:
+            return output, None
+        dense = weights.new_zeros(*weights.shape[:3], self.total)
+        index = torch.cat([part.expand(self.batch, self.heads, -1) for part in slots], dim=2)
+        return output, dense.scatter_add(3, index[:, :, None].expand_as(weights), weights)
 
     # Each of the three below returns the slots of keys, int64 [batch or 1, heads or 1, keys], and
     # what is added to their scores, [batch or 1, heads or 1, queries, keys]. A key counts once: as

@@ -17,9 +17,8 @@ from transformers.masking_utils import (
 
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_keys import limit_global_tokens
-from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import random_seed
-from adaptive_longformer.modeling.padding import padding_to_roll
+from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -178,21 +177,12 @@ def adaptive_sparse_attention_forward(
         options = replace(options, num_global_tokens=0, num_selected_blocks=0)
         window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    shifts = None
-    if options.num_selected_blocks:
-        # Blocks start at the first real token, wherever the padding is.
-        shifts = padding_to_roll(attention_mask)
-    if shifts is not None:
-        assert attention_mask is not None
-        query, key, value = (
-            roll_rows(tensor.transpose(1, 2), shifts).transpose(1, 2)
-            for tensor in (query, key, value)
-        )
-        attention_mask = roll_rows(attention_mask, shifts)
+    # Blocks start at the first real token, wherever the padding is.
+    padding = LeftPadding.of(attention_mask) if options.num_selected_blocks else LeftPadding()
+    query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+    attention_mask = padding.removed(attention_mask)
     output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
-    output = output.transpose(1, 2)
-    if shifts is not None:
-        output = roll_rows(output, -shifts)
+    output = padding.restored(output, dim=2).transpose(1, 2)
     return output.contiguous(), None
 
 

@@ -26,7 +26,6 @@ from adaptive_longformer.modeling.integration.attention_interface import (
     adaptive_sparse_attention_forward,
     adaptive_sparse_mask,
 )
-from adaptive_longformer.modeling.integration.peft_targets import register_peft_targets
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,
@@ -57,7 +56,6 @@ AUTO_MODELS = {
     AutoModelForTokenClassification: AdaptiveSparseForTokenClassification,
 }
 
-
 SEQ2SEQ_AUTO_MODELS = {
     AutoModel: AdaptiveSparseSeq2SeqModel,
     AutoModelForPreTraining: AdaptiveSparseForConditionalGeneration,
@@ -68,7 +66,7 @@ SEQ2SEQ_AUTO_MODELS = {
 
 
 def register_with_transformers() -> None:
-    """Registers configurations, models, attention and PEFT's targets; again does no harm."""
+    """Registers configurations, models and attention; again does no harm."""
     for config, auto_models in (
         (AdaptiveSparseConfig, AUTO_MODELS),
         (AdaptiveSparseSeq2SeqConfig, SEQ2SEQ_AUTO_MODELS),
@@ -82,4 +80,3 @@ def register_with_transformers() -> None:
     AttentionInterface.register(NAME, adaptive_sparse_attention_forward)
     # Without a mask function of the same name Transformers would drop the padding mask silently.
     AttentionMaskInterface.register(NAME, adaptive_sparse_mask)
-    register_peft_targets()

@@ -11,7 +11,6 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
-    first_valid_token,
 )
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
@@ -380,13 +379,6 @@ def test_given_global_tokens_replace_the_default():
     mask = torch.zeros_like(inputs["input_ids"])
     mask[0, 33] = 1
     assert global_tokens_of(model, {**inputs, "global_attention_mask": mask}) == [[33], []]
-
-
-def test_first_valid_token_reads_behind_left_padding():
-    hidden_states = torch.arange(12.0).view(2, 3, 2)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
-    assert first_valid_token(hidden_states, mask).tolist() == [[2.0, 3.0], [6.0, 7.0]]
-    assert torch.equal(first_valid_token(hidden_states, None), hidden_states[:, 0])
 
 
 def inputs_with(**changes):

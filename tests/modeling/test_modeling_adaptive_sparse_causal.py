@@ -9,7 +9,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from adaptive_longformer.modeling.causal.causal_cache import SinkWindowLayer, causal_cache
+from adaptive_longformer.modeling.causal.cache import SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
 from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import AdaptiveSparseForCausalLM
 from adaptive_longformer.testing import left_padded, logits_in_steps, tiny_config, tiny_model

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
-from adaptive_longformer.modeling.causal.causal_cache import (
+from adaptive_longformer.modeling.causal.cache import (
     SelectionLayer,
     SinkWindowLayer,
     causal_cache,

@@ -1,16 +1,16 @@
 """The attention layer of the causal model, with and without a cache."""
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import Reads, SelectionState
-from adaptive_longformer.modeling.alignment import roll_rows
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention, random_seed
-from adaptive_longformer.modeling.causal.causal_cache import SelectionLayer, SinkWindowLayer
+from adaptive_longformer.modeling.causal.cache import SelectionLayer, SinkWindowLayer
 from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
+from adaptive_longformer.modeling.dense_attention import dense_attention
+from adaptive_longformer.modeling.padding import LeftPadding
 
 
 class CausalSparseAttention(AdaptiveSparseAttention):
@@ -81,7 +81,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
                 raise ValueError(
                     f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
                     "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
-                    "make one by adaptive_longformer.modeling.causal.causal_cache.causal_cache"
+                    "make one by adaptive_longformer.modeling.causal.cache.causal_cache"
                 )
         if past_length == 0:
             context, probabilities = self._attend(
@@ -107,7 +107,14 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             visible = self._visible(
                 past_key_values, past_length, query.shape[2], kept[0], attention_mask, sink_rank
             )
-            context, probabilities = self._attend_to_kept(query, *kept, visible, output_attentions)
+            context, probabilities = dense_attention(
+                query,
+                *kept,
+                visible,
+                scale=self.scale,
+                dropout_p=self.dropout_p if self.training else 0.0,
+                output_attentions=output_attentions,
+            )
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
     def _attend(
@@ -122,11 +129,9 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         output_attentions,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens of the sequences at once."""
-        if first_slots is not None:
-            query, key, value = (roll_rows(t, first_slots, dim=2) for t in (query, key, value))
-            attention_mask = roll_rows(attention_mask, first_slots)
-            if sink_rank is not None:
-                sink_rank = roll_rows(sink_rank, first_slots)
+        padding = LeftPadding(first_slots)
+        query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+        attention_mask, sink_rank = padding.removed(attention_mask), padding.removed(sink_rank)
         global_mask = None if sink_rank is None else sink_rank < self.num_sinks
         reads = Reads(self.pattern)
         if self.adaptive is not None:
@@ -158,33 +163,11 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         if first_slots is not None:
             # Padding before a sequence has seen it from behind.
             is_padding = ~attention_mask[:, None, :, None]
-            context = roll_rows(context.masked_fill(is_padding, 0.0), -first_slots, dim=2)
+            context = context.masked_fill(is_padding, 0.0)
             if probabilities is not None:
                 probabilities = probabilities.masked_fill(is_padding, 0.0)
-                probabilities = roll_rows(probabilities, -first_slots, dim=2)
-                probabilities = roll_rows(probabilities, -first_slots, dim=3)
-        return context, probabilities
-
-    def _attend_to_kept(
-        self, query, key, value, visible, output_attentions
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """New tokens to what the cache has kept; visible: bool [batch or 1, 1, new, kept]."""
-        # A row that sees nothing (padding) attends to everything, then becomes zero.
-        is_empty = ~visible.any(dim=-1, keepdim=True)
-        mask = visible | is_empty
-        context = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            scale=self.scale,
-        ).masked_fill(is_empty, 0.0)
-        probabilities = None
-        if output_attentions:
-            scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~mask, -torch.inf)
-            probabilities = scores.softmax(dim=-1).masked_fill(is_empty, 0.0)
-        return context, probabilities
+        probabilities = padding.restored(padding.restored(probabilities, dim=2), dim=3)
+        return padding.restored(context, dim=2), probabilities
 
     def _visible(
         self,

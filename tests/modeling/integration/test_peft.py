@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 
-from adaptive_longformer.modeling.integration.peft_targets import register_peft_targets
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
 )
@@ -14,27 +13,53 @@ from adaptive_longformer.testing import left_padded, tiny_inputs, tiny_model, va
 pytest.importorskip("peft")
 
 
-def test_targets_are_known_when_peft_is_imported_later():
-    script = """
-import sys
-import adaptive_longformer
-assert "peft" not in sys.modules
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as mapping
-print(mapping["adaptive_sparse"], len(mapping) > 10)
+PACKAGE = "from adaptive_longformer import AdaptiveSparseConfig, AdaptiveSparseModel"
+PEFT = "from peft import LoraConfig, get_peft_model"
+MODEL = """
+config = AdaptiveSparseConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1,
+                              num_attention_heads=2, intermediate_size=16)
+model = AdaptiveSparseModel(config)
 """
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (PACKAGE, "import sys; assert 'peft' not in sys.modules", PEFT, MODEL),
+        (PEFT, PACKAGE, MODEL),
+        (PACKAGE, MODEL, "import sys; assert 'peft' not in sys.modules", PEFT),
+    ],
+    ids=["package_first", "peft_first", "model_before_peft"],
+)
+def test_lora_needs_no_targets_in_any_order(lines):
+    adapt = """
+adapted = get_peft_model(model, LoraConfig())
+print(sorted(adapted.peft_config["default"].target_modules))
+"""
+    script = "\n".join([*lines, adapt])
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert run.stdout.strip() == "['query', 'value'] True", run.stderr
+    assert run.stdout.strip() == "['query', 'value']", run.stderr
 
 
-def test_targets_are_known_when_peft_is_imported_already():
+def test_add_adapter_of_transformers_needs_no_targets():
+    from peft import LoraConfig
+
+    model = tiny_model(AdaptiveSparseForSequenceClassification)
+    model.add_adapter(LoraConfig())
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == {"query", "value"}
+
+
+def test_targets_that_somebody_else_registered_stay():
     from peft.utils import constants
 
-    mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    mapping.pop("adaptive_sparse", None)
-    register_peft_targets()
-    assert mapping["adaptive_sparse"] == ["query", "value"]
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(table, "adaptive_sparse", ["key"])
+        tiny_model().config.to_dict()
+        assert table["adaptive_sparse"] == ["key"]
 
 
 def test_lora_adapts_queries_and_values_by_default_and_trains():
