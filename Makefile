@@ -5,14 +5,14 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-SOURCES := adaptive_longformer adaptive_longformer_command_line.py configuration modeling tests $(wildcard examples benchmarks)
+SOURCES := adaptive_longformer adaptive_longformer_command_line.py configuration modeling tests $(wildcard examples benchmarks docs/make)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 # Two workers on two cores, one thread each.
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest lint format gpu gpu-all clean
+.PHONY: help quickstart test test-all test-oldest lint format docs docs-data gpu gpu-all clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -36,6 +36,15 @@ endef
 	@echo "Installing into .venv (some minutes the first time)"
 	@.venv/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch .venv/.installed $@
+
+# The extra "docs" alone: the API pages are read from the sources, nothing of ours is imported.
+DOCS_EXTRA := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["optional-dependencies"]["docs"], sep="\n")
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(call make_venv,.venv-docs)
+	@$(PYTHON) -c '$(DOCS_EXTRA)' > .venv-docs/requirements.txt
+	@.venv-docs/bin/pip install -qq $(PIP_ARGS) -c constraints.txt -r .venv-docs/requirements.txt
+	@touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(call make_venv,.venv-oldest)
@@ -64,6 +73,13 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 	.venv/bin/ruff check --fix $(SOURCES)
 	.venv/bin/ruff format $(SOURCES)
 
+docs: .venv-docs/.installed  ## Build the documentation into site/, strictly and offline (Python 3.11)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+docs-data:  ## Draw the pictures and write the tables of docs from benchmarks/results
+	$(PYTHON) docs/make/pictures.py
+	$(PYTHON) docs/make/tables.py
+
 # With the current Python: torch, transformers and pytest are enough, so that only the files with
 # GPU tests are read. The first run also compiles the kernels. The benchmark runs whatever the tests
 # say: it names what is wrong and times the rest.
@@ -71,18 +87,20 @@ ON_GPU := $(OFFLINE) PYTHONPATH=. $(PYTHON)
 GPU_TEST := $(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
 	$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests)
 GPU_RESULTS := benchmarks/results
+# BENCHMARK_ARGS=--allow-dirty where the tree is of no commit.
+BENCHMARK_ARGS ?=
 gpu:  ## GPU tests and a short benchmark (minutes), results in benchmarks/results
 	$(GPU_TEST); tested=$$?; \
 	$(ON_GPU) benchmarks/attention_operator.py --lengths 4096 16384 --dropout 0 --no-memory \
-		--results $(GPU_RESULTS) && exit $$tested
+		--results $(GPU_RESULTS) $(BENCHMARK_ARGS) && exit $$tested
 
 gpu-all:  ## The GPU tests and all benchmarks (long), results also in benchmarks/results/gpu
 	$(GPU_TEST); status=$$?; \
-	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) || status=1; \
+	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) $(BENCHMARK_ARGS) || status=1; \
 	for name in attention_speed model_throughput selection_speed; do \
-		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu || status=1; \
+		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu $(BENCHMARK_ARGS) || status=1; \
 	done; exit $$status
 
 clean:  ## Remove the environments, caches and build outputs
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find adaptive_longformer configuration modeling tests -name __pycache__ -prune -exec rm -rf {} +

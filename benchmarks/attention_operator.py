@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from side_by_side.measure import (
@@ -30,6 +29,7 @@ from side_by_side.measure import (
     print_peak_memory,
 )
 from side_by_side.report import Verdicts, notes, plot, text_table, write_json, write_table
+from side_by_side.results import add_results_arguments, results_folder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--names", nargs="+", help="default: all contestants of the device")
-    parser.add_argument("--results", default="results", help="folder for JSON, table and plot")
+    add_results_arguments(parser)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument(
@@ -113,7 +113,7 @@ def routed_layout(length: int, device: torch.device) -> BlockLayout:
     reach = WINDOW // 2 // BLOCK
     rank[(block[:, None] - block).abs() <= reach + 1] = -1.0
     chosen = rank.topk(NUM_SELECTED, dim=1).indices.int().to(device)[None, None]
-    flags = torch.full_like(chosen, int(EntryFlag.ROUTED | EntryFlag.FULL))
+    flags = torch.full_like(chosen, int(EntryFlag.SELECTED | EntryFlag.FULL))
     joined = replace(
         window,
         key_blocks=torch.cat([window.key_blocks, chosen], dim=-1),
@@ -164,7 +164,7 @@ def flex_attention_of(layout: BlockLayout):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     num_blocks = layout.num_key_blocks
-    is_routed = (layout.flags & EntryFlag.ROUTED) != 0
+    is_routed = (layout.flags & EntryFlag.SELECTED) != 0
     routed = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=layout.counts.device)
     rows = torch.arange(num_blocks, device=routed.device)[:, None]
     keep = (is_routed & layout.used)[0, 0]
@@ -383,14 +383,15 @@ def main() -> int:
     if args.memory_cell:
         run_memory_cell(json.loads(args.memory_cell))
         return 0
+    folder = None if args.crossover or args.check else results_folder(args)
     problems = verify(args)
     if args.crossover:
         crossover(args, problems)
         return int(bool(problems))
     if args.check:
         return check(args, problems)
+    assert folder is not None
     about = environment(torch.device(args.device))
-    folder = Path(args.results)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"attention_window": WINDOW, "selected_blocks": NUM_SELECTED, "block_size": BLOCK}
     cells, lengths = [], args.lengths

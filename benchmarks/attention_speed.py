@@ -12,7 +12,6 @@ of a process of its own, above idle. A contestant that fails is named with its r
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 from side_by_side.contestants import (
@@ -34,6 +33,7 @@ from side_by_side.measure import (
     print_peak_memory,
 )
 from side_by_side.report import Verdicts, notes, plot, text_table, write_json
+from side_by_side.results import add_results_arguments, results_folder
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 MODES = (FORWARD, FORWARD_BACKWARD)
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", choices=LAYER_NAMES, default=LAYER_NAMES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by autocast; default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--results", default="results", help="folder for the JSON and the plot")
+    add_results_arguments(parser)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument("--memory-cell", help=argparse.SUPPRESS)
@@ -175,9 +175,9 @@ def main() -> int:
         return 0
     if args.check:
         return check(args)
+    folder = results_folder(args)
     names = tuple(args.names)
     about = environment(torch.device(args.device))
-    folder = Path(args.results)
     settings = {name: getattr(args, name) for name in ("hidden_size", "heads", "dtype")}
     settings["attention_window"] = 512
     cells = []

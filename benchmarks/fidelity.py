@@ -14,11 +14,11 @@ import json
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from side_by_side.measure import environment
 from side_by_side.report import write_json
+from side_by_side.results import add_results_arguments, results_folder
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096, help="tokens read per document")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", default="results", help="folder for the JSON")
+    add_results_arguments(parser)
     args = parser.parse_args()
     if args.length < SHORTEST:
         parser.error(f"--length is {args.length}, at least {SHORTEST} is needed")
@@ -86,6 +86,7 @@ def states(folder: str, fields: dict, documents: list[dict[str, torch.Tensor]]):
 
 def main() -> int:
     args = parse_arguments()
+    results = results_folder(args)
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/model"
         convert_checkpoint(args.model, folder, max_positions=args.length)
@@ -114,7 +115,7 @@ def main() -> int:
                 )
     tokens = [inputs["input_ids"].shape[1] for inputs in documents]
     write_json(
-        Path(args.results) / "fidelity.json",
+        results / "fidelity.json",
         tokens=tokens,
         rows=rows,
         environment=environment(torch.device(args.device)),

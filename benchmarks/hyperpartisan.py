@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from datasets import DatasetDict
+from side_by_side.results import add_results_arguments, commit_of_the_tree, results_folder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="BERT checkpoint: folder or hub id")
     parser.add_argument("--data-file", required=True, help="documents with text and label")
-    parser.add_argument("--results", default="benchmarks/results", help="folder to write to")
+    add_results_arguments(parser, "benchmarks/results")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument(
         "--merge",
@@ -194,7 +195,7 @@ def write(results: dict, folder: Path) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    folder = Path(args.results)
+    folder = results_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         name: getattr(args, name)
@@ -227,6 +228,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "device": "cpu" if not on_gpu else torch.cuda.get_device_name(),
             "dtype": "bfloat16" if on_gpu and has_bfloat16_gpu() else "float32",
+            "commit": commit_of_the_tree(),
         },
         "arms": {},
     }

@@ -41,6 +41,7 @@ from side_by_side.measure import (
     print_peak_memory,
 )
 from side_by_side.report import Verdicts, notes, plot, text_table, write_json
+from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.attention.backends.choose import cpp_is_automatic
 
@@ -86,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", choices=ALL_NAMES, default=NAMES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by autocast; default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--results", default="results", help="folder for the JSON and the plot")
+    add_results_arguments(parser)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--check", action="store_true", help="assert the claimed ratios only")
     parser.add_argument("--memory-cell", help=argparse.SUPPRESS)
@@ -268,12 +269,13 @@ def main() -> int:
     if args.memory_cell:
         run_memory_cell(json.loads(args.memory_cell))
         return 0
-    verify(args)
     if args.check:
+        verify(args)
         return check(args)
+    folder = results_folder(args)
+    verify(args)
     names = tuple(args.names)
     about = environment(torch.device(args.device))
-    folder = Path(args.results)
     settings = {
         "hidden_size": args.hidden_size,
         "heads": args.heads,

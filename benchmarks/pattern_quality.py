@@ -40,6 +40,7 @@ from quality.training import (
 )
 from quality.variants import ABLATIONS, BUDGETS, FEW_PATTERNS, PATTERNS, Variant
 from side_by_side.measure import environment
+from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.analysis.sparsity import SparsityReport
 from adaptive_longformer.modeling.adaptive_selection import (
@@ -109,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int)
     parser.add_argument("--heads", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", default="results", help="folder for cells, table and figures")
+    add_results_arguments(parser)
     parser.add_argument("--summary", action="store_true", help="only write table and figures anew")
     args = parser.parse_args()
     for name, value in {**DEFAULTS, **PRESETS[args.preset]}.items():
@@ -276,7 +277,7 @@ def main() -> int:
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(args.results)
+    folder = Path(args.results) if args.summary else results_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"pattern_quality_{args.preset}.jsonl"
     settings = {

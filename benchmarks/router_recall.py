@@ -15,19 +15,16 @@ lists. missed mass: attention of the asking tokens, exact per token, outside win
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from side_by_side.measure import environment, seconds
 from side_by_side.report import write_json
+from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.patterns import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    SelectedBlocks,
-    select_blocks,
-)
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 BLOCK, HEADS, HEAD_DIM = 64, 2, 64
 SCALES = (64, 256, 1024, 4096)
@@ -135,13 +132,13 @@ def measure(kind: str, length: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     document = KEYS[kind](length, generator)
     variants = {
-        "exact": RoutingOptions(start_nodes=EVERYTHING),
-        "beam": RoutingOptions(),
-        "one mean query": RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
-        "beam of 16": RoutingOptions(beam_width=16),
+        "exact": SelectionOptions(start_nodes=EVERYTHING),
+        "beam": SelectionOptions(),
+        "one mean query": SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
+        "beam of 16": SelectionOptions(beam_width=16),
     }
     if length <= 16384:
-        variants["every query"] = RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
+        variants["every query"] = SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
     cells, exact = [], None
     for name, options in variants.items():
         choices: list[SelectedBlocks] = []
@@ -210,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--lengths", type=int, nargs="+", help=f"multiples of {16 * BLOCK}")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--results", default="results", help="folder for the JSON")
+    add_results_arguments(parser)
     parser.add_argument("--check", action="store_true", help="fail if the beam's recall is < 0.95")
     args = parser.parse_args()
     args.lengths = args.lengths or PRESETS[args.preset]["lengths"]
@@ -222,6 +219,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    folder = None if args.check else results_folder(args)
     cells = []
     for kind in KEYS:
         for length in args.lengths:
@@ -235,12 +233,14 @@ def main() -> int:
             f"{line['search']}: from {line['from']} to {line['to']} tokens the nodes visited grow "
             f"as n^{line['visited_nodes']:.2f}, the time as n^{line['seconds']:.2f}"
         )
-    about = environment(torch.device("cpu"))
-    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "window": 2 * WINDOW.left, "num_blocks": 8}
-    write_json(
-        Path(args.results) / "router_recall.json",
-        environment=about, settings=settings, cells=cells, growth=exponents,
-    )  # fmt: skip
+    if folder is not None:
+        about = environment(torch.device("cpu"))
+        settings = {"heads": HEADS, "head_dim": HEAD_DIM, "window": 2 * WINDOW.left}
+        settings["num_blocks"] = 8
+        write_json(
+            folder / "router_recall.json",
+            environment=about, settings=settings, cells=cells, growth=exponents,
+        )  # fmt: skip
     low = [c for c in cells if c["keys"] == "coherent" and c["search"] == "beam"]
     worst = min(cell["recall"] for cell in low)
     print(f"lowest recall of the beam on coherent keys: {worst:.3f}")

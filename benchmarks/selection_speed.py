@@ -12,22 +12,20 @@ without chosen blocks.
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from router_recall import SCALES
 from side_by_side.measure import default_dtype, environment, interleaved_medians
 from side_by_side.report import Verdicts, write_json
+from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
 from adaptive_longformer.patterns import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
-WINDOW, OPTIONS = SlidingWindow(256), RoutingOptions()
+WINDOW, OPTIONS = SlidingWindow(256), SelectionOptions()
 
 
 def document(length: int, args: argparse.Namespace, device: torch.device):
@@ -80,10 +78,11 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--results", default="results", help="folder for the JSON")
+    add_results_arguments(parser)
     parser.add_argument("--check", action="store_true", help="assert the claims at 16k and 64k")
     args = parser.parse_args()
     args.dtype = args.dtype or default_dtype(args.device)
+    folder = None if args.check else results_folder(args)
     lengths = [16384, 65536] if args.check else args.lengths
     device = torch.device(args.device)
     calls = {
@@ -101,12 +100,11 @@ def main() -> int:
             f"and backward {cell['adaptive']:.3f} s ({cells[-1]['share']:.1%}), window only "
             f"{cell['window']:.3f} s"
         )
-    about = environment(device)
-    settings = {name: getattr(args, name) for name in ("heads", "head_dim", "dtype")}
-    settings |= {"window": 512, "num_blocks": 8}
-    path = Path(args.results) / "selection_speed.json"
-    write_json(path, environment=about, settings=settings, cells=cells)
-    if not args.check:
+    if folder is not None:
+        settings = {name: getattr(args, name) for name in ("heads", "head_dim", "dtype")}
+        settings |= {"window": 512, "num_blocks": 8}
+        path = folder / "selection_speed.json"
+        write_json(path, environment=environment(device), settings=settings, cells=cells)
         return 0
     verdicts = Verdicts()
     verdicts.at_most(

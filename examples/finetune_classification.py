@@ -1,8 +1,9 @@
-"""Fine-tune a long-document classifier with the Trainer.
+r"""Fine-tune a long-document classifier with the Trainer.
 
-    python examples/finetune_classification.py --model allenai/longformer-base-4096 --data-file
-    documents.jsonl accelerate launch examples/finetune_classification.py --model my-checkpoint
-    --dataset ccdv/patent-classification
+    python examples/finetune_classification.py --model allenai/longformer-base-4096 \
+        --data-file documents.jsonl
+    accelerate launch examples/finetune_classification.py --model my-checkpoint \
+        --dataset ccdv/patent-classification
 
 The data file (csv, json, jsonl or parquet) has a text and a label column; a fifth of it,
 stratified, is held out. A Longformer, RoBERTa or BERT is converted on the fly, to as many positions

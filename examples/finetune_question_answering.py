@@ -1,9 +1,9 @@
-"""Fine-tune an encoder-decoder to answer questions about long documents in its own words.
+r"""Fine-tune an encoder-decoder to answer questions about long documents in its own words.
 
-    python examples/finetune_question_answering.py --model allenai/led-base-16384 --dataset
-    deepmind/narrativeqa --max-train 100 --max-eval 20
-    python examples/finetune_question_answering.py --model my-led --data-file train.jsonl
-    --eval-file validation.jsonl
+    python examples/finetune_question_answering.py --model allenai/led-base-16384 \
+        --dataset deepmind/narrativeqa --max-train 100 --max-eval 20
+    python examples/finetune_question_answering.py --model my-led \
+        --data-file train.jsonl --eval-file validation.jsonl
 
 A line of a data file has a "document" and "queries", a list of {"query", "answer"}; or a "query"
 and its "answer", a text or a list of right texts. NarrativeQA is streamed: each of its rows repeats

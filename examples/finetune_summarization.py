@@ -1,9 +1,9 @@
-"""Fine-tune an encoder-decoder to summarise long documents.
+r"""Fine-tune an encoder-decoder to summarise long documents.
 
-    python examples/finetune_summarization.py --model allenai/led-base-16384 --dataset
-    ccdv/arxiv-summarization --document-column article --target-column abstract
-    python examples/finetune_summarization.py --model my-led --data-file train.jsonl --eval-file
-    validation.jsonl
+    python examples/finetune_summarization.py --model allenai/led-base-16384 \
+        --dataset ccdv/arxiv-summarization --document-column article --target-column abstract
+    python examples/finetune_summarization.py --model my-led \
+        --data-file train.jsonl --eval-file validation.jsonl
 
 A line of a data file has a "document" and a "summary" (or other names, see the options), and
 possibly a "query" that says what to summarise; "queries" of {"query", "answer"} are read too. An

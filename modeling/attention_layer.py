@@ -161,12 +161,31 @@ class AdaptiveSparseAttention(nn.Module):
         if not self.has_global_projections:
             return None
         modules = (self.query_global, self.key_global, self.value_global)
-        # A wrapped projection (LoRA, quantised) is more than its weight and bias: call it.
-        if any(type(module) is not nn.Linear for module in modules):
+        if not all(map(is_plain_linear, modules)):
             query, key, value = (self._split_heads(module(hidden_states)) for module in modules)
             return query, key, value
         weights = [tensor for module in modules for tensor in (module.weight, module.bias)]
         return GlobalProjections(hidden_states, *weights)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is its weight and bias and nothing more, so that these may be used in its
+    place.
+
+    LoRA, quantisation and parametrisations change the class, the weight's or its place; hooks want
+    to see the call; offloading and sharding bring the weights only while the module runs.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias")) in (nn.Parameter, type(None))
+        and not module.weight.is_meta
+    )
 
 
 def random_seed(device: torch.device) -> torch.Tensor:

@@ -9,6 +9,33 @@ from adaptive_longformer.attention.global_keys import limit_global_tokens
 from adaptive_longformer.modeling.input_checks import boolean_mask, can_read_values, check_indices
 from adaptive_longformer.modeling.padding import effective_mask, first_tokens
 
+# What these values of `config.default_global_tokens` mean: by head, and for all others.
+_OF_HEADS = {
+    "auto": ({"ForQuestionAnswering": "question"}, "first"),
+    "longformer": (
+        {
+            "ForSequenceClassification": "first",
+            "ForQuestionAnswering": "question",
+            "ForMultipleChoice": "after_separator",
+        },
+        "none",
+    ),
+}
+
+
+def default_strategy(strategy: str, head: str, attention_pattern: str = "") -> str:
+    """The strategy of `default_global_mask` that a configuration means for a head.
+
+    Args:
+        strategy, attention_pattern: `default_global_tokens` and `attention_pattern` of the
+            configuration.
+        head: what the name of the model's class ends with, as "ForMultipleChoice".
+    """
+    if strategy == "auto" and attention_pattern == "big_bird":
+        return "none"  # it has its global blocks
+    by_head, otherwise = _OF_HEADS.get(strategy, ({}, strategy))
+    return by_head.get(head, otherwise)
+
 
 def encoder_masks(
     config: Any,
@@ -17,7 +44,7 @@ def encoder_masks(
     global_attention_mask: torch.Tensor | None,
     validate: bool,
     *,
-    auto_global_tokens: str,
+    head: str,
     input_ids: torch.Tensor | None = None,
     token_type_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -29,7 +56,7 @@ def encoder_masks(
         attention_mask: [batch, length], 1 for tokens, 0 for padding; None: no padding.
         global_attention_mask: [batch, length], 1 for global tokens; None: the default.
         validate: also read the values when that needs a device synchronisation.
-        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+        head: see `default_strategy`.
         input_ids, token_type_ids: [batch, length], where the default looks for the question.
 
     Returns:
@@ -47,12 +74,8 @@ def encoder_masks(
     if not config.uses_global_tokens:
         return valid, None
     if global_mask is None:
-        strategy = config.default_global_tokens
-        if strategy == "auto":
-            has_global_blocks = config.attention_pattern == "big_bird"
-            strategy = "none" if has_global_blocks else auto_global_tokens
         global_mask = default_global_mask(
-            strategy,
+            default_strategy(config.default_global_tokens, head, config.attention_pattern),
             torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid,
             input_ids=input_ids,
             token_type_ids=token_type_ids,

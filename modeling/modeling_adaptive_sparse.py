@@ -370,14 +370,14 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
     Args:
         config: the configuration; it is not changed.
         add_pooling_layer: whether to build the pooler.
-        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+        head: the head around it ("ForQuestionAnswering"), by which its default global tokens go.
     """
 
     def __init__(
         self,
         config: AdaptiveSparseConfig,
         add_pooling_layer: bool = True,
-        auto_global_tokens: str = "first",
+        head: str = "",
     ) -> None:
         config.validate_adaptive_sparse()  # values may have been set after its construction
         super().__init__(config)
@@ -386,7 +386,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
             AdaptiveSparseLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.pooler = AdaptiveSparsePooler(config) if add_pooling_layer else None
-        self.auto_global_tokens = auto_global_tokens
+        self.head = head
         self._register_random_step()
         self.gradient_checkpointing = False
         self.post_init()
@@ -443,7 +443,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
             attention_mask,
             global_attention_mask,
             validate,
-            auto_global_tokens=self.auto_global_tokens,
+            head=self.head,
             input_ids=input_ids,
             token_type_ids=token_type_ids,
         )
@@ -557,7 +557,9 @@ class AdaptiveSparseForSequenceClassification(AdaptiveSparsePreTrainedModel):
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
         self.num_labels = _num_labels(config)
-        self.model = AdaptiveSparseModel(config, add_pooling_layer=config.head_style == "bert")
+        self.model = AdaptiveSparseModel(
+            config, config.head_style == "bert", head="ForSequenceClassification"
+        )
         if config.head_style == "bert":
             self.dropout = nn.Dropout(_classifier_dropout(config))
             self.classifier = nn.Linear(config.hidden_size, _num_labels(config))
@@ -678,7 +680,7 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
         self.model = AdaptiveSparseModel(
-            config, add_pooling_layer=False, auto_global_tokens="question"
+            config, add_pooling_layer=False, head="ForQuestionAnswering"
         )
         if config.head_style == "big_bird":
             self.qa_outputs = AdaptiveSparseQuestionAnsweringHead(config)
@@ -772,7 +774,7 @@ class AdaptiveSparseForMultipleChoice(AdaptiveSparsePreTrainedModel):
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
-        self.model = AdaptiveSparseModel(config)
+        self.model = AdaptiveSparseModel(config, head="ForMultipleChoice")
         self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()

@@ -258,7 +258,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
 
     Args:
         config: the configuration; it is not changed.
-        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+        head: the head around it ("ForQuestionAnswering"), by which its default global tokens go.
     """
 
     _can_record_outputs = {
@@ -266,9 +266,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         "attentions": AdaptiveSparseAttention,
     }
 
-    def __init__(
-        self, config: AdaptiveSparseSeq2SeqConfig, auto_global_tokens: str = "first"
-    ) -> None:
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, head: str = "") -> None:
         super().__init__(config)
         self.embeddings = AdaptiveSparseSeq2SeqEmbeddings(
             config, config.max_encoder_position_embeddings
@@ -279,7 +277,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         )
         is_pre_norm = config.norm_style == "pre"
         self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
-        self.auto_global_tokens = auto_global_tokens
+        self.head = head
         self._register_random_step()
         self.gradient_checkpointing = False
         self.post_init()
@@ -331,7 +329,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             attention_mask,
             global_attention_mask,
             validate,
-            auto_global_tokens=self.auto_global_tokens,
+            head=self.head,
             input_ids=input_ids,
         )
         hidden_states = self._encode(hidden_states, masks, output_attentions, validate)
@@ -482,19 +480,17 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
 
     Args:
         config: the configuration; it is not changed.
-        auto_global_tokens: what `config.default_global_tokens = "auto"` means here.
+        head: the head around it ("ForQuestionAnswering"), by which its default global tokens go.
     """
 
     _tied_weights_keys = {
         "decoder.embeddings.word_embeddings.weight": "encoder.embeddings.word_embeddings.weight"
     }
 
-    def __init__(
-        self, config: AdaptiveSparseSeq2SeqConfig, auto_global_tokens: str = "first"
-    ) -> None:
+    def __init__(self, config: AdaptiveSparseSeq2SeqConfig, head: str = "") -> None:
         config.validate_adaptive_sparse_seq2seq()  # values may have been set since its construction
         super().__init__(config)
-        self.encoder = AdaptiveSparseSeq2SeqEncoder(config, auto_global_tokens)
+        self.encoder = AdaptiveSparseSeq2SeqEncoder(config, head)
         self.decoder = AdaptiveSparseSeq2SeqDecoder(config)
         self.post_init()
 
@@ -732,7 +728,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
         super().__init__(config)
-        self.model = AdaptiveSparseSeq2SeqModel(config, auto_global_tokens="question")
+        self.model = AdaptiveSparseSeq2SeqModel(config, head="ForQuestionAnswering")
         self.qa_outputs = nn.Linear(config.d_model, 2)
         self.post_init()
 
@@ -807,7 +803,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = AdaptiveSparseSeq2SeqModel(config)
+        self.model = AdaptiveSparseSeq2SeqModel(config, head="ForSequenceClassification")
         self.classifier = AdaptiveSparseSeq2SeqClassificationHead(config)
         self.post_init()
 

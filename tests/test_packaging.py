@@ -165,6 +165,25 @@ print(*[name for name in heavy if name in sys.modules and name not in before])
     assert run.stdout.strip() == ""
 
 
+def test_an_import_takes_little_more_than_that_of_transformers():
+    script = """
+import time, torch
+from transformers import AutoModel, AutoTokenizer, GenerationMixin, PreTrainedModel, TrainerCallback
+started = time.process_time()
+import adaptive_longformer
+print(time.process_time() - started)
+"""
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        seconds.append(float(run.stdout))
+    # 0.2 s; twice that where no bytecode is kept and other processes are at work.
+    assert min(seconds) < 0.8
+
+
 def test_training_imports_without_what_only_reads_files_or_counts():
     script = """
 import sys

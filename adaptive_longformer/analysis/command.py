@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from adaptive_longformer.analysis.reading_map import reading_maps, save_reading_maps
-from adaptive_longformer.analysis.sparsity import sparsity_report
+from adaptive_longformer.analysis.sparsity import LEGEND, sparsity_report
 from adaptive_longformer.command_inputs import (
     load_model,
     load_tokenizer,
@@ -64,12 +64,14 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(
         f"{length} tokens, {report.keys_per_query:.1f} keys per query "
         f"({report.keys_per_query / length:.1%} of all), strength {report.strength:g}\n"
-        f"{report.table()}\n"
+        f"{report.table()}\n\n{LEGEND}\n"
     )
     if args.json:
         Path(args.json).write_text(json.dumps({"length": length, **report.as_dict()}, indent=2))
     if args.figure:
-        save_reading_maps(reading_maps(model, batch), args.figure)
+        name = "standard input" if args.file == "-" else Path(args.file).name
+        title = f"What {Path(args.model).name} reads in {name} ({length} tokens)"
+        save_reading_maps(reading_maps(model, batch), args.figure, title)
     return 0
 
 

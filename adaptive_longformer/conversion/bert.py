@@ -1,6 +1,6 @@
 """BERT, read with a sliding window and, if asked, longer position tables."""
 
-from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
+from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import Table, bert_encoder, bert_lm_head
 
 BERT = Family(
@@ -24,7 +24,7 @@ BERT = Family(
         "position_style": "bert",
         "zero_padded_rows": False,
     },
-    default_global_tokens=dict.fromkeys(HEADS, "auto"),
+    default_global_tokens="auto",
     tokenizer_class="BertTokenizer",
     # Pre-training checkpoints hold the masked-language head and next-sentence prediction.
     other_heads={"ForPreTraining": "ForMaskedLM"},

@@ -89,7 +89,7 @@ BIG_BIRD = BigBirdFamily(
         "head_style": "big_bird",
         "position_style": "bert",
     },
-    default_global_tokens=dict.fromkeys((*HEADS, "ForCausalLM"), "none"),
+    default_global_tokens="none",
     tokenizer_class="BigBirdTokenizer",
     heads=(*HEADS, "ForCausalLM"),
     is_dense=False,

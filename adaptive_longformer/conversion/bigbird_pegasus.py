@@ -63,7 +63,7 @@ BIGBIRD_PEGASUS = BigBirdPegasusFamily(
         "max_decoder_position_embeddings": "max_position_embeddings",
     },
     constants={"separate_global_projections": False, "norm_style": "pre"},
-    default_global_tokens=dict.fromkeys(SEQ2SEQ.classes, "none"),
+    default_global_tokens="none",
     tokenizer_class="PegasusTokenizer",
     heads=tuple(SEQ2SEQ.classes),
     is_dense=False,

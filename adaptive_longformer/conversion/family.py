@@ -81,7 +81,7 @@ class Family:
         table: the names of the tensors.
         fields: configuration fields that are copied, in both directions.
         constants: fields of our configuration that make our model compute what the source does.
-        default_global_tokens: what the source does per head when the user gives no global mask.
+        default_global_tokens: what the source does when the user gives no global mask.
         tokenizer_class: the tokenizer of a checkpoint that does not name one.
         target: the kind of our models that the family becomes.
         takes_global_attention_mask: whether the source's forward has that argument.
@@ -97,7 +97,7 @@ class Family:
     table: Table
     fields: tuple[str, ...]
     constants: dict[str, Any]
-    default_global_tokens: dict[str, str]
+    default_global_tokens: str
     tokenizer_class: str
     target: Target = ENCODER
     takes_global_attention_mask: bool = False
@@ -144,7 +144,7 @@ class Family:
         else:
             # Twice the longest input: every token sees every other one, as in the source.
             fields["attention_window"] = 2 * self.max_length(config)
-        fields.update(self.constants, default_global_tokens=self.default_global_tokens[head])
+        fields.update(self.constants, default_global_tokens=self.default_global_tokens)
         return fields
 
     def exact_length(self, config: PreTrainedConfig, head: str) -> int | None:

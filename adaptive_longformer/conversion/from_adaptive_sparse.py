@@ -22,6 +22,7 @@ from adaptive_longformer.conversion.positions import is_tiled
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
 from adaptive_longformer.conversion.to_adaptive_sparse import read_source_config
+from adaptive_longformer.modeling.default_global_tokens import default_strategy
 
 
 def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
@@ -285,8 +286,9 @@ def _note_what_is_lost(
             f"attention_pattern {config.attention_pattern!r} with attention_dilation "
             f"{config.attention_dilation} has no place in {family.class_prefix}: other logits"
         )
-    source_default = family.default_global_tokens[head]
-    if family.takes_global_attention_mask and config.default_global_tokens != source_default:
+    source_default = default_strategy(family.default_global_tokens, head)
+    default = default_strategy(config.default_global_tokens, head, config.attention_pattern)
+    if family.takes_global_attention_mask and default != source_default:
         notes.append(
             f"default_global_tokens {config.default_global_tokens!r} has no place in "
             f"{family.class_prefix}, whose default is {source_default!r}: pass "

@@ -61,7 +61,7 @@ LED = BartFamily(
         "zero_padded_rows": True,
     },
     # Tokens are global only when the user says so.
-    default_global_tokens=dict.fromkeys(_HEADS, "none"),
+    default_global_tokens="none",
     tokenizer_class="LEDTokenizer",
     takes_global_attention_mask=True,
     heads=_HEADS,

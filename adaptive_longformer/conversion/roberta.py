@@ -1,6 +1,6 @@
 """RoBERTa, read with a sliding window and, if asked, longer position tables."""
 
-from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
+from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import Table, bert_encoder, roberta_heads
 
 ROBERTA = Family(
@@ -16,6 +16,6 @@ ROBERTA = Family(
         "position_style": "roberta",
         "zero_padded_rows": False,
     },
-    default_global_tokens=dict.fromkeys(HEADS, "auto"),
+    default_global_tokens="auto",
     tokenizer_class="RobertaTokenizer",
 )

@@ -62,9 +62,7 @@ def rouge_metrics(
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError(
-            "ROUGE needs rouge_score: pip install adaptive-longformer[summarization]"
-        ) from error
+        raise ImportError("ROUGE needs rouge_score: pip install rouge_score") from error
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     totals = dict.fromkeys(ROUGE, 0.0)
     for prediction, summaries in zip(predictions, references):

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from side_by_side.results import REPOSITORY, commit_of_the_tree
 
 
 def environment(device: torch.device) -> dict:
@@ -28,22 +27,8 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit_of_the_tree(),
     }
-
-
-def _commit() -> str:
-    """What is checked out, or "unknown" outside of git."""
-    if shutil.which("git") is None:
-        return "unknown"
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -42,7 +42,12 @@ def test_report_prints_a_line_per_layer_and_writes_numbers_and_figure(places, ca
     files = ["--json", str(places / "report.json"), "--figure", str(places / "map.png")]
     assert main(["report", *arguments, *files]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "strength 1" in lines[0]
+    assert "strength 1" in lines[0]
+    table, legend = lines[1:4], lines[5:]
+    assert [line.split()[0] for line in table] == ["layer", "0", "1"]
+    for column in ("keys/query", "blocks", "missed mass", "recall", "budgets", "windows"):
+        assert column in table[0]
+        assert sum(line.startswith(f"{column} ") for line in legend) == 1
     numbers = json.loads((places / "report.json").read_text())
     assert numbers["layers"][0]["selected_keys"] > 0
     assert (places / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -69,13 +74,25 @@ def test_documents_that_are_none_are_refused_in_one_line(places, capsys, content
 def test_maps_show_the_window_and_what_was_selected():
     model = tiny_adaptive_model()
     for reading_map in reading_maps(model, tiny_inputs(model, 300, padding="left")):
-        assert reading_map.shape == (19, 19)
-        assert (reading_map.diagonal() == 1).all()
-        assert 0 < reading_map[0, 5:].sum() <= 4
-        assert reading_map.max() == 1
+        shares = reading_map.shares
+        assert shares.shape == (19, 19)
+        assert (shares.diagonal() == 1).all()
+        assert 0 < shares[0, 5:].sum() <= 4
+        assert shares.max() == 1
     model.set_selection_strength(0.0)
     for reading_map in reading_maps(model, tiny_inputs(model, 300, padding="none")):
-        assert torch.equal(reading_map.nonzero().diff(dim=1).abs().max(), torch.tensor(1))
+        assert torch.equal(reading_map.shares.nonzero().diff(dim=1).abs().max(), torch.tensor(1))
+
+
+def test_maps_show_the_blocks_with_global_tokens():
+    model = tiny_adaptive_model()
+    inputs = tiny_inputs(model, 300, padding="none")
+    is_global = torch.zeros_like(inputs["input_ids"])
+    is_global[0, [0, 3, 100]] = 1
+    is_global[1, 200] = 1  # another document
+    for reading_map in reading_maps(model, {**inputs, "global_attention_mask": is_global}):
+        size = reading_map.key_block_size
+        assert reading_map.has_global.nonzero().flatten().tolist() == [0, 100 // size]
 
 
 def test_a_causal_checkpoint_is_reported_as_it_reads(places, tmp_path, capsys):

@@ -112,7 +112,8 @@ def test_a_run_leaves_a_table_that_says_where_and_when(benchmark, tmp_path, monk
     monkeypatch.setattr(benchmark, "verify", lambda args: {})
     monkeypatch.setattr(benchmark, "time_cells", lambda *arguments: [cell, missing])
     monkeypatch.setattr(
-        "sys.argv", ["", "--device", "cpu", "--dtype", "float32", "--results", str(tmp_path)]
+        "sys.argv",
+        ["", "--device", "cpu", "--dtype", "float32", "--results", str(tmp_path), "--allow-dirty"],
     )
     assert benchmark.main() == 0
     about = json.loads((tmp_path / "attention_operator_cpu.json").read_text())["environment"]

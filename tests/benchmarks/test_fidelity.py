@@ -35,6 +35,7 @@ def test_more_keys_come_nearer_and_all_keys_are_full_attention(tmp_path):
             [
                 sys.executable, str(SCRIPT), "--model", str(source), "--data-file", str(documents),
                 "--length", "1024", "--documents", "1", "--results", str(tmp_path / str(count)),
+                "--allow-dirty",
             ],
             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -113,6 +113,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_table_and_figures(tmp_path):
         sys.executable, str(BENCHMARKS / "pattern_quality.py"), "--length", "512",
         "--pretraining-steps", "2", "--steps", "2", "--documents", "4", "--hidden-size", "32",
         "--tasks", "recall", "--parts", "patterns", "learned budgets", "--results", str(tmp_path),
+        "--allow-dirty",
     ]  # fmt: skip
     first = subprocess.run(
         [*command, "--patterns", "longformer", "--parts", "patterns"],

@@ -139,7 +139,7 @@ def test_the_model_card_says_where_the_weights_come_from(tmp_path):
         *report.notes,
     ):
         assert text in card
-    assert "$" not in card
+    assert "$" not in card and "pip install ." in card
 
 
 def test_labels_and_dropouts_are_taken_over(tmp_path):

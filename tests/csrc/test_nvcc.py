@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import pytest
 from emulation import CUDA_SOURCES
@@ -61,14 +62,9 @@ def test_kernels_do_not_spill(architecture, head_dim, query_block, tmp_path):
     assert not any(spills.values()), spills
 
 
-def test_nvcc_builds_a_library_for_the_runtime_that_torch_has_loaded(sandbox, monkeypatch):
-    if build.find_nvcc() is None:
+def test_the_runtime_library_is_found_where_nvcc_says():
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
         pytest.skip("no nvcc")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    (sandbox / "csrc" / "cuda").mkdir()
-    (sandbox / "csrc" / "cuda" / "answer.cu").write_text(
-        '__global__ void kernel() {} extern "C" int answer() { kernel<<<1, 1>>>(); return 42; }'
-    )
-    library = sandbox / build.build_library("cuda", sandbox)
-    content = library.read_bytes()
-    assert re.search(rb"libcudart\.so\.\d+\0", content) and b"answer" in content
+    folders = [flag.removeprefix("-L") for flag in build._link_flags(Path(nvcc))]
+    assert any(list(Path(folder).glob("libcudart.so*")) for folder in folders), folders

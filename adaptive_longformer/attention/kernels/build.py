@@ -1,7 +1,11 @@
-"""Compiles the kernels: the sources, the compilers, their flags, and what a build depends on."""
+"""Compiles the kernels through torch.utils.cpp_extension: sources, flags, what a build depends on.
+
+The sources include no header of torch, and the library has a plain C interface.
+"""
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -10,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +24,9 @@ from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError,
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parents[2] / "csrc"
-_CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared", "--cudart", "shared"]
+_PATTERNS = {"cpu": "*.cpp", "cuda": "*.cu"}
+_CUDA_FLAGS = ["-O3", "-std=c++17"]
+_attempts = itertools.count()
 
 
 def library_folder(kind: str) -> Path:
@@ -48,45 +54,60 @@ def library_folder(kind: str) -> Path:
 
 
 def check_compilers(kind: str) -> None:
-    """Raises KernelsUnavailableError unless what a build of a kind needs is there."""
+    """Raises KernelsUnavailableError unless what a build of a kind needs is there; cpp_extension
+    would find out late, or not.
+    """
     try:
         program = (shlex.split(cpp_compiler()) or ["an empty CXX"])[0]
     except ValueError as error:
         raise KernelsUnavailableError(f"CXX is {cpp_compiler()!r}: {error}") from error
     if shutil.which(program) is None:
         raise KernelsUnavailableError(f"no C++ compiler: {program} was not found")
+    if shutil.which("ninja", path=_search_path()) is None:
+        raise KernelsUnavailableError("ninja is not installed")
     if kind == "cuda":
         _check_nvcc()
         if not _capabilities():
             raise KernelsUnavailableError("no GPU is visible for which nvcc could compile")
-        _code_flags()
 
 
 def build_library(kind: str, folder: Path) -> str:
-    """Compiles the kernels of a kind into an empty folder; the name of the library there.
+    """Compiles the kernels of a kind into an empty folder, which holds nothing else then; the name
+    of the library there.
 
     Raises:
         KernelsUnavailableError: with the first error of the compiler.
     """
     logger.info("Building the compiled %s kernels in %s (some seconds, once)", kind, folder)
-    library = folder / "kernels.so"
-    if kind == "cuda":
-        sources = sorted((SOURCES / kind).glob("*.cu"))
-        _run(find_nvcc(), *_CUDA_FLAGS, *_code_flags(), *sources, "-o", library)
-        return library.name
-    compiler = shlex.split(cpp_compiler())
+    # Imported here: it is slow, and needed only by the process that builds.
+    from torch.utils import cpp_extension
 
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        _run(*compiler, *_compile_flags(), "-fPIC", "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, sorted((SOURCES / kind).glob("*.cpp"))))
-    torch_libraries = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10")
-    _run(*compiler, "-shared", *objects, *torch_libraries, "-o", library)
-    for path in objects:
-        path.unlink()
+    # cpp_extension builds one name only once per process, so every attempt has its own.
+    name = f"adaptive_longformer_{kind}_{next(_attempts)}"
+    with _environment_of_builds(folder):
+        try:
+            cpp_extension.load(
+                name,
+                [str(path) for path in sorted((SOURCES / kind).glob(_PATTERNS[kind]))],
+                extra_cflags=_compile_flags(),
+                extra_cuda_cflags=_CUDA_FLAGS,
+                extra_ldflags=_link_flags(find_nvcc()) if kind == "cuda" else [],
+                build_directory=str(folder),
+                is_python_module=False,
+                verbose=os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1",
+            )
+        except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error: " in line.lower()), lines[0])
+            raise KernelsUnavailableError(f"the build failed: {reason.strip()}") from error
+        except OSError:
+            # It loads what it has built; why that fails is asked of the file that is kept.
+            if not (folder / f"{name}.so").exists():
+                raise
+    library = (folder / f"{name}.so").rename(folder / "kernels.so")
+    for path in folder.iterdir():
+        if path != library:
+            path.unlink()
     return library.name
 
 
@@ -96,38 +117,52 @@ def cpp_compiler() -> str:
 
 
 def find_nvcc() -> Path | None:
-    """The nvcc of CUDA_HOME or CUDA_PATH if one is set, of the PATH, or of the usual place."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = None if home else shutil.which("nvcc")
-    nvcc = Path(found) if found else Path(home or "/usr/local/cuda") / "bin" / "nvcc"
-    return nvcc if home or nvcc.exists() else None
-
-
-def _run(*command: object) -> None:
-    """Runs a compiler; its output goes to the log.
-
-    Raises:
-        KernelsUnavailableError: it failed, with its first error.
+    """The nvcc that cpp_extension uses, which torch looks for once per process; None: it has none,
+    as where torch is built without CUDA.
     """
-    words = [str(word) for word in command]
-    # In English, so that the error is found in it.
-    result = subprocess.run(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-        check=False,
-    )
-    is_verbose = os.environ.get("ADAPTIVE_LONGFORMER_VERBOSE") == "1"
-    level = logging.WARNING if is_verbose else logging.DEBUG
-    logger.log(level, "%s\n%s", shlex.join(words), result.stdout)
-    if result.returncode != 0:
-        lines = result.stdout.splitlines() or [f"{words[0]} ends with {result.returncode}"]
-        reason = next((line for line in lines if "error: " in line.lower()), lines[0])
-        raise KernelsUnavailableError(f"the build failed: {reason.strip()}")
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    return None if home is None else Path(home) / "bin" / "nvcc"
+
+
+def _link_flags(nvcc: Path | None) -> list[str]:
+    """Where nvcc says that its libraries are. What is found as nvcc may be a script that starts one
+    elsewhere, and cpp_extension looks only beside the script.
+    """
+    command = [str(nvcc), "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    line = next((line for line in said.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    return re.findall(r'"(-L[^"]+)"', line)
+
+
+def _search_path() -> str:
+    """Where programs are looked for: also beside this Python, activated or not."""
+    return os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
+
+
+@contextlib.contextmanager
+def _environment_of_builds(folder: Path) -> Iterator[None]:
+    """Lets cpp_extension find the ninja of this environment, and compilers answer in English, so
+    that their error is found.
+    """
+    changes = {"PATH": _search_path(), "LC_ALL": "C"}
+    if len(shlex.split(cpp_compiler())) > 1:
+        # cpp_extension takes CXX for the name of a program, whatever is in it.
+        program = folder / "c++"
+        program.write_text(f'#!/bin/sh\nexec {cpp_compiler()} "$@"\n')
+        program.chmod(0o700)
+        changes["CXX"] = str(program)
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _compile_flags() -> list[str]:
@@ -143,21 +178,6 @@ def _capabilities() -> list[str]:
     count = torch.cuda.device_count()
     visible = (torch.cuda.get_device_capability(index) for index in range(count))
     return sorted({f"{major}.{minor}" for major, minor in visible})
-
-
-def _code_flags() -> list[str]:
-    """nvcc's flags for the capabilities."""
-    flags = []
-    for capability in _capabilities():
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", capability)
-        if match is None:
-            raise KernelsUnavailableError(
-                f"TORCH_CUDA_ARCH_LIST names {capability!r}, numbers as '8.0;9.0+PTX' are allowed"
-            )
-        number = match[1] + match[2]
-        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
-    return flags
 
 
 def _check_nvcc() -> None:

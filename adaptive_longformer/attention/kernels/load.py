@@ -5,7 +5,7 @@ Environment variables:
     ADAPTIVE_LONGFORMER_KERNELS: "off" uses no compiled kernel, "cached" only what is built already;
         "on" is the default.
     ADAPTIVE_LONGFORMER_CACHE: folder of the builds; ~/.cache/adaptive_longformer if not set.
-    ADAPTIVE_LONGFORMER_VERBOSE: "1" logs the compiler's commands and output as warnings.
+    ADAPTIVE_LONGFORMER_VERBOSE: "1" prints the commands and the output of the compilers.
     ADAPTIVE_LONGFORMER_BACKEND: the backend that "auto" stands for, which then runs or raises.
 """
 

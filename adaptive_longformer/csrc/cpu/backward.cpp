@@ -1,136 +1,164 @@
 // Block-sparse attention, backward: the five matrix products of a tile run once, from the forward lists. One task walks
-// all query blocks of a head (or of a segment, when there are fewer heads than threads) and adds up its own gradients of
-// keys and values, so that nothing is shared and every sum has a fixed order.
+// all bundles of query blocks of a head (or of a segment, when there are fewer heads than threads) and adds up its own
+// gradients of keys and values, so that nothing is shared and every sum has a fixed order.
+#include "bundle.h"
 #include "matmul.h"
-#include "problem.h"
 #include "threads.h"
 
 namespace adaptive {
 namespace {
 
-// The packed keys and values of one head.
+// The packed keys and values of one head, and where their gradients are summed.
 struct PackedHead {
-  const float *keys, *keys_transposed, *values_transposed;
+  const float *keys, *values;
+  float *grad_keys, *grad_values;
 };
 
-// What one thread needs for one query block; kept between calls.
+// What one thread needs for one bundle; kept between calls.
 struct Scratch {
-  Buffer<float> query, grad_output, grad_query, weights, grad_scores, lse, delta;
+  Bundle bundle;
+  Buffer<float> query, query_transposed, grad_output, grad_output_transposed, grad_query, weights, grad_scores;
+  Buffer<float> lse, delta;
+  Buffer<int32_t> row_words;
 
-  explicit Scratch(const Problem& problem) { reserve(problem); }
   void reserve(const Problem& problem) {
-    for (Buffer<float>* tile : {&query, &grad_output, &grad_query})
-      tile->reserve((int64_t)problem.query_block * problem.padded_dim);
-    for (Buffer<float>* tile : {&weights, &grad_scores})
-      tile->reserve((int64_t)problem.query_block * problem.padded_key_block);
-    for (Buffer<float>* column : {&lse, &delta}) column->reserve(problem.query_block);
+    const int64_t lanes = Bundle::most_lanes(problem);
+    for (Buffer<float>* rows : {&query, &query_transposed, &grad_output, &grad_output_transposed, &grad_query})
+      rows->reserve(lanes * problem.padded_dim);
+    for (Buffer<float>* tile : {&weights, &grad_scores}) tile->reserve(Bundle::most_scores(problem));
+    for (Buffer<float>* column : {&lse, &delta}) column->reserve(lanes);
+    row_words.reserve(lanes);
   }
 };
 
-// Reads the query block: scaled queries, output gradients, LSE in base 2, and delta = sum(grad_output * output) - grad_lse.
-void load_query_block(const Problem& problem, const QueryBlock& query, Scratch& scratch) {
+// Reads the bundle: scaled queries, output gradients, LSE in base 2, and delta = sum(grad_output * output) - grad_lse.
+void load_queries(const Problem& problem, Scratch& scratch) {
   const Arguments& arguments = problem.arguments;
+  const Bundle& bundle = scratch.bundle;
   const int width = problem.padded_dim;
-  problem.pack_rows(arguments.query, query, (float)arguments.scale * LOG2_E, scratch.query.data());
-  problem.pack_rows(arguments.grad_output, query, 1.0f, scratch.grad_output.data());
-  problem.pack_rows(arguments.output, query, 1.0f, scratch.grad_query.data());
-  for (int i = 0; i < query.rows; i++) {
-    float* query_row = scratch.query.data() + (int64_t)i * width;
-    float* grad_row = scratch.grad_output.data() + (int64_t)i * width;
-    float* output_row = scratch.grad_query.data() + (int64_t)i * width;
-    const float lse = arguments.lse[problem.row(query) + i];
-    const bool is_padding =
-        arguments.is_padding != nullptr && arguments.is_padding[query.batch * arguments.length + query.start + i];
-    // A row that sees nothing, or garbage in a padded slot: all its weights are zero.
+  bundle.pack_rows(arguments.query, (float)arguments.scale * LOG2_E, scratch.query.data());
+  bundle.pack_rows(arguments.grad_output, 1.0f, scratch.grad_output.data());
+  bundle.pack_rows(arguments.output, 1.0f, scratch.grad_query.data());
+  // All weights of a dead lane are zero.
+  std::fill_n(scratch.lse.data(), bundle.lanes, INFINITE);
+  std::fill_n(scratch.delta.data(), bundle.lanes, 0.0f);
+  bundle.each_query([&](int lane, int row) {
+    float* query_row = scratch.query.data() + (int64_t)lane * width;
+    float* grad_row = scratch.grad_output.data() + (int64_t)lane * width;
+    float* output_row = scratch.grad_query.data() + (int64_t)lane * width;
+    const float lse = arguments.lse[bundle.row(0) + row];
+    const bool is_padding = arguments.is_padding != nullptr &&
+                            arguments.is_padding[bundle.batch * arguments.length + bundle.start(0) + row];
+    // So are those of a row that sees nothing, or of garbage in a padded slot.
     if (lse == -INFINITE || (is_padding && lse != lse)) {
       std::fill_n(query_row, width, 0.0f);
       std::fill_n(grad_row, width, 0.0f);
-      scratch.lse.data()[i] = INFINITE;
-      scratch.delta.data()[i] = 0.0f;
-      continue;
+      return;
     }
     Floats sum = {};
     for (int j = 0; j < width; j += WIDTH) sum += load<Floats>(grad_row + j) * load<Floats>(output_row + j);
-    scratch.lse.data()[i] = lse * LOG2_E;
-    scratch.delta.data()[i] = horizontal_sum(sum) - arguments.grad_lse[problem.row(query) + i];
-  }
-  std::fill_n(scratch.grad_query.data(), (int64_t)query.rows * width, 0.0f);
+    scratch.lse.data()[lane] = lse * LOG2_E;
+    scratch.delta.data()[lane] = horizontal_sum(sum) - arguments.grad_lse[bundle.row(0) + row];
+  });
+  bundle.transpose_rows(scratch.query.data(), scratch.query_transposed.data());
+  bundle.transpose_rows(scratch.grad_output.data(), scratch.grad_output_transposed.data());
+  std::fill_n(scratch.grad_query.data(), (int64_t)bundle.lanes * width, 0.0f);
+  if (arguments.dropout_p > 0) bundle.load_row_words(scratch.row_words.data());
 }
 
-// Turns scores into weights (with dropout) and gradients of weights into gradients of scores, in place. Returns the sums
-// of the latter: plain, and times the slope of the adaptive span.
+// Turns the scores of an entry into weights (with dropout) and gradients of weights into gradients of scores, in place.
+// Writes the gradients of the members' biases and adds those of their spans.
 template <bool HAS_DROPOUT>
-std::pair<float, float> differentiate_rows(const Problem& problem, const QueryBlock& query, const Tile& tile,
-                                           Scratch& scratch) {
-  const int columns = problem.padded_key_block;
-  const int32_t* column_words = problem.column_words(query, tile);
-  const float keep_factor = (float)(1.0 / (1.0 - problem.arguments.dropout_p));
-  const bool wants_span = tile.has_span && problem.arguments.grad_span != nullptr;
-  Floats total = {}, span_total = {};
-  for (int i = 0; i < query.rows; i++) {
-    float* weights = scratch.weights.data() + (int64_t)i * columns;
-    float* grad_scores = scratch.grad_scores.data() + (int64_t)i * columns;
-    if (tile.is_masked || tile.has_span) problem.mask_row(weights, query, tile, query.start + i);
-    const float shift = scratch.lse.data()[i] - tile.bias, delta = scratch.delta.data()[i];
-    const int32_t row_word = HAS_DROPOUT ? problem.arguments.row_words[problem.row(query) + i] : 0;
-    for (int j = 0; j < columns; j += WIDTH) {
-      const Floats weight = exp2_approximately(load<Floats>(weights + j) - shift);
-      Floats applied = weight, grad = load<Floats>(grad_scores + j);
-      if (HAS_DROPOUT) {
-        const Ints kept = problem.kept(column_words, j, row_word);
-        applied = zero_unless(kept, weight) * keep_factor;
-        grad = zero_unless(kept, grad) * keep_factor;
+void differentiate_entry(const Problem& problem, const Tile& tile, const Entry& entry, float* weights,
+                         float* grad_scores, float* grad_spans, const Scratch& scratch) {
+  const Arguments& arguments = problem.arguments;
+  const Bundle& bundle = scratch.bundle;
+  const int32_t* key_positions = problem.key_positions(bundle.batch, entry.block);
+  const int32_t* key_words = problem.key_words(bundle.batch, entry.block);
+  const float keep_factor = (float)(1.0 / (1.0 - arguments.dropout_p));
+  const bool wants_span = entry.has_span && arguments.grad_span != nullptr;
+  const bool wants_bias = !entry.is_window && arguments.grad_entry_bias != nullptr;
+  for (int member = 0; member < entry.num_members; member++) {
+    const float bias = bundle.bias(entry, member);
+    Floats total = {}, span_total = {};
+    for (int i = bundle.first_lane(member); i < std::min(bundle.first_lane(member + 1), tile.lanes); i += WIDTH) {
+      const int lane = tile.first_lane + i, query = bundle.position(lane);
+      const Floats shift = load<Floats>(scratch.lse.data() + lane) - bias;
+      const Floats delta = load<Floats>(scratch.delta.data() + lane);
+      const Ints row_words = HAS_DROPOUT ? load<Ints>(scratch.row_words.data() + lane) : Ints{};
+      for (int key = 0; key < problem.key_block; key++) {
+        float* weight_row = weights + (int64_t)key * tile.lanes + i;
+        float* grad_row = grad_scores + (int64_t)key * tile.lanes + i;
+        const Floats weight = exp2_approximately(load<Floats>(weight_row) - shift);
+        Floats applied = weight, grad = load<Floats>(grad_row);
+        if (HAS_DROPOUT) {
+          const Ints kept = problem.kept(key_words[key], row_words);
+          applied = zero_unless(kept, weight) * keep_factor;
+          grad = zero_unless(kept, grad) * keep_factor;
+        }
+        grad = weight * (grad - delta);
+        total += grad;
+        if (wants_span && key_positions[key] != HIDDEN)
+          span_total += grad * load<Floats>(problem.span_slope(bundle.head, key_positions[key], query));
+        store(weight_row, applied);
+        store(grad_row, grad);
       }
-      grad = weight * (grad - delta);
-      total += grad;
-      store(weights + j, applied);
-      store(grad_scores + j, grad);
     }
-    if (wants_span) {
-      const float* slope = problem.span_row(problem.arguments.span_slope, query, tile, query.start + i);
-      for (int j = 0; j < columns; j += WIDTH) span_total += load<Floats>(grad_scores + j) * load<Floats>(slope + j);
-    }
+    if (wants_bias && entry.places[member] != NO_PLACE)
+      arguments.grad_entry_bias[bundle.list(entry.first_member + member) * arguments.max_entries +
+                                entry.places[member]] = horizontal_sum(total);
+    if (wants_span) grad_spans[entry.first_member + member] += horizontal_sum(span_total);
   }
-  return {horizontal_sum(total), horizontal_sum(span_total)};
 }
 
-// Adds the gradients of one query block; writes its own.
-void differentiate(const Problem& problem, const QueryBlock& query, const PackedHead& packed, float* grad_keys,
-                   float* grad_values, Scratch& scratch) {
+// Adds the gradients of one bundle; writes its own.
+void differentiate(const Problem& problem, const PackedHead& packed, Scratch& scratch) {
   const Arguments& arguments = problem.arguments;
-  const int columns = problem.padded_key_block, width = problem.padded_dim;
-  const int64_t list = (query.batch * arguments.heads + query.head) * arguments.num_query_blocks + query.index;
-  load_query_block(problem, query, scratch);
-  float grad_span = 0.0f;
-  const int num_tiles = problem.num_tiles(query);
-  for (int index = 0; index < num_tiles; index++) {
-    const Tile tile = problem.tile(query, index);
-    if (tile.is_skipped) continue;
-    const int64_t transposed = (int64_t)tile.block * problem.head_dim * columns;
-    const int64_t row_major = (int64_t)tile.block * problem.key_block * width;
-    multiply<false, false>(scratch.query.data(), width, packed.keys_transposed + transposed, columns,
-                           scratch.weights.data(), columns, query.rows, columns, problem.head_dim);
-    multiply<false, false>(scratch.grad_output.data(), width, packed.values_transposed + transposed, columns,
-                           scratch.grad_scores.data(), columns, query.rows, columns, problem.head_dim);
-    const auto [grad_bias, grad_tile_span] = arguments.dropout_p > 0
-                                                 ? differentiate_rows<true>(problem, query, tile, scratch)
-                                                 : differentiate_rows<false>(problem, query, tile, scratch);
-    const bool is_window = tile.entry < 0 || arguments.flags[problem.list_row(query) * arguments.max_entries + index] & WINDOW;
-    if (!is_window && arguments.grad_entry_bias != nullptr)
-      arguments.grad_entry_bias[list * arguments.max_entries + index] = grad_bias;
-    grad_span += grad_tile_span;
-    multiply<true, true>(scratch.weights.data(), columns, scratch.grad_output.data(), width, grad_values + row_major,
-                         width, problem.key_block, width, query.rows);
-    multiply<true, true>(scratch.grad_scores.data(), columns, scratch.query.data(), width, grad_keys + row_major, width,
-                         problem.key_block, width, query.rows);
-    multiply<false, true>(scratch.grad_scores.data(), columns, packed.keys + row_major, width,
-                          scratch.grad_query.data(), width, query.rows, width, problem.key_block);
+  const Bundle& bundle = scratch.bundle;
+  const int width = problem.padded_dim, key_block = problem.key_block;
+  const int64_t block_size = (int64_t)key_block * width;
+  load_queries(problem, scratch);
+  float grad_spans[MAX_MEMBERS] = {};
+  const float* tile_keys[MAX_TILE_ENTRIES];
+  Tile tile;
+  for (int index = 0; bundle.next_tile(index, tile);) {
+    const int lanes = tile.lanes;
+    const int64_t first_row = (int64_t)tile.first_lane * width;
+    const float* const queries = scratch.query.data() + first_row;
+    const float* const grad_outputs = scratch.grad_output.data() + first_row;
+    const float* const queries_transposed = scratch.query_transposed.data() + tile.first_lane;
+    const float* const grad_outputs_transposed = scratch.grad_output_transposed.data() + tile.first_lane;
+    for (int part = 0; part < tile.count; part++) {
+      const Entry& entry = *tile.entries[part];
+      const int64_t block = entry.block * block_size, next = tile.entries[part + 1]->block * block_size;
+      const auto next_of = [&](const float* blocks) {
+        return Fetch{blocks + next, blocks + next + block_size, blocks + next};
+      };
+      float* weights = scratch.weights.data() + (int64_t)part * key_block * lanes;
+      float* grad_scores = scratch.grad_scores.data() + (int64_t)part * key_block * lanes;
+      tile_keys[part] = packed.keys + block;
+      multiply<false, false>(packed.keys + block, width, {&queries_transposed, 1, problem.head_dim, bundle.lanes},
+                             weights, lanes, key_block, lanes, next_of(packed.keys));
+      multiply<false, false>(packed.values + block, width,
+                             {&grad_outputs_transposed, 1, problem.head_dim, bundle.lanes}, grad_scores, lanes,
+                             key_block, lanes, next_of(packed.values));
+      if (entry.is_masked || entry.has_span) bundle.mask(weights, tile, entry);
+      if (arguments.dropout_p > 0)
+        differentiate_entry<true>(problem, tile, entry, weights, grad_scores, grad_spans, scratch);
+      else
+        differentiate_entry<false>(problem, tile, entry, weights, grad_scores, grad_spans, scratch);
+      multiply<false, true>(weights, lanes, {&grad_outputs, 1, lanes, width}, packed.grad_values + block, width,
+                            key_block, width, next_of(packed.grad_values));
+      multiply<false, true>(grad_scores, lanes, {&queries, 1, lanes, width}, packed.grad_keys + block, width, key_block,
+                            width, next_of(packed.grad_keys));
+    }
+    multiply<true, true>(scratch.grad_scores.data(), lanes, {tile_keys, tile.count, key_block, width},
+                         scratch.grad_query.data() + first_row, width, lanes, width, {queries, queries, queries});
   }
-  for (int i = 0; i < query.rows; i++)
-    store_row(arguments.grad_query, row_offset(arguments.grad_query, query.batch, query.head, query.start + i),
-              scratch.grad_query.data() + (int64_t)i * width, problem.head_dim, (float)arguments.scale,
-              arguments.element_type);
-  if (arguments.grad_span != nullptr) arguments.grad_span[list] = grad_span;
+  bundle.store_rows(arguments.grad_query, scratch.grad_query.data(), [&](int) { return (float)arguments.scale; });
+  if (arguments.grad_span != nullptr)
+    for (int member = 0; member < bundle.num_members; member++)
+      arguments.grad_span[bundle.list(member)] = grad_spans[member];
 }
 
 // Adds the segments' gradients of one key block, in their order, and writes them where the keys came from.
@@ -158,43 +186,39 @@ void write_block(const Problem& problem, const RowTensor& target, int64_t batch,
 void backward(const Arguments& arguments) {
   const Problem problem(arguments);
   const int64_t num_heads = arguments.batch * arguments.heads, num_threads = arguments.num_threads;
-  const int64_t transposed_size = (int64_t)problem.num_blocks * problem.head_dim * problem.padded_key_block;
-  const int64_t packed_size = (int64_t)problem.num_blocks * problem.key_block * problem.padded_dim;
-  // Segments cost memory and an addition each: only where heads alone leave threads idle.
+  const int64_t block_size = (int64_t)problem.key_block * problem.padded_dim;
+  const int64_t num_bundles = Bundle::count(problem), packed_size = problem.num_blocks * block_size;
+  // Segments cost memory and an addition each: only where heads alone leave threads idle. One thread takes those of two,
+  // so that both add up in the same order.
+  const int64_t sharing = std::max<int64_t>(num_threads, 2);
   int64_t num_segments = 1;
-  if (num_heads % num_threads != 0 && num_heads < 4 * num_threads)
-    num_segments = std::min(arguments.num_query_blocks, (2 * num_threads + num_heads - 1) / num_heads);
+  if (num_heads % sharing != 0 && num_heads < 4 * sharing)
+    num_segments = std::min(num_bundles, (2 * sharing + num_heads - 1) / num_heads);
   const int64_t group = std::min(num_heads, num_threads);
-  const Buffer<float> keys(group * packed_size), keys_transposed(group * transposed_size),
-      values_transposed(group * transposed_size), grad_keys(group * num_segments * packed_size),
-      grad_values(group * num_segments * packed_size);
+  const Buffer<float> keys(group * packed_size), values(group * packed_size),
+      grad_keys(group * num_segments * packed_size), grad_values(group * num_segments * packed_size);
   for (int64_t first = 0; first < num_heads; first += group) {
     const int64_t members = std::min(group, num_heads - first);
     parallel_tasks(members * problem.num_blocks, num_threads, [&](int64_t task) {
-      const int64_t member = task / problem.num_blocks, head = first + member;
+      const int64_t head = first + task / problem.num_blocks;
       const int block = (int)(task % problem.num_blocks);
-      const int64_t transposed =
-          member * transposed_size + (int64_t)block * problem.head_dim * problem.padded_key_block;
-      const int64_t packed = member * packed_size + (int64_t)block * problem.key_block * problem.padded_dim;
-      problem.pack_block(arguments.key, head / arguments.heads, head % arguments.heads, block, keys.data() + packed,
-                         keys_transposed.data() + transposed);
-      problem.pack_block(arguments.value, head / arguments.heads, head % arguments.heads, block, nullptr,
-                         values_transposed.data() + transposed);
+      for (const auto& [source, packed] : {std::pair(&arguments.key, &keys), std::pair(&arguments.value, &values)})
+        problem.pack_block(*source, head / arguments.heads, head % arguments.heads, block,
+                           packed->data() + task * block_size);
     });
     parallel_tasks(members * num_segments, num_threads, [&](int64_t task) {
-      static thread_local Scratch scratch(problem);
+      static thread_local Scratch scratch;
       scratch.reserve(problem);
       const int64_t member = task / num_segments, segment = task % num_segments, head = first + member;
-      const PackedHead packed = {keys.data() + member * packed_size, keys_transposed.data() + member * transposed_size,
-                                 values_transposed.data() + member * transposed_size};
-      float* segment_grad_keys = grad_keys.data() + task * packed_size;
-      float* segment_grad_values = grad_values.data() + task * packed_size;
-      std::fill_n(segment_grad_keys, packed_size, 0.0f);
-      std::fill_n(segment_grad_values, packed_size, 0.0f);
-      const int64_t end = (segment + 1) * arguments.num_query_blocks / num_segments;
-      for (int64_t index = segment * arguments.num_query_blocks / num_segments; index < end; index++)
-        differentiate(problem, problem.query_block_at(head / arguments.heads, head % arguments.heads, index), packed,
-                      segment_grad_keys, segment_grad_values, scratch);
+      const PackedHead packed = {keys.data() + member * packed_size, values.data() + member * packed_size,
+                                 grad_keys.data() + task * packed_size, grad_values.data() + task * packed_size};
+      std::fill_n(packed.grad_keys, packed_size, 0.0f);
+      std::fill_n(packed.grad_values, packed_size, 0.0f);
+      const int64_t end = (segment + 1) * num_bundles / num_segments;
+      for (int64_t index = segment * num_bundles / num_segments; index < end; index++) {
+        scratch.bundle.assign(problem, head / arguments.heads, head % arguments.heads, index);
+        differentiate(problem, packed, scratch);
+      }
     });
     // Sequence blocks first: the packed global keys then overwrite the zeros at their own positions.
     const auto write_blocks = [&](int first_block, int count) {

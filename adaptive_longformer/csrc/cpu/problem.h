@@ -1,10 +1,15 @@
-// What the forward and the backward pass share: packed keys, the columns of a block, the mask of a tile.
+// What all query blocks of a call share: the keys by blocks, packed, and the tables of the adaptive span.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <cstdlib>
 #include <limits>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "arguments.h"
 #include "rows.h"
@@ -15,6 +20,8 @@ namespace adaptive {
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
+
+constexpr size_t HUGE_PAGE = 1 << 21;
 
 // Uninitialised memory for vectors.
 template <typename Element>
@@ -31,8 +38,14 @@ class Buffer {
     if (count <= capacity_) return;
     std::free(data_);
     capacity_ = 0;
-    data_ = (Element*)std::aligned_alloc(64, (count * sizeof(Element) + 63) / 64 * 64);
+    const size_t alignment = count * sizeof(Element) < HUGE_PAGE ? 64 : HUGE_PAGE;
+    const size_t size = (count * sizeof(Element) + alignment - 1) / alignment * alignment;
+    data_ = (Element*)std::aligned_alloc(alignment, size);
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // Lists jump between blocks, each of which else has pages of its own to look up. Only a wish: it may be refused.
+    if (alignment == HUGE_PAGE) madvise(data_, size, MADV_HUGEPAGE);
+#endif
     capacity_ = count;
   }
   Element* data() const { return data_; }
@@ -42,23 +55,8 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// One query block of one head.
-struct QueryBlock {
-  int64_t batch, head, index;
-  int start, rows;
-};
-
-// What one entry of a list asks for.
-struct Tile {
-  int block;
-  bool is_skipped;
-  // Whether the mask below hides anything, and whether the adaptive span weakens anything.
-  bool is_masked, has_span;
-  int entry;
-  float bias;
-  // Offsets key - query that are visible: from low to high, or all others with invert = -1; never above limit.
-  int32_t low, high, invert, limit;
-};
+// The position of a key that no list may show.
+constexpr int32_t HIDDEN = -1;
 
 // Whether all counts and ids of key blocks are in range, so that nothing outside the tensors is read.
 inline bool lists_are_valid(const Arguments& arguments) {
@@ -78,193 +76,106 @@ inline bool lists_are_valid(const Arguments& arguments) {
 class Problem {
  public:
   const Arguments& arguments;
-  const int head_dim, padded_dim, key_block, padded_key_block, query_block;
+  const int head_dim, padded_dim, key_block, query_block;
   // Blocks of the sequence, then blocks of packed global keys.
   const int num_sequence_blocks, num_blocks;
 
   explicit Problem(const Arguments& call)
       : arguments(call),
         head_dim((int)call.head_dim),
-        padded_dim(round_up(head_dim, PANEL)),
+        padded_dim(round_up(head_dim, WIDTH)),
         key_block((int)call.key_block_size),
-        padded_key_block(round_up(key_block, PANEL)),
         query_block((int)call.query_block_size),
         num_sequence_blocks((int)((call.length + key_block - 1) / key_block)),
         num_blocks(num_sequence_blocks + (int)((call.num_global + key_block - 1) / key_block)),
-        column_bias_(call.batch * num_blocks * padded_key_block),
-        column_position_(call.batch * num_blocks * padded_key_block),
-        column_word_(call.batch * num_blocks * padded_key_block),
+        key_position_(call.batch * num_blocks * key_block),
+        key_word_(call.batch * num_blocks * key_block),
         num_open_(call.batch * num_blocks) {
     for (int64_t batch = 0; batch < call.batch; batch++)
-      for (int block = 0; block < num_blocks; block++) describe_columns(batch, block);
-  }
-
-  QueryBlock query_block_at(int64_t batch, int64_t head, int64_t index) const {
-    const int start = (int)index * query_block;
-    return {batch, head, index, start, std::min(query_block, (int)arguments.length - start)};
-  }
-
-  int64_t row(const QueryBlock& query) const {
-    return (query.batch * arguments.heads + query.head) * arguments.length + query.start;
-  }
-
-  int64_t list_row(const QueryBlock& query) const {
-    return query.batch * arguments.list_batch_stride + query.head * arguments.list_head_stride + query.index;
-  }
-
-  // Tiles of a list: its entries, then the packed global keys.
-  int num_tiles(const QueryBlock& query) const {
-    return arguments.counts[list_row(query)] + num_blocks - num_sequence_blocks;
-  }
-
-  Tile tile(const QueryBlock& query, int index) const {
-    const int count = arguments.counts[list_row(query)];
-    Tile tile = {};
-    tile.low = INT_MIN, tile.high = INT_MAX, tile.entry = -1;
-    tile.limit = arguments.is_causal ? 0 : INT_MAX;
-    bool is_masked = false;
-    if (index >= count) {
-      tile.block = num_sequence_blocks + index - count;
-      is_masked = arguments.is_causal;
-    } else {
-      const int64_t entry = list_row(query) * arguments.max_entries + index;
-      tile.block = arguments.key_blocks[entry];
-      tile.entry = index;
-      const bool is_window = arguments.flags[entry] & WINDOW;
-      const int first_key = tile.block * key_block;
-      const int last_key = std::min(first_key + key_block, (int)arguments.length) - 1;
-      // The offsets key - query of the tile.
-      const int lowest = first_key - (query.start + query.rows - 1), highest = last_key - query.start;
-      if (arguments.is_causal) {
-        tile.is_skipped = lowest > 0;
-        is_masked = highest > 0;
-      }
-      if (arguments.has_window) {
-        const int left = (int)-arguments.left, right = (int)arguments.right;
-        const bool touches = highest >= left && lowest <= right, is_inside = lowest >= left && highest <= right;
-        tile.is_skipped |= is_window ? !touches : is_inside;
-        if (is_window ? !is_inside : touches) {
-          is_masked = true;
-          tile.low = left, tile.high = right, tile.invert = is_window ? 0 : -1;
-        }
-      }
-      if (is_window && arguments.span_length != nullptr)
-        tile.has_span = (float)std::max(-lowest, highest) > arguments.span_length[query.head];
-      if (!is_window && arguments.entry_bias != nullptr)
-        tile.bias = LOG2_E * arguments.entry_bias[(query.batch * arguments.bias_batch_stride +
-                                                   query.head * arguments.bias_head_stride + query.index) *
-                                                      arguments.max_entries +
-                                                  index];
-    }
-    const int num_open = num_open_.data()[query.batch * num_blocks + tile.block];
-    tile.is_skipped |= num_open == 0;
-    tile.is_masked = is_masked || num_open < padded_key_block;
-    return tile;
-  }
-
-  // Hides what the query at a position may not see of a tile's scores (in base 2), and adds the adaptive span.
-  void mask_row(float* scores, const QueryBlock& query, const Tile& tile, int position) const {
-    if (tile.has_span) {
-      const float* span = span_row(arguments.span_log_weight, query, tile, position);
-      for (int j = 0; j < padded_key_block; j += WIDTH)
-        store(scores + j, load<Floats>(scores + j) + load<Floats>(span + j) * LOG2_E);
-    }
-    if (!tile.is_masked) return;
-    const float* bias = column_bias_.data() + columns(query, tile);
-    const int32_t* key_position = column_position_.data() + columns(query, tile);
-    for (int j = 0; j < padded_key_block; j += WIDTH) {
-      const Ints offset = load<Ints>(key_position + j) - position;
-      const Ints visible = (((offset >= tile.low) & (offset <= tile.high)) ^ tile.invert) & (offset <= tile.limit);
-      const Floats open = load<Floats>(scores + j) + load<Floats>(bias + j);
-      store(scores + j, visible ? open : broadcast(-INFINITE));
+      for (int block = 0; block < num_blocks; block++) describe_keys(batch, block);
+    if (call.span_length != nullptr) {
+      reverse_span(call.span_log_weight, LOG2_E, span_log_weight_);
+      reverse_span(call.span_slope, 1.0f, span_slope_);
     }
   }
 
-  // A table over the offset key - query, from the tile's first column on.
-  const float* span_row(const float* table, const QueryBlock& query, const Tile& tile, int position) const {
-    return table + query.head * arguments.span_columns + arguments.span_center + tile.block * key_block - position;
+  // Positions and dropout words of the keys of a block, and how many are not hidden.
+  const int32_t* key_positions(int64_t batch, int block) const {
+    return key_position_.data() + (batch * num_blocks + block) * key_block;
   }
+  const int32_t* key_words(int64_t batch, int block) const {
+    return key_word_.data() + (batch * num_blocks + block) * key_block;
+  }
+  int num_open(int64_t batch, int block) const { return num_open_.data()[batch * num_blocks + block]; }
 
-  // -1 where dropout keeps a weight and 0 where it drops it, for WIDTH columns from `column` on.
-  ALWAYS_INLINE Ints kept(const int32_t* column_words, int column, int32_t row_word) const {
-    Words word = (Words)(load<Ints>(column_words + column) ^ row_word);
+  // The logarithm in base 2 of the adaptive span's weight, and its slope, between a key and the queries from one on.
+  const float* span_log_weight(int64_t head, int key, int query) const {
+    return span_row(span_log_weight_, head, key, query);
+  }
+  const float* span_slope(int64_t head, int key, int query) const { return span_row(span_slope_, head, key, query); }
+
+  // -1 where dropout keeps a weight and 0 where it drops it.
+  ALWAYS_INLINE Ints kept(int32_t key_word, Ints row_words) const {
+    Words word = (Words)(row_words ^ key_word);
     word *= 0x7FEB352Du;
     word ^= (Words)((Ints)word >> 15);
     word *= 0x846CA68Bu;
     return ((Ints)word >> 1) >= (int32_t)arguments.dropout_threshold;
   }
 
-  const int32_t* column_words(const QueryBlock& query, const Tile& tile) const {
-    return column_word_.data() + columns(query, tile);
-  }
-
-  // Packs the keys or values of one block, [key_block, padded_dim] into `packed` and [head_dim, padded_key_block] into
-  // `transposed`, whichever is not null. Rows that no list may show become zeros.
-  void pack_block(const RowTensor& source, int64_t batch, int64_t head, int block, float* packed,
-                  float* transposed) const {
-    const int64_t first = (batch * num_blocks + block) * padded_key_block;
-    const float* bias = column_bias_.data() + first;
-    const int32_t* position = column_position_.data() + first;
-    for (int column = 0; column < padded_key_block; column++) {
-      const bool is_open = bias[column] == 0.0f;
-      float row[PANEL];
-      for (int start = 0; start < padded_dim; start += PANEL) {
-        const int count = std::min(PANEL, head_dim - start);
-        for (float& element : row) element = 0.0f;
-        if (is_open && count > 0)
-          load_row(row, source, row_offset(source, batch, head, position[column]) + start, count,
-                   arguments.element_type);
-        if (packed != nullptr && column < key_block)
-          std::memcpy(packed + (int64_t)column * padded_dim + start, row, sizeof(row));
-        if (transposed != nullptr)
-          for (int i = 0; i < count; i++) transposed[(int64_t)(start + i) * padded_key_block + column] = row[i];
-      }
-    }
-  }
-
-  // Rows of a query block, times a factor, into [query_block, padded_dim].
-  void pack_rows(const RowTensor& source, const QueryBlock& query, float factor, float* packed) const {
-    for (int i = 0; i < query.rows; i++) {
-      float* row = packed + (int64_t)i * padded_dim;
-      load_row(row, source, row_offset(source, query.batch, query.head, query.start + i), head_dim,
-               arguments.element_type);
-      for (int j = 0; j < head_dim; j++) row[j] *= factor;
-      for (int j = head_dim; j < padded_dim; j++) row[j] = 0.0f;
+  // Packs the keys or values of one block into [key_block, padded_dim]. Rows that no list may show become zeros.
+  void pack_block(const RowTensor& source, int64_t batch, int64_t head, int block, float* packed) const {
+    const int32_t* position = key_positions(batch, block);
+    for (int key = 0; key < key_block; key++) {
+      float* row = packed + (int64_t)key * padded_dim;
+      const int count = position[key] == HIDDEN ? 0 : head_dim;
+      if (count > 0)
+        load_row(row, source, row_offset(source, batch, head, position[key]), count, arguments.element_type);
+      std::fill_n(row + count, padded_dim - count, 0.0f);
     }
   }
 
  private:
-  // Per batch row and block, padded_key_block columns: 0, or -inf for what is hidden from all lists; position; dropout word.
-  Buffer<float> column_bias_;
-  Buffer<int32_t> column_position_, column_word_;
+  // Per batch row and block, key_block keys: position, or HIDDEN from all lists; dropout word.
+  Buffer<int32_t> key_position_, key_word_;
   Buffer<int> num_open_;
+  // The tables of the adaptive span over the offset query - key, so that queries in order find theirs in order.
+  Buffer<float> span_log_weight_, span_slope_;
 
-  int64_t columns(const QueryBlock& query, const Tile& tile) const {
-    return (query.batch * num_blocks + tile.block) * padded_key_block;
+  void reverse_span(const float* table, float factor, Buffer<float>& reversed) const {
+    const int64_t columns = arguments.span_columns;
+    reversed.reserve(arguments.heads * columns);
+    for (int64_t head = 0; head < arguments.heads; head++)
+      for (int64_t i = 0; i < columns; i++)
+        reversed.data()[head * columns + i] = factor * table[(head + 1) * columns - 1 - i];
   }
 
-  void describe_columns(int64_t batch, int block) {
-    const int64_t first = (batch * num_blocks + block) * padded_key_block;
-    int open_columns = 0;
-    for (int column = 0; column < padded_key_block; column++) {
+  const float* span_row(const Buffer<float>& reversed, int64_t head, int key, int query) const {
+    const int64_t center = arguments.span_columns - 1 - arguments.span_center;
+    return reversed.data() + head * arguments.span_columns + center + query - key;
+  }
+
+  void describe_keys(int64_t batch, int block) {
+    const int64_t first = (batch * num_blocks + block) * key_block;
+    int num_open = 0;
+    for (int key = 0; key < key_block; key++) {
       int64_t position = arguments.length;
-      if (column < key_block && block < num_sequence_blocks) {
-        position = (int64_t)block * key_block + column;
+      if (block < num_sequence_blocks) {
+        position = (int64_t)block * key_block + key;
         if (position < arguments.length && arguments.is_listed != nullptr &&
             !arguments.is_listed[batch * arguments.length + position])
           position = arguments.length;
-      } else if (column < key_block) {
-        const int64_t slot = (int64_t)(block - num_sequence_blocks) * key_block + column;
+      } else {
+        const int64_t slot = (int64_t)(block - num_sequence_blocks) * key_block + key;
         if (slot < arguments.num_global) position = arguments.global_positions[batch * arguments.num_global + slot];
       }
       const bool is_open = position < arguments.length;
-      column_bias_.data()[first + column] = is_open ? 0.0f : -INFINITE;
-      column_position_.data()[first + column] = is_open ? (int32_t)position : 0;
-      column_word_.data()[first + column] =
+      key_position_.data()[first + key] = is_open ? (int32_t)position : HIDDEN;
+      key_word_.data()[first + key] =
           is_open && arguments.column_words != nullptr ? arguments.column_words[position] : 0;
-      open_columns += is_open;
+      num_open += is_open;
     }
-    num_open_.data()[batch * num_blocks + block] = open_columns;
+    num_open_.data()[batch * num_blocks + block] = num_open;
   }
 };
 

@@ -21,8 +21,6 @@
 namespace adaptive {
 
 constexpr int WIDTH = VECTOR_FLOATS;
-// The matrix kernel writes two vectors per row; every row of a packed tile is padded to this.
-constexpr int PANEL = 2 * WIDTH;
 
 typedef float Floats __attribute__((vector_size(4 * VECTOR_FLOATS)));
 typedef int32_t Ints __attribute__((vector_size(4 * VECTOR_FLOATS)));
@@ -66,6 +64,13 @@ ALWAYS_INLINE float horizontal_maximum(Floats value) {
   for (int half = WIDTH / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
+}
+
+// Whether a mask is -1 anywhere.
+ALWAYS_INLINE bool any(Ints mask) {
+  int32_t joined = 0;
+  for (int i = 0; i < WIDTH; i++) joined |= mask[i];
+  return joined != 0;
 }
 
 // 2**x for x <= 126, relative error 1e-7; exactly 0 below -126 and at -inf, NaN stays NaN.

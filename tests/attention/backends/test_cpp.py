@@ -41,7 +41,7 @@ def _kernel():
 
 
 def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64, seed=0):
-    """A window plus random ROUTED entries, some on blocks of the window's edge; some rows are
+    """A window plus random SELECTED entries, some on blocks of the window's edge; some rows are
     empty.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64
     )
     shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
     routed = torch.rand(shape, generator=generator) < 0.4
-    flags = torch.where(routed, int(EntryFlag.ROUTED), 0).int()
+    flags = torch.where(routed, int(EntryFlag.SELECTED), 0).int()
     blocks = torch.arange(base.num_key_blocks, dtype=torch.int32).expand(shape)
     if window is not None:
         used = base.used.expand(*shape[:3], -1)
@@ -149,16 +149,93 @@ def test_types_and_head_dims_match_reference(dtype, head_dim):
     compare(SlidingWindow(50) | GlobalTokens((0, 77)), 1, 2, 131, head_dim, dtype)
 
 
-@pytest.mark.parametrize(
-    "query_block,key_block", [(8, 8), (16, 32), (24, 40), (64, 64), (128, 64), (64, 128)]
-)
-@pytest.mark.parametrize("window", [None, SlidingWindow(40, 20)], ids=["routed", "window"])
-def test_layouts_with_bias_match_reference(query_block, key_block, window):
-    layout = random_layout(203, window, 2, 1, query_block, key_block)
-    attention_mask, global_mask = masks(2, 203)
+def compare_sizes(query_block, key_block, window, length=331):
+    """Lists of neighbours that agree here and there, by head; bias, padding and global tokens; then
+    the span, dropout and causality too.
+    """
+    layout = random_layout(length, window, 2, 3, query_block, key_block)
+    attention_mask, global_mask = masks(2, length)
     options = {"attention_mask": attention_mask, "global_mask": global_mask, "with_bias": True}
-    compare(layout, 2, 3, 203, 24, **options)
-    compare(layout, 2, 3, 203, 24, is_causal=True, dropout_p=0.1, dropout_seed=SEED, **options)
+    compare(layout, 2, 3, length, 24, **options)
+    if window is not None:
+        options["span"] = 50.0
+    options |= {"dropout_p": 0.1, "dropout_seed": SEED}
+    compare(layout, 2, 3, length, 24, is_causal=True, **options)
+
+
+@pytest.mark.parametrize("window", [None, SlidingWindow(60, 45)], ids=["routed", "window"])
+@pytest.mark.parametrize("key_block", [8, 16, 32, 40, 64, 128])
+@pytest.mark.parametrize("query_block", [8, 16, 24, 32, 64, 128])
+def test_blocks_of_every_size_match_reference(query_block, key_block, window):
+    compare_sizes(query_block, key_block, window)
+
+
+# What is wrong: the file, what stands there, what the mutant has instead.
+MUTANTS = {
+    "bias of another query block": (
+        "bundle.h",
+        "place = entry.places[member]",
+        "place = entry.places[0]",
+    ),
+    "gradient of the bias of another query block": (
+        "backward.cpp",
+        "entry.places[member]] =",
+        "entry.places[0]] =",
+    ),
+    "bias of another key block": (
+        "forward.cpp",
+        "bundle.bias(*tile.entries[part], member)",
+        "bundle.bias(*tile.entries[0], member)",
+    ),
+    "shared by a query block that does not list it": (
+        "bundle.h",
+        " || entries_[latest].first_member + entries_[latest].num_members != member",
+        "",
+    ),
+    "window and chosen entries as one": (
+        "bundle.h",
+        "latest_[2 * block + is_window]",
+        "latest_[2 * block]",
+    ),
+    "mask of another query block": ("bundle.h", "position(tile.first_lane + i)", "position(i)"),
+    "sums of another query block": (
+        "bundle.h",
+        "tile.first_lane = first_lane(first.first_member)",
+        "tile.first_lane = 0",
+    ),
+    "slope of the span of another query block": (
+        "backward.cpp",
+        "bundle.position(lane)",
+        "bundle.position(i)",
+    ),
+    "dropout of another key block": (
+        "forward.cpp",
+        "key_words(bundle.batch, tile.entries[part]->block)",
+        "key_words(bundle.batch, tile.entries[0]->block)",
+    ),
+    "values of another key block": (
+        "forward.cpp",
+        "values + entry.block * block_size",
+        "values + tile.entries[0]->block * block_size",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_kernels_differ_from_reference(mutant, tmp_path):
+    """What `compare_sizes` is worth: it fails for mistakes that packing invites."""
+    file, right, wrong = MUTANTS[mutant]
+    for path in (SOURCES / "cpu").iterdir():
+        text = path.read_text()
+        if path.name == file:
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        if path.suffix == ".h" or path.stem in ("forward", "backward"):
+            (tmp_path / path.name).write_text(text)
+    library = build(tmp_path / "kernel.so", tmp_path)
+    with use_library("cpu", library), pytest.raises(AssertionError, match=" of "):
+        compare_sizes(16, 16, SlidingWindow(60, 45), length=203)
 
 
 @pytest.mark.parametrize("longest", [0.0, 40.0, 200.0])
@@ -209,37 +286,56 @@ def test_any_number_of_threads_matches_reference(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("floats,options", [(4, []), (16, ["-march=native"])], ids=["4", "16"])
-def test_other_vector_widths_match_reference(floats, options, tmp_path):
-    """What a machine without AVX or with AVX-512 would build; the compiler splits wide vectors."""
-    library = tmp_path / "kernel.so"
+def build(library, sources, *options):
+    """The kernels of a folder, quickly compiled."""
     torch_libraries = Path(torch.__file__).parent / "lib"
-    sources = [str(path) for path in (SOURCES / "cpu").glob("*.cpp")]
     subprocess.run(
         [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi",
-         *options, f"-DVECTOR_FLOATS={floats}", *sources, f"-L{torch_libraries}", "-ltorch_cpu",
+         *options, *map(str, sources.glob("*.cpp")), f"-L{torch_libraries}", "-ltorch_cpu",
          "-lc10", "-o", str(library)],
         check=True,
     )  # fmt: skip
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("floats,options", [(4, []), (16, ["-march=native"])], ids=["4", "16"])
+def test_other_vector_widths_match_reference(floats, options, tmp_path):
+    """What a machine without AVX or with AVX-512 would build; the compiler splits wide vectors."""
+    library = build(tmp_path / "kernel.so", SOURCES / "cpu", f"-DVECTOR_FLOATS={floats}", *options)
     layout = random_layout(203, SlidingWindow(60, 45), heads=3)
     options = {"dropout_p": 0.1, "dropout_seed": SEED}
-    with use_library("cpu", ctypes.CDLL(str(library))):
+    with use_library("cpu", library):
         compare(layout, 2, 3, 203, 24, span=40.0, with_bias=True, **options)
         compare(layout, 2, 3, 203, 24, torch.bfloat16, is_causal=True, **options)
+        compare_sizes(24, 16, SlidingWindow(60, 45))
 
 
-def run_once(length=300, **options):
+def run_once(pattern, heads=3, **options):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, length, 16, requires_grad=True) for _ in range(3))
-    output = sparse_attention(query, key, value, SlidingWindow(60), backend="cpp", **options)
+    query, key, value = (torch.randn(2, heads, 300, 16, requires_grad=True) for _ in range(3))
+    output = sparse_attention(query, key, value, pattern, backend="cpp", **options)
     return [output, *torch.autograd.grad(output.square().sum(), (query, key, value))]
 
 
 def test_results_are_bitwise_reproducible():
-    first = run_once(dropout_p=0.2, dropout_seed=SEED)
+    first = run_once(SlidingWindow(60), dropout_p=0.2, dropout_seed=SEED)
     for _ in range(5):
-        again = run_once(dropout_p=0.2, dropout_seed=SEED)
+        again = run_once(SlidingWindow(60), dropout_p=0.2, dropout_seed=SEED)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("query_block,key_block", [(16, 16), (64, 32)])
+def test_two_threads_give_the_bits_of_one(query_block, key_block, heads):
+    layout = random_layout(300, SlidingWindow(60), 1, heads, query_block, key_block)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run_once(layout, heads, dropout_p=0.2, dropout_seed=SEED))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results))
 
 
 def test_other_strides_give_the_same_result():
@@ -271,7 +367,7 @@ def test_empty_tensors_give_empty_results(shape):
     layout = BlockLayout(
         key_blocks=torch.zeros(1, 1, -(-shape[2] // 64), 1, dtype=torch.int32),
         counts=torch.ones(1, 1, -(-shape[2] // 64), dtype=torch.int32),
-        flags=torch.full((1, 1, -(-shape[2] // 64), 1), int(EntryFlag.ROUTED), dtype=torch.int32),
+        flags=torch.full((1, 1, -(-shape[2] // 64), 1), int(EntryFlag.SELECTED), dtype=torch.int32),
         query_block_size=64,
         key_block_size=64,
         length=shape[2],

@@ -1,13 +1,13 @@
 """What compiles the kernels, and which builds are told apart."""
 
 import ctypes
-import logging
 import platform
 import shutil
 import sys
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from adaptive_longformer.attention.kernels import build
 from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
@@ -36,13 +36,17 @@ def test_the_first_error_of_a_compiler_is_the_reason(sandbox, tmp_path):
 
 
 @needs_compiler
-def test_a_compiler_may_be_a_command_with_arguments(sandbox, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", f"{shutil.which('env')} ANY=1 c++ -DANSWER='4 2'")
+def test_a_compiler_may_be_a_command_with_arguments(sandbox, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", f"{shutil.which('env')} ANY=1 c++ -DANSWER='\"4 2\"'")
     monkeypatch.setenv("ADAPTIVE_LONGFORMER_VERBOSE", "1")
+    source = sandbox / "csrc" / "cpu" / "answer.cpp"
+    source.write_text('extern "C" const char* answer() { return ANSWER; }')
     build.check_compilers("cpu")
-    with caplog.at_level(logging.WARNING):
-        build.build_library("cpu", tmp_path)
-    assert len(caplog.records) == 2 and "'-DANSWER=4 2'" in caplog.text
+    folder = tmp_path / "build"
+    folder.mkdir()
+    assert b"4 2" in (folder / build.build_library("cpu", folder)).read_bytes()
+    # With the option, the compiler's commands are there to be read.
+    assert "answer.cpp" in capfd.readouterr().out
 
 
 def test_what_changes_the_machine_code_has_another_folder(sandbox, monkeypatch):
@@ -71,7 +75,7 @@ def test_another_compiler_finds_what_one_built(sandbox, monkeypatch):
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
     """Writes a script that stands for the nvcc of a torch of CUDA 13; no GPU is visible."""
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -104,22 +108,37 @@ def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(nvcc, monkey
         build.check_compilers("cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     build.check_compilers("cuda")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(KernelsUnavailableError, match=r"names 'Hopper', numbers as '8\.0;9\.0"):
-        build.check_compilers("cuda")
 
 
 def test_nvcc_compiles_for_the_listed_architectures(nvcc, tmp_path, monkeypatch):
-    nvcc(f'echo "$@" > {tmp_path}/arguments')
+    nvcc(f'echo "$@" > {tmp_path}/arguments; echo error: enough; exit 1')
+    monkeypatch.delenv("CXX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
-    build.build_library("cuda", tmp_path)
+    folder = tmp_path / "build"
+    folder.mkdir()
+    with pytest.raises(KernelsUnavailableError, match="the build failed: error: enough"):
+        build.build_library("cuda", folder)
     arguments = (tmp_path / "arguments").read_text().split()
-    assert [argument for argument in arguments if argument.startswith("-gencode")] == [
+    codes = [argument for argument in arguments if argument.startswith("-gencode")]
+    assert sorted(codes) == [
+        "-gencode=arch=compute_120,code=compute_120",
+        "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_120,code=[sm_120,compute_120]",
     ]
     assert str(build.SOURCES / "cuda" / "launch.cu") in arguments
+
+
+def test_a_list_of_architectures_that_are_none_is_the_reason(nvcc, tmp_path, monkeypatch):
+    nvcc("exit 1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Harbour")
+    with pytest.raises(KernelsUnavailableError, match=r"the build failed: .*Harbour"):
+        build.build_library("cuda", tmp_path)
+
+
+def test_libraries_are_looked_for_where_nvcc_says_they_are(nvcc, tmp_path):
+    nvcc("""echo '#$ LIBRARIES=  "-L/far/lib/stubs" "-L/far/lib"' >&2""")
+    assert build._link_flags(build.find_nvcc()) == ["-L/far/lib/stubs", "-L/far/lib"]
 
 
 def test_a_build_for_listed_architectures_serves_where_these_are_listed(monkeypatch):

@@ -129,7 +129,7 @@ def test_a_library_that_lacks_a_symbol_is_a_reason(sandbox):
         ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler was not found"),
         ("CXX", "", "no C++ compiler: an empty CXX was not found"),
         ("CXX", "c++ 'unfinished", 'CXX is "c++ \'unfinished"'),
-        ("CXX", "false", "the build failed: false ends with 1"),
+        ("CXX", "false", "the build failed: Command '['false'"),
         ("ADAPTIVE_LONGFORMER_CACHE", "/proc/nowhere", "names a folder that can be written"),
         ("ADAPTIVE_LONGFORMER_CACHE", "/tmp", "every user can write to /tmp"),
     ],

@@ -1,0 +1,222 @@
+"""Writes the tables of docs/benchmarks.md from the files in benchmarks/results.
+
+    python docs/make/tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; a test compares what is committed
+with what this writes. Times are in milliseconds unless a heading says otherwise.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+NAMES = {
+    "adaptive_sparse": "this package",
+    "longformer": "HF Longformer",
+    "bigbird": "HF BigBird",
+    "roberta-sdpa": "RoBERTa, SDPA",
+    "modernbert-sdpa": "ModernBERT, SDPA",
+    "adaptive_sparse-big_bird": "this package, BigBird's pattern",
+    "adaptive_sparse-led-encoder": "this package, LED's encoder",
+    "led-encoder": "HF LED's encoder",
+    "cpp": "`cpp`",
+    "blocked": "`blocked`",
+    "sdpa": "torch's dense attention",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def source(name: str, environment: dict[str, Any]) -> str:
+    """Where a table comes from: file, device, versions and commit."""
+    where = environment["device"].upper()
+    if threads := environment.get("cpu_threads"):
+        where += f", {threads} thread{'s' * (threads > 1)}"
+    commit = f", commit {environment['commit']}" if "commit" in environment else ""
+    return (
+        f"[{name}](../benchmarks/results/{name}): {where}, torch {environment['torch']}, "
+        f"Transformers {environment['transformers']}{commit}."
+    )
+
+
+def time_of(cell: dict[str, Any]) -> str:
+    if "seconds" not in cell:
+        return "-"
+    memory = f" ({cell['memory'] / 2**20:,.0f})" if "memory" in cell else ""
+    return f"{1000 * cell['seconds']:,.0f}{memory}"
+
+
+def times(name: str, contestants: Sequence[str], lengths: Sequence[int]) -> str:
+    """Contestants as columns, length, mode and dropout as rows."""
+    result = read(name)
+    cells = {
+        (cell["name"], cell["length"], cell["mode"], cell["dropout"]): cell
+        for cell in result["cells"]
+    }
+    rows = []
+    for _, length, mode, dropout in dict.fromkeys(("", *key[1:]) for key in cells):
+        if length not in lengths:
+            continue
+        words = f"{length:,} tokens, {mode}" + (f", dropout {dropout}" if dropout else "")
+        found = [cells.get((one, length, mode, dropout), {}) for one in contestants]
+        rows.append([words, *map(time_of, found)])
+    head = ["", *(NAMES[one] for one in contestants)]
+    return f"{markdown(head, rows)}\n\n{source(name, result['environment'])}"
+
+
+def layer() -> str:
+    names = ("adaptive_sparse", "longformer", "bigbird", "roberta-sdpa")
+    return times("attention_speed.json", names, (512, 1024, 4096, 16384))
+
+
+def operator() -> str:
+    return times("attention_operator_cpu.json", ("cpp", "blocked", "sdpa"), (4096, 16384))
+
+
+def small_encoder() -> str:
+    names = ("adaptive_sparse", "longformer", "bigbird", "roberta-sdpa", "modernbert-sdpa")
+    return times("model_throughput.json", names, (512, 4096, 16384))
+
+
+def training_step() -> str:
+    return times("model_training_step.json", ("adaptive_sparse", "longformer"), (4096,))
+
+
+def families() -> str:
+    pairs = (
+        ("adaptive_sparse", "longformer"),
+        ("adaptive_sparse-big_bird", "bigbird"),
+        ("adaptive_sparse-led-encoder", "led-encoder"),
+    )
+    result = read("model_families.json")
+    cells = {(cell["name"], cell["dropout"]): cell for cell in result["cells"]}
+    rows = []
+    for ours, theirs in pairs:
+        for dropout in (0.0, 0.1):
+            one, other = cells[ours, dropout], cells[theirs, dropout]
+            rows.append(
+                [
+                    f"{NAMES[theirs]}, dropout {dropout:g}",
+                    time_of(one),
+                    time_of(other),
+                    f"{other['seconds'] / one['seconds']:.1f}",
+                    f"{one['memory'] / other['memory']:.0%}",
+                ]
+            )
+    head = ("against", "this package", "the other", "times as fast", "of its memory")
+    return f"{markdown(head, rows)}\n\n{source('model_families.json', result['environment'])}"
+
+
+def quality() -> str:
+    name = "pattern_quality_full.jsonl"
+    rows = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    variants = {
+        "full": "full attention",
+        "oracle": "exact choice of blocks of 16 (`oracle`)",
+        "oracle, blocks of 64": "exact choice of blocks of 64 (`oracle`)",
+        "adaptive, blocks of 64": "**adaptive, blocks of 64 (the default)**",
+        "adaptive": "**adaptive, blocks of 16**",
+        "adaptive, 100 keys": "adaptive, blocks of 16, a quarter of BigBird's keys",
+        "random_selection": "blocks of 16 at random",
+        "big_bird": "BigBird",
+        "longformer": "Longformer, wider window",
+        "linear": "linear attention",
+        "lsh": "Reformer's buckets (`lsh`)",
+    }
+    table = []
+    for variant, words in variants.items():
+        cells, keys = [], set()
+        for task in ("recall", "needles", "pairs", "bytes"):
+            found = [
+                row
+                for row in rows
+                if (row["part"], row["task"], row.get("variant")) == ("patterns", task, variant)
+            ]
+            if not found:
+                cells.append("not run")
+                continue
+            keys.update(round(row["keys_per_query"]) for row in found if row.get("keys_per_query"))
+            far = statistics.mean(row["finetuned"]["far"] for row in found)
+            cells.append(f"{far:.2f}" + (f" ({len(found)})" if len(found) != 3 else ""))
+        spread = (
+            f"{min(keys):,}-{max(keys):,}" if len(keys) > 1 else "".join(f"{k:,}" for k in keys)
+        )
+        table.append([words, spread or "-", *cells])
+    head = ("pattern", "keys per query", "recall", "needles", "pairs", "bytes")
+    return f"{markdown(head, table)}\n\n{source(name, rows[0]['environment'])}"
+
+
+def hyperpartisan() -> str:
+    text = (RESULTS / "hyperpartisan.md").read_text(encoding="utf-8").strip()
+    return f"{text}\n\n{source('hyperpartisan.json', read('hyperpartisan.json')['environment'])}"
+
+
+def fidelity() -> str:
+    result = read("fidelity.json")
+    cells = next(
+        value
+        for value in result.values()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    )
+    rows = [
+        [
+            cell["name"],
+            f"{cell['keys_per_query']:,}",
+            f"{cell['error']:.2f}",
+            f"{cell['cosine']:.2f}",
+        ]
+        for cell in cells
+    ]
+    head = ("pattern", "keys per query", "error", "cosine")
+    return f"{markdown(head, rows)}\n\n{source('fidelity.json', result['environment'])}"
+
+
+def recall() -> str:
+    result = read("router_recall.json")
+    cells = [cell for cell in result["cells"] if cell["search"] == "beam"]
+    rows = []
+    for keys, length in dict.fromkeys((cell["keys"], cell["length"]) for cell in cells):
+        found = [cell for cell in cells if (cell["keys"], cell["length"]) == (keys, length)]
+        means = [statistics.mean(cell[name] for cell in found) for name in ("recall", "target")]
+        rows.append([keys, f"{length:,}", str(len(found)), *(f"{mean:.3f}" for mean in means)])
+    head = ("keys", "tokens", "seeds", "recall of the exact search", "targets found")
+    return f"{markdown(head, rows)}\n\n{source('router_recall.json', result['environment'])}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    one.__name__: one
+    for one in (
+        layer, operator, small_encoder, training_step, families, quality, hyperpartisan, fidelity,
+        recall,
+    )
+}  # fmt: skip
+
+
+def with_tables(page: str) -> str:
+    """The text of the page with its tables as the results are now."""
+
+    def replace(match: re.Match) -> str:
+        return f"<!-- table {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", replace, page, flags=re.S)
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
