@@ -112,7 +112,7 @@ def routed_layout(length: int, device: torch.device) -> BlockLayout:
     reach = WINDOW // 2 // BLOCK
     rank[(block[:, None] - block).abs() <= reach + 1] = -1.0
     chosen = rank.topk(NUM_SELECTED, dim=1).indices.int().to(device)[None, None]
-    flags = torch.full_like(chosen, int(EntryFlag.ROUTED | EntryFlag.FULL))
+    flags = torch.full_like(chosen, int(EntryFlag.SELECTED | EntryFlag.FULL))
     joined = replace(
         window,
         key_blocks=torch.cat([window.key_blocks, chosen], dim=-1),
@@ -163,7 +163,7 @@ def flex_attention_of(layout: BlockLayout):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     num_blocks = layout.num_key_blocks
-    is_routed = (layout.flags & EntryFlag.ROUTED) != 0
+    is_routed = (layout.flags & EntryFlag.SELECTED) != 0
     routed = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=layout.counts.device)
     rows = torch.arange(num_blocks, device=routed.device)[:, None]
     keep = (is_routed & layout.used)[0, 0]

@@ -31,7 +31,7 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 
 
 def chosen_layout(length: int, heads: int, query_block: int, key_block: int) -> BlockLayout:
-    """The window's entries, and random blocks that it does not touch as ROUTED ones, by head."""
+    """The window's entries, and random blocks that it does not touch as SELECTED ones, by head."""
     window = block_layout(WINDOW, length, query_block_size=query_block, key_block_size=key_block)
     shape = (1, heads, window.num_query_blocks)
     rank = torch.rand(
@@ -48,7 +48,7 @@ def chosen_layout(length: int, heads: int, query_block: int, key_block: int) -> 
         flags=torch.cat(
             [
                 window.flags.expand_as(used),
-                torch.full_like(chosen, int(EntryFlag.ROUTED | EntryFlag.FULL)),
+                torch.full_like(chosen, int(EntryFlag.SELECTED | EntryFlag.FULL)),
             ],
             dim=-1,
         ),

@@ -10,7 +10,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Encoder:
     num_global_tokens: int = 1
     block_size: int = 64
     num_selected_blocks: int = 8
-    routing: RoutingOptions = RoutingOptions()  # noqa: RUF009, frozen too
+    options: SelectionOptions = SelectionOptions()  # noqa: RUF009, frozen too
 
     def projections(self, length: int) -> float:
         """Query, key, value, output and the feed-forward layers."""
@@ -47,13 +47,13 @@ class Encoder:
 
     def visited_nodes(self, length: int) -> int:
         """Nodes whose mass a query block estimates: the beam's start and its expansions."""
-        return self.routing.visited_nodes(math.ceil(length / self.block_size))
+        return self.options.visited_nodes(math.ceil(length / self.block_size))
 
     def selection(self, length: int) -> float:
         """One score for every sub-query and child of a visited node, and the pyramid's means."""
         num_blocks = math.ceil(length / self.block_size)
-        num_sub_queries = self.block_size // self.routing.tokens_per_vote
-        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * self.routing.sub_blocks
+        num_sub_queries = self.block_size // self.options.tokens_per_vote
+        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * self.options.sub_blocks
         pyramid = 2 * length
         return self.num_layers * self.hidden_size * (2 * scores + pyramid)
 

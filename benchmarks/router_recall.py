@@ -23,11 +23,8 @@ from side_by_side.report import write_json
 from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.patterns import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    SelectedBlocks,
-    select_blocks,
-)
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 BLOCK, HEADS, HEAD_DIM = 64, 2, 64
 SCALES = (64, 256, 1024, 4096)
@@ -135,13 +132,13 @@ def measure(kind: str, length: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     document = KEYS[kind](length, generator)
     variants = {
-        "exact": RoutingOptions(start_nodes=EVERYTHING),
-        "beam": RoutingOptions(),
-        "one mean query": RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
-        "beam of 16": RoutingOptions(beam_width=16),
+        "exact": SelectionOptions(start_nodes=EVERYTHING),
+        "beam": SelectionOptions(),
+        "one mean query": SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
+        "beam of 16": SelectionOptions(beam_width=16),
     }
     if length <= 16384:
-        variants["every query"] = RoutingOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
+        variants["every query"] = SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
     cells, exact = [], None
     for name, options in variants.items():
         choices: list[SelectedBlocks] = []

@@ -21,13 +21,11 @@ from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.attention import AttentionSpan, sparse_attention
 from adaptive_longformer.patterns import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
-WINDOW, OPTIONS = SlidingWindow(256), RoutingOptions()
+WINDOW, OPTIONS = SlidingWindow(256), SelectionOptions()
 
 
 def document(length: int, args: argparse.Namespace, device: torch.device):

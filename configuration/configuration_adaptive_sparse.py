@@ -16,7 +16,8 @@ from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.patterns.strided import Strided
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.pyramid import FAN_OUT
 
 ALLOWED = {
     "attention_backend": ("auto", *BACKENDS),
@@ -120,8 +121,8 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
-        router_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks and
-            moves them up or down in the choice; 0: there is none. For encoders only.
+        residual_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks
+            and moves them up or down in the choice; 0: there is none. For encoders only.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query, at least 2 keys; None: budgets and windows are
             not pressed.
@@ -193,7 +194,7 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     selection_strength: float | int = 0.0
     selection_sub_block_size: int = 0
     num_learned_global_blocks: int = 0
-    router_rank: int = 0
+    residual_rank: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -246,9 +247,9 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     @property
-    def routing_options(self) -> RoutingOptions:
+    def selection_options(self) -> SelectionOptions:
         """How "adaptive" layers choose blocks."""
-        return RoutingOptions(
+        return SelectionOptions(
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
@@ -336,9 +337,9 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
                 f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
             )
         head_dim = self.hidden_size // self.num_attention_heads
-        if not 0 <= self.router_rank <= head_dim:
+        if not 0 <= self.residual_rank <= head_dim:
             raise ValueError(
-                f"router_rank is {self.router_rank}, 0 to hidden_size / num_attention_heads = "
+                f"residual_rank is {self.residual_rank}, 0 to hidden_size / num_attention_heads = "
                 f"{head_dim} is allowed"
             )
         known = {field.name for field in fields(self)}
@@ -375,10 +376,10 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     def _validate_adaptive_sizes(self) -> None:
         for name in ("block_size", "query_block_size"):
             value = getattr(self, name)
-            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % 4:
+            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % FAN_OUT:
                 raise ValueError(
                     f"{name} is {value}, attention_pattern {self.attention_pattern!r} needs a "
-                    f"multiple of 4 from "
+                    f"multiple of {FAN_OUT} from "
                     f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
                 )
         small, large = sorted((self.block_size, self.query_block_size))

@@ -9,7 +9,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 )
 from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
 from adaptive_longformer.patterns.pattern import Pattern
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
 
 NORM_STYLES = ("post", "pre")
 POSITIVE = (
@@ -44,7 +44,7 @@ ENCODER_ATTENTION_FIELDS = (
     "selection_strength",
     "selection_sub_block_size",
     "num_learned_global_blocks",
-    "router_rank",
+    "residual_rank",
     "target_density",
     "head_budgets",
     "head_windows",
@@ -88,7 +88,7 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
             attention_seed, query_block_size, num_selected_blocks, selection_strength,
-            selection_sub_block_size, num_learned_global_blocks, router_rank, target_density,
+            selection_sub_block_size, num_learned_global_blocks, residual_rank, target_density,
             head_budgets, head_windows, separate_global_projections, attention_backend,
             max_global_tokens, zero_padded_rows: of the encoder, see `AdaptiveSparseConfig`.
         default_global_tokens: which tokens of the document are global when no
@@ -150,7 +150,7 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     selection_strength: float | int = 0.0
     selection_sub_block_size: int = 0
     num_learned_global_blocks: int = 0
-    router_rank: int = 0
+    residual_rank: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -176,9 +176,9 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     @property
-    def routing_options(self) -> RoutingOptions:
+    def selection_options(self) -> SelectionOptions:
         """How the encoder's layers choose blocks."""
-        return self._encoder_attention().routing_options
+        return self._encoder_attention().selection_options
 
     def pattern(self, layer_idx: int) -> Pattern:
         """The attention pattern of one encoder layer, without its global tokens."""

@@ -11,7 +11,8 @@ from transformers import initialization as init
 from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.join_gradients import JoinGradients
 from adaptive_longformer.attention.padding import ordinary_tokens
-from adaptive_longformer.baselines.selection_controls import oracle_selection, random_selection
+from adaptive_longformer.baselines.oracle_selection import oracle_selection
+from adaptive_longformer.baselines.random_selection import random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
@@ -19,13 +20,10 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.residual import ResidualScores, residual_scores
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    SelectedBlocks,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 MIN_WEIGHT = 1e-6
 # Over how many ranks a budget fades out, and over how many tokens a window does.
@@ -69,8 +67,8 @@ class AdaptiveSelection(nn.Module):
 
     as an additive logarithm, and leaves the list where that is 0. Blocks that a learned direction
     chooses for the whole document get strength * gate_h * exp(direction . mean key). A learned
-    window per head, `AttentionSpan`, narrows what the pattern's window reads. A residual router
-    corrects weights and ranks, see `selection.residual`.
+    window per head, `AttentionSpan`, narrows what the pattern's window reads. Residual scores
+    correct weights and ranks, see `selection.residual`.
 
     gate, budget and span start at 1, where nothing is weakened or narrowed. strength is 0 in a
     converted checkpoint: then nothing is computed here. All of it is saved, the buffers too, so
@@ -87,7 +85,7 @@ class AdaptiveSelection(nn.Module):
         gate, budget, span: [heads]. The budget is a share of `num_selected_blocks`, the span of the
             window's radius.
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
-        router_query, router_key: [heads, router_rank, head_dim], if `router_rank` is not 0.
+        residual_query, residual_key: [heads, residual_rank, head_dim], if `residual_rank` is not 0.
         strength: scalar, see `AdaptiveSparseConfig`.
         head_budgets: int64 [heads], blocks a head may choose at most, see `calibrate`; very many
             before that.
@@ -100,8 +98,8 @@ class AdaptiveSelection(nn.Module):
     head_budgets: torch.Tensor
     head_windows: torch.Tensor
     price: torch.Tensor
-    router_query: nn.Parameter | None
-    router_key: nn.Parameter | None
+    residual_query: nn.Parameter | None
+    residual_key: nn.Parameter | None
 
     def __init__(
         self,
@@ -113,7 +111,7 @@ class AdaptiveSelection(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = is_causal
-        self.options: RoutingOptions = config.routing_options
+        self.options: SelectionOptions = config.selection_options
         pattern = config.pattern(layer_idx)
         assert isinstance(pattern, SlidingWindow)
         self.pattern = pattern
@@ -126,11 +124,11 @@ class AdaptiveSelection(nn.Module):
             self.global_direction = nn.Parameter(torch.zeros(heads, config.hidden_size // heads))
         else:
             self.register_parameter("global_direction", None)
-        self.router_query = self.router_key = None
-        if config.router_rank:
-            shape = (heads, config.router_rank, config.hidden_size // heads)
-            self.router_query = nn.Parameter(torch.zeros(shape))
-            self.router_key = nn.Parameter(torch.zeros(shape))
+        self.residual_query = self.residual_key = None
+        if config.residual_rank:
+            shape = (heads, config.residual_rank, config.hidden_size // heads)
+            self.residual_query = nn.Parameter(torch.zeros(shape))
+            self.residual_key = nn.Parameter(torch.zeros(shape))
         self.register_buffer("strength", torch.zeros(()))
         self.register_buffer("head_budgets", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
@@ -144,10 +142,10 @@ class AdaptiveSelection(nn.Module):
             init.ones_(parameter)
         if self.global_direction is not None:
             init.zeros_(self.global_direction)
-        if self.router_query is not None and self.router_key is not None:
+        if self.residual_query is not None and self.residual_key is not None:
             # One factor at 0 makes every score 0, and leaves the other one a gradient.
-            init.normal_(self.router_query, std=self.router_query.shape[-1] ** -0.5)
-            init.zeros_(self.router_key)
+            init.normal_(self.residual_query, std=self.residual_query.shape[-1] ** -0.5)
+            init.zeros_(self.residual_key)
         init.constant_(self.strength, float(self.config.selection_strength))
         init.zeros_(self.price)
         for name in HEAD_LIMITS:
@@ -207,7 +205,7 @@ class AdaptiveSelection(nn.Module):
         span = self.attention_span()
         reach = None if span is None else self.window_limit()
         length = query.shape[2]
-        options = self._routing_options()
+        options = self._selection_options()
         # Where the window reaches everywhere there is nothing to choose.
         if options is None or length <= self.window.left + 1:
             if reach is None:
@@ -265,7 +263,7 @@ class AdaptiveSelection(nn.Module):
             Key blocks, int32 [batch, heads, at most num_selected_blocks], and how many of them
             count, int32 [batch, heads].
         """
-        options = self._routing_options()
+        options = self._selection_options()
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
@@ -274,7 +272,7 @@ class AdaptiveSelection(nn.Module):
         )
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
-    def _routing_options(self) -> RoutingOptions | None:
+    def _selection_options(self) -> SelectionOptions | None:
         """The options, with no more blocks than the widest head may read; None: none are read."""
         num_blocks = self._read("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
         num_blocks = min(num_blocks, self.options.num_blocks)
@@ -288,7 +286,7 @@ class AdaptiveSelection(nn.Module):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
-        options: RoutingOptions,
+        options: SelectionOptions,
         residual: ResidualScores | None,
         *,
         validate: bool,
@@ -333,13 +331,13 @@ class AdaptiveSelection(nn.Module):
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
     ) -> ResidualScores | None:
-        if self.router_query is None or self.router_key is None:
+        if self.residual_query is None or self.residual_key is None:
             return None
         return residual_scores(
             query,
             key,
-            self.router_query,
-            self.router_key,
+            self.residual_query,
+            self.residual_key,
             query_block_size=self.options.query_block_size,
             block_size=self.options.block_size,
             members=ordinary_tokens(attention_mask, global_mask),

@@ -89,7 +89,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
 
     Raises:
         ValueError: the pattern is none for a causal model, or has separate global projections,
-            learned global blocks or a router.
+            learned global blocks or residual scores.
     """
 
     _can_record_outputs = {
@@ -114,10 +114,10 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
                 f"num_learned_global_blocks is {config.num_learned_global_blocks}, 0 is needed in "
                 "a causal model: blocks that all tokens read would tell the first about the last"
             )
-        if config.attention_pattern == "adaptive" and config.router_rank:
+        if config.attention_pattern == "adaptive" and config.residual_rank:
             raise ValueError(
-                f"router_rank is {config.router_rank}, 0 is needed in a causal model: the router "
-                "is for encoders"
+                f"residual_rank is {config.residual_rank}, 0 is needed in a causal model: the "
+                "scores are for encoders"
             )
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)

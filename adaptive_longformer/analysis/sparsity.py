@@ -202,8 +202,8 @@ def _chosen_blocks(
     chosen = torch.zeros(batch, heads, num_blocks, dtype=torch.int32, device=device)
     layout = reads.pattern_or_layout
     if isinstance(layout, BlockLayout):
-        is_routed = (layout.flags[:, :, row] & EntryFlag.ROUTED) != 0
-        chosen.scatter_add_(-1, layout.key_blocks[:, :, row].long(), is_routed.int())
+        is_selected = (layout.flags[:, :, row] & EntryFlag.SELECTED) != 0
+        chosen.scatter_add_(-1, layout.key_blocks[:, :, row].long(), is_selected.int())
     return chosen > 0
 
 
@@ -211,7 +211,7 @@ def _mean_list_length(reads: Reads, valid: torch.Tensor, size: int) -> float:
     layout = reads.pattern_or_layout
     if not isinstance(layout, BlockLayout):
         return 0.0
-    lengths = ((layout.flags & EntryFlag.ROUTED) != 0).sum(dim=-1).float()  # [batch, heads, rows]
+    lengths = ((layout.flags & EntryFlag.SELECTED) != 0).sum(dim=-1).float()  # [batch, heads, rows]
     filler = -valid.shape[1] % size
     has_query = torch.nn.functional.pad(valid, (0, filler)).unflatten(1, (-1, size)).any(dim=-1)
     return float(lengths.mean(dim=1)[has_query].mean())

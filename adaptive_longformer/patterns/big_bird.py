@@ -18,7 +18,7 @@ from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_fo
 from adaptive_longformer.patterns.mixing import mix
 from adaptive_longformer.patterns.pattern import Pattern, check_positive
 
-_WHOLE_BLOCK = int(EntryFlag.ROUTED | EntryFlag.FULL)
+_WHOLE_BLOCK = int(EntryFlag.SELECTED | EntryFlag.FULL)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class EntryFlag(IntFlag):
     """What a kernel must do for one entry of a list.
 
     The token mask of an entry is the window for WINDOW, the pattern outside the window for PATTERN,
-    and everything outside the window for ROUTED; FULL says that this mask is known to be all True
+    and everything outside the window for SELECTED; FULL says that this mask is known to be all True
     for the whole tile, so that no mask code needs to run. GLOBAL_PACK marks a block of packed
     global keys; backends set it on their own copies.
     """
@@ -31,7 +31,7 @@ class EntryFlag(IntFlag):
     FULL = 1
     WINDOW = 2
     GLOBAL_PACK = 16
-    ROUTED = 32
+    SELECTED = 32
     PATTERN = 64
 
 
@@ -52,9 +52,9 @@ class BlockLayout:
             take none.
         query_block_size, key_block_size: in tokens, 8 to 128.
         length: tokens in the sequence; the last block may be incomplete.
-        window: what the WINDOW entries mean, and what ROUTED and PATTERN entries leave out; without
-            holes. Every list has a WINDOW entry for each block that it touches; only those may be
-            missing in which an `AttentionSpan` hides everything.
+        window: what the WINDOW entries mean, and what SELECTED and PATTERN entries leave out;
+            without holes. Every list has a WINDOW entry for each block that it touches; only those
+            may be missing in which an `AttentionSpan` hides everything.
         pattern: what the PATTERN entries mean.
         is_checked: whether `check_once` has nothing left to do; a changed copy is unchecked again.
     """
@@ -138,7 +138,7 @@ class BlockLayout:
         # A window entry and one other entry of the same block complement each other; more would
         # count keys twice.
         is_window = (self.flags & EntryFlag.WINDOW) != 0
-        for kind, members in (("WINDOW", is_window), ("ROUTED or PATTERN", ~is_window)):
+        for kind, members in (("WINDOW", is_window), ("SELECTED or PATTERN", ~is_window)):
             hits = self._times_listed(members)
             if hits.numel() and int(hits.max()) > 1:
                 raise ValueError(

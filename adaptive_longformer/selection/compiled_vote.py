@@ -20,11 +20,11 @@ class _VoteArguments(ctypes.Structure):
 
 
 def can_vote(scores: torch.Tensor) -> bool:
-    """Whether `vote` may take these scores: float32 on a CPU whose library "auto" may use."""
+    """Whether C++ may vote: float32 scores on a CPU whose library "auto" may use."""
     return scores.device.type == "cpu" and scores.dtype == torch.float32 and cpp_is_automatic()
 
 
-def vote(
+def compiled_vote(
     scores: torch.Tensor,
     bias: torch.Tensor,
     log_covered: torch.Tensor,
@@ -32,15 +32,7 @@ def vote(
     voter_weight: torch.Tensor,
     fan_out: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Soft mass of candidates from the scores of their children.
-
-    Args:
-        scores: float32 [heads, rows, sub_queries, fan_out * candidates], contiguous; becomes the
-            children's weights exp(score + bias - peak).
-        bias: [heads or 1, rows, fan_out * candidates].
-        log_covered, log_dropped: [heads, rows, sub_queries], masses that belong to no candidate.
-        voter_weight: [rows, sub_queries], what a sub-query counts in the mean.
-        fan_out: children per candidate.
+    """`vote` for contiguous float32 scores on a CPU, which become the children's weights.
 
     Returns:
         The candidates' share [heads, rows, candidates], that of what is covered [heads, rows], and

@@ -17,8 +17,8 @@ class KeyPyramid(NamedTuple):
     """Summaries of the keys, one entry per level.
 
     Level 0 has the sub-blocks, level 1 the blocks, of so many sub-blocks each; above, node v of a
-    level covers nodes 4 v to 4 v + 3 of the level below. Each level ends in empty nodes, so that
-    the grandchildren of every node are there.
+    level covers `FAN_OUT` nodes of the level below, from FAN_OUT * v on. Each level ends in empty
+    nodes, so that the grandchildren of every node are there.
 
     Attributes:
         means: float [batch, heads, nodes, head_dim]; zero for a node without tokens.

@@ -1,12 +1,13 @@
 """The definition of the adaptive selection: one query block at a time, all blocks compared.
 
-`routing` equals this file where a row has at most `start_nodes` blocks.
+`select_blocks` equals this file where a row has at most `start_nodes` blocks.
 """
 
 import torch
 
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.pyramid import FAN_OUT
 
 
 def reference_votes(
@@ -14,7 +15,7 @@ def reference_votes(
     key: torch.Tensor,
     row: int,
     window: SlidingWindow,
-    options: RoutingOptions,
+    options: SelectionOptions,
     *,
     valid: torch.Tensor | None = None,
     is_global: torch.Tensor | None = None,
@@ -44,15 +45,8 @@ def reference_votes(
     if not is_causal:
         last_query = min(last_query, length - 1)
     votes_from = start - options.query_block_size if is_causal else start
-    sub_queries = []
-    for first in range(votes_from, votes_from + options.query_block_size, options.tokens_per_vote):
-        tokens = [
-            token
-            for token in range(max(first, 0), min(first + options.tokens_per_vote, length))
-            if ordinary[token]
-        ]
-        if first >= 0 and tokens:
-            sub_queries.append(query[tokens].mean(dim=0) * scale)
+    queries = query[:length] * scale
+    sub_queries = _sub_queries(queries, ordinary[:length], votes_from, options)
 
     size = options.block_size
     blocks, covered_blocks = [], []
@@ -70,7 +64,7 @@ def reference_votes(
 
     def log_mass(block: int, sub_query: torch.Tensor) -> list[torch.Tensor]:
         scores = []
-        sub_size = options.sub_block_size or size // 4
+        sub_size = options.sub_block_size or size // FAN_OUT
         for first in range(block * size, (block + 1) * size, sub_size):
             inside = ordinary[first : first + sub_size]
             if inside.any():
@@ -93,6 +87,18 @@ def reference_votes(
                 share[block] += float((score - total).exp()) / len(sub_queries)
         covered += sum(float((score - total).exp()) for score in anyway) / len(sub_queries)
     return share, covered
+
+
+def _sub_queries(
+    query: torch.Tensor, ordinary: torch.Tensor, start: int, options: SelectionOptions
+) -> list[torch.Tensor]:
+    """The means of the ordinary queries in every run of a query block that has any."""
+    means = []
+    for first in range(start, start + options.query_block_size, options.tokens_per_vote):
+        run = slice(first, first + options.tokens_per_vote)
+        if first >= 0 and ordinary[run].any():
+            means.append(query[run][ordinary[run]].mean(dim=0))
+    return means
 
 
 def reference_choice(share: dict[int, float], num_blocks: int) -> list[int]:

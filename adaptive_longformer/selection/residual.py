@@ -1,4 +1,4 @@
-"""The residual router: low-rank scores of pairs of blocks, learned on top of the model's own keys.
+"""Residual scores: low-rank scores of pairs of blocks, learned on top of the model's own keys.
 
 A block of queries i and a block of keys j get
 
@@ -65,8 +65,8 @@ class ResidualScores(NamedTuple):
 def residual_scores(
     query: torch.Tensor,
     key: torch.Tensor,
-    router_query: torch.Tensor,
-    router_key: torch.Tensor,
+    residual_query: torch.Tensor,
+    residual_key: torch.Tensor,
     *,
     query_block_size: int,
     block_size: int,
@@ -76,7 +76,7 @@ def residual_scores(
 
     Args:
         query, key: [batch, heads, length, head_dim].
-        router_query, router_key: [heads, rank, head_dim], A and B of the formula.
+        residual_query, residual_key: [heads, rank, head_dim], A and B of the formula.
         query_block_size, block_size: in tokens.
         members: bool [batch, length], the tokens that count in a mean; None: all. A block without
             any gets scores of 0.
@@ -84,19 +84,19 @@ def residual_scores(
     with torch.autocast(query.device.type, enabled=False):
         query_means = _block_means(query, members, query_block_size)
         key_means = _block_means(key, members, block_size)
-        return _project(query_means, key_means, router_query, router_key)
+        return _project(query_means, key_means, residual_query, residual_key)
 
 
 def _project(
     query_means: torch.Tensor,
     key_means: torch.Tensor,
-    router_query: torch.Tensor,
-    router_key: torch.Tensor,
+    residual_query: torch.Tensor,
+    residual_key: torch.Tensor,
 ) -> ResidualScores:
     dtype = query_means.dtype
     return ResidualScores(
-        query_means @ router_query.to(dtype).mT * router_query.shape[1] ** -0.5,
-        key_means @ router_key.to(dtype).mT,
+        query_means @ residual_query.to(dtype).mT * residual_query.shape[1] ** -0.5,
+        key_means @ residual_key.to(dtype).mT,
     )
 
 

@@ -108,7 +108,7 @@ ABLATIONS = {
     ),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
-    "residual router": _selecting(8, router_rank=8),
+    "residual scores": _selecting(8, residual_rank=8),
 }
 
 # Quality by keys per query: a window of 128 and 64, 128 or 256 keys in blocks, or a window as wide.

@@ -22,11 +22,9 @@ from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
 NAME = "adaptive_sparse"
 # What attention layers of Transformers may ask for; None and False ask for nothing.
@@ -84,11 +82,11 @@ class AdaptiveSparseOptions:
                 "an even number >= 2 is needed"
             )
         if self.num_selected_blocks:
-            self.routing_options()
+            self.selection_options()
 
-    def routing_options(self) -> RoutingOptions:
+    def selection_options(self) -> SelectionOptions:
         """The same in the words of the selection."""
-        return RoutingOptions(
+        return SelectionOptions(
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
@@ -253,19 +251,19 @@ def _attend(
     pattern_or_layout: Pattern | BlockLayout = window
     length = query.shape[2]
     if options.num_selected_blocks and length > window.left + 1:
-        routing = options.routing_options()
+        choice = options.selection_options()
         selected = select_blocks(
             query.detach(),
             key.detach(),
             window,
-            routing,
+            choice,
             attention_mask=attention_mask,
             global_mask=global_mask,
             max_global_tokens=options.num_global_tokens,
             is_causal=is_causal,
             scale=scale,
         )
-        pattern_or_layout, _ = selection_layout(selected, window, length, routing)
+        pattern_or_layout, _ = selection_layout(selected, window, length, choice)
     output = sparse_attention(
         query,
         key,

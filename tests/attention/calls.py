@@ -69,7 +69,7 @@ def readable(value):
 
 
 def routed_layout(length=300, query_block=64, key_block=64, batch=1, heads=1, window=None):
-    """Random ROUTED entries besides a window, whose edge they overlap; with a bias."""
+    """Random SELECTED entries besides a window, whose edge they overlap; with a bias."""
     window = window or SlidingWindow(40, 20)
     generator = torch.Generator().manual_seed(0)
     base = block_layout(window, length, query_block_size=query_block, key_block_size=key_block)
@@ -81,7 +81,7 @@ def routed_layout(length=300, query_block=64, key_block=64, batch=1, heads=1, wi
         base,
         key_blocks=torch.cat([base.key_blocks.expand_as(used), ids], dim=-1),
         flags=torch.cat(
-            [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)],
+            [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.SELECTED)],
             dim=-1,
         ),
         counts=torch.full(shape[:3], used.shape[-1] + shape[3], dtype=torch.int32),

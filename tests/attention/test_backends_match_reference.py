@@ -102,7 +102,7 @@ def test_blocked_matches_reference_on_lists_that_differ_by_batch_and_head():
     layout = type(layout)(
         key_blocks=blocks,
         counts=torch.randint(0, 4, shape[:3], generator=generator, dtype=torch.int32),
-        flags=torch.full(shape, int(EntryFlag.ROUTED), dtype=torch.int32),
+        flags=torch.full(shape, int(EntryFlag.SELECTED), dtype=torch.int32),
         bias=torch.randn(shape, generator=generator, dtype=torch.float64),
         query_block_size=16,
         key_block_size=16,

@@ -15,11 +15,9 @@ from adaptive_longformer.patterns import (
 )
 from adaptive_longformer.patterns.big_bird import big_bird_layout
 from adaptive_longformer.patterns.block_layout import window_layout
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def routed_layout(length=64):
     return BlockLayout(
         key_blocks=key_blocks,
         counts=torch.full(key_blocks.shape[:3], 3, dtype=torch.int32),
-        flags=torch.full_like(key_blocks, int(EntryFlag.ROUTED | EntryFlag.FULL)),
+        flags=torch.full_like(key_blocks, int(EntryFlag.SELECTED | EntryFlag.FULL)),
         query_block_size=16,
         key_block_size=16,
         length=length,
@@ -96,7 +94,7 @@ def test_lists_of_this_package_are_never_checked(validated):
     attend(big_bird_layout(BigBird(8, 1), 70))
     attend(window_layout(SlidingWindow(8), 70, torch.tensor([8, 3])))
     query = torch.randn(1, 2, 70, 8)
-    options = RoutingOptions(2, 8, 8)
+    options = SelectionOptions(2, 8, 8)
     selected = select_blocks(query, query, SlidingWindow(8), options)
     attend(selection_layout(selected, SlidingWindow(8), 70, options)[0])
     assert validated == []

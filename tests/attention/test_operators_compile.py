@@ -75,7 +75,7 @@ def test_torch_compile_keeps_what_caches_or_looks_up_out_of_its_cuda_graphs(name
     """
     for operator in (name, f"{name}_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(OPERATORS, operator).default.tags
-    assert torch.Tag.cudagraph_unsafe in OPERATORS.route_blocks.default.tags
+    assert torch.Tag.cudagraph_unsafe in OPERATORS.select_blocks.default.tags
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -86,7 +86,7 @@ def test_a_fresh_mix_is_the_sliding_window(tmp_path):
         torch.testing.assert_close(mixed(**inputs)[0], linear(**inputs)[0])
 
 
-def test_the_oracle_and_the_router_agree_where_there_is_little_to_choose():
+def test_the_oracle_and_the_selection_agree_where_there_is_little_to_choose():
     """With room for every block all three ways of choosing read everything."""
     outputs = []
     for pattern in SELECTING_PATTERNS:

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from adaptive_longformer.baselines.selection_controls import oracle_selection, random_selection
+from adaptive_longformer.baselines.oracle_selection import oracle_selection
+from adaptive_longformer.baselines.random_selection import random_selection
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.select_blocks import RoutingOptions
+from adaptive_longformer.selection.options import SelectionOptions
 
 WINDOW = SlidingWindow(20)
-OPTIONS = RoutingOptions(num_blocks=3, block_size=16, query_block_size=32)
+OPTIONS = SelectionOptions(num_blocks=3, block_size=16, query_block_size=32)
 
 
 def draw(length, seed=0):

@@ -143,8 +143,8 @@ def adaptive(**fields):
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
         ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
         ({"num_learned_global_blocks": 5}, "num_learned_global_blocks is 5, 0 to 4"),
-        ({"router_rank": -1}, "router_rank is -1, 0 to hidden_size / num_attention_heads = 8"),
-        ({"router_rank": 9}, "router_rank is 9, 0 to hidden_size / num_attention_heads = 8"),
+        ({"residual_rank": -1}, "residual_rank is -1, 0 to hidden_size / num_attention_heads = 8"),
+        ({"residual_rank": 9}, "residual_rank is 9, 0 to hidden_size / num_attention_heads = 8"),
         ({"block_size": 30}, "block_size is 30, attention_pattern 'adaptive' needs a multiple"),
         ({"query_block_size": 256}, "query_block_size is 256, attention_pattern 'adaptive'"),
         ({"query_block_size": 48}, "query_block_size is 48 and block_size 64: one must be"),
@@ -172,9 +172,9 @@ def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
         num_learned_global_blocks=2, selection_strength=0.5, selection_sub_block_size=4,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
         head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
-        router_rank=8,
+        residual_rank=8,
     )  # fmt: skip
-    options = config.routing_options
+    options = config.selection_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)
     assert (options.sub_block_size, options.sub_blocks, options.num_global_blocks) == (4, 8, 2)
     assert config.pattern(0) == SlidingWindow(256)

@@ -61,7 +61,7 @@ def test_lengths_are_those_of_the_position_tables():
         ({"attention_backend": "magic"}, "attention_backend is 'magic'"),
         ({"max_global_tokens": -1}, "max_global_tokens is -1"),
         ({"head_windows": [[64] * 12] * 5}, "head_windows is .*num_hidden_layers = 6 lists"),
-        ({"router_rank": 65}, "router_rank is 65, 0 to hidden_size / num_attention_heads = 64"),
+        ({"residual_rank": 65}, "residual_rank is 65, 0 to hidden_size / num_attention_heads = 64"),
     ],
 )
 def test_values_out_of_range_are_named(fields, message):
@@ -76,7 +76,7 @@ def test_wrong_types_are_refused():
 
 def test_every_field_of_the_selection_reaches_the_encoder():
     names = {field.name for field in dataclasses.fields(AdaptiveSparseConfig)}
-    prefixes = ("head_", "router_")
+    prefixes = ("head_", "residual_")
     expected = {name for name in names if "select" in name or name.startswith(prefixes)}
     expected -= {"head_style"}
     assert len(expected) >= 6

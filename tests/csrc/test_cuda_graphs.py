@@ -16,7 +16,9 @@ from adaptive_longformer.modeling import attention_layer
 from adaptive_longformer.modeling import padding as model_masks
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.patterns import SlidingWindow, block_layout
-from adaptive_longformer.selection import select_blocks as routing
+from adaptive_longformer.selection import select_blocks as selection
+from adaptive_longformer.selection import vote as voting
+from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.testing import randomize_all_parameters
 
 # What reads a value back from the device, copies one there, or gives a size that depends on values.
@@ -104,7 +106,7 @@ def capture(step):
 
 
 def adaptive_layer(**options):
-    """A layer that chooses, narrows its windows, and has a router, in bfloat16."""
+    """A layer that chooses, narrows its windows, and has residual scores, in bfloat16."""
     config = AdaptiveSparseConfig(
         **{
             "hidden_size": 32,
@@ -113,7 +115,7 @@ def adaptive_layer(**options):
             "attention_pattern": "adaptive",
             "num_selected_blocks": 2,
             "num_learned_global_blocks": 1,
-            "router_rank": 2,
+            "residual_rank": 2,
             "selection_strength": 1.0,
             "max_global_tokens": 3,
             **options,
@@ -129,7 +131,6 @@ def adaptive_layer(**options):
 
 def on_a_gpu(monkeypatch, max_global_tokens):
     """Makes a layer do on tensors of the CPU what it does on those of a GPU."""
-    route_blocks = routing.route_blocks
 
     def run_call(*tensors, backend, **options):
         call = make_call(*tensors, **options)
@@ -140,10 +141,8 @@ def on_a_gpu(monkeypatch, max_global_tokens):
 
     monkeypatch.setattr(compiled, "_kernels", lambda arguments: cuda)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
-    monkeypatch.setattr(
-        routing, "route_blocks", lambda *given: route_blocks(*given[:-1], max_global_tokens)
-    )
-    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    monkeypatch.setattr(selection, "_READ_BACK", ())
+    monkeypatch.setattr(voting, "can_vote", lambda scores: False)
     monkeypatch.setattr(model_masks, "can_read_values", lambda tensor, validate: validate)
     monkeypatch.setattr(torch.Tensor, "tolist", no_list)
 
@@ -184,15 +183,15 @@ def test_an_adaptive_layer_does_not_wait_for_the_device(emulator, monkeypatch, m
 def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, start_nodes):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 400, 8, generator=generator)
-    options = routing.RoutingOptions(2, 16, 16, start_nodes=start_nodes, beam_width=2)
-    route_blocks = routing.route_blocks
-    monkeypatch.setattr(routing, "route_blocks", lambda *given: route_blocks(*given[:-1], 2))
-    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    options = SelectionOptions(2, 16, 16, start_nodes=start_nodes, beam_width=2)
+    monkeypatch.setattr(selection, "_READ_BACK", ())
+    monkeypatch.setattr(voting, "can_vote", lambda scores: False)
     global_mask = torch.arange(400)[None] < 2
     with NoWaiting():
-        selected = routing.select_blocks(
-            query, key, SlidingWindow(20, 0), options, global_mask=global_mask, is_causal=True
-        )
+        selected = selection.select_blocks(
+            query, key, SlidingWindow(20, 0), options, global_mask=global_mask, is_causal=True,
+            max_global_tokens=2,
+        )  # fmt: skip
     assert selected.counts.any()
 
 
@@ -273,7 +272,7 @@ def test_a_cuda_graph_holds_an_adaptive_layer():
         graph.replay()
         replayed = [tensor.clone() for tensor in captured]
         for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
-            # The gradient of the router's scores is a sum in no fixed order, and what follows from
+            # The gradient of the residual scores is a sum in no fixed order, and what follows from
             # it cancels in other sums.
             difference = (actual.float() - expected.float()).norm()
             assert difference <= 1e-2 * expected.float().norm(), f"result {index} with {number}"

@@ -29,7 +29,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def random_layout(length, query_block=64, heads=1, seed=0, routed=None, batch=1):
-    """A window and ROUTED entries, also on its edge; some lists are empty without the window.
+    """A window and SELECTED entries, also on its edge; some lists are empty without the window.
 
     routed: which blocks of queries read which of keys, [batch, heads, query blocks, key blocks];
         half of all pairs, drawn, if not given.
@@ -40,7 +40,7 @@ def random_layout(length, query_block=64, heads=1, seed=0, routed=None, batch=1)
     if routed is None:
         routed = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     used = base.used.expand(*shape[:3], -1)
-    flags = [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.ROUTED)]
+    flags = [base.flags.expand_as(used).where(used, 0), routed.int() * int(EntryFlag.SELECTED)]
     ids = torch.arange(shape[3], dtype=torch.int32).expand(shape)
     layout = type(base)(
         key_blocks=torch.cat([base.key_blocks.expand_as(used), ids], dim=-1),
@@ -209,7 +209,7 @@ def test_lists_longer_than_shared_memory_holds_match_float64(emulator, monkeypat
         for _ in range(3)
     ]
     layout = random_layout(length, routed=routed)
-    layout = replace(layout.select(layout.flags == EntryFlag.ROUTED), window=None)
+    layout = replace(layout.select(layout.flags == EntryFlag.SELECTED), window=None)
     arguments = operator_arguments(make_call(*tensors, layout, attention_mask=mask))
     upstream = torch.randn(1, 1, length, 32, generator=generator).bfloat16()
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_tensors_of_two_devices_are_refused(gpu_machine):
         {"attention_pattern": "window_linear"},
         ADAPTIVE,
         {**ADAPTIVE, "num_learned_global_blocks": 1, "max_global_tokens": 2},
-        {**ADAPTIVE, "router_rank": 2, "target_density": 0.3},
+        {**ADAPTIVE, "residual_rank": 2, "target_density": 0.3},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "longformer",
 )

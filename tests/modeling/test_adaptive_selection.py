@@ -46,7 +46,7 @@ def operations_of(model, inputs):
 def test_without_strength_it_is_the_source_bit_for_bit(length, separate, tmp_path):
     source = tiny_model(separate_global_projections=separate)
     source.save_pretrained(tmp_path)
-    parts = {"router_rank": 2} if separate else {}
+    parts = {"residual_rank": 2} if separate else {}
     model = AdaptiveSparseModel.from_pretrained(
         tmp_path, attention_pattern="adaptive", **parts
     ).eval()

@@ -2,16 +2,17 @@ import pytest
 import torch
 
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.reference import reference_choice, reference_votes
 from adaptive_longformer.selection.residual import ResidualScores, residual_scores
-from adaptive_longformer.selection.select_blocks import RoutingOptions, select_blocks
+from adaptive_longformer.selection.select_blocks import select_blocks
 
 WINDOW = SlidingWindow(20)
-ROUTING = RoutingOptions(3, 16, 16)
+OPTIONS = SelectionOptions(3, 16, 16)
 
 
 def random_call(length, *, is_masked=False, rank=3, seed=0):
-    """Query and key [2, 2, length, 8], their masks, and the projections of a router."""
+    """Query and key [2, 2, length, 8], their masks, and the two projections."""
     generator = torch.Generator().manual_seed(seed)
     query, key = torch.randn(2, 2, 2, length, 8, generator=generator).double()
     projections = torch.randn(2, 2, rank, 8, generator=generator).double()
@@ -82,8 +83,8 @@ def test_blocks_are_ranked_by_soft_mass_times_the_score(is_masked):
     residual = residual_scores(
         query, key, *projections, query_block_size=16, block_size=16, members=members
     )
-    selected = select_blocks(query, key, WINDOW, ROUTING, residual=residual, **masks)
-    plain = select_blocks(query, key, WINDOW, ROUTING, **masks)
+    selected = select_blocks(query, key, WINDOW, OPTIONS, residual=residual, **masks)
+    plain = select_blocks(query, key, WINDOW, OPTIONS, **masks)
     assert not torch.equal(selected.key_blocks, plain.key_blocks)
     torch.testing.assert_close(selected.covered, plain.covered)
     scores = scores_by_hand(query, key, projections, ordinary)
@@ -91,7 +92,7 @@ def test_blocks_are_ranked_by_soft_mass_times_the_score(is_masked):
         for h in range(2):
             for row in range(selected.counts.shape[2]):
                 share, _ = reference_votes(
-                    query[b, h], key[b, h], row, WINDOW, ROUTING,
+                    query[b, h], key[b, h], row, WINDOW, OPTIONS,
                     valid=masks["attention_mask"][b] if is_masked else None,
                     is_global=masks["global_mask"][b] if is_masked else None,
                 )  # fmt: skip
@@ -110,14 +111,14 @@ def test_after_a_beam_only_what_it_kept_is_ranked_again(heads):
     residual = residual_scores(
         query, key, *projections[:, :heads], query_block_size=16, block_size=16
     )
-    exact = select_blocks(query, key, WINDOW, ROUTING, residual=residual)
-    wide = RoutingOptions(3, 16, 16, start_nodes=5, beam_width=1000)
+    exact = select_blocks(query, key, WINDOW, OPTIONS, residual=residual)
+    wide = SelectionOptions(3, 16, 16, start_nodes=5, beam_width=1000)
     beam = select_blocks(query, key, WINDOW, wide, residual=residual)
     assert torch.equal(beam.key_blocks, exact.key_blocks)
-    narrow = RoutingOptions(3, 16, 16, start_nodes=5, beam_width=2)
+    narrow = SelectionOptions(3, 16, 16, start_nodes=5, beam_width=2)
     searched = select_blocks(query, key, WINDOW, narrow, residual=residual)
     # All that a beam of 2 nodes offers at the end, from the search without scores.
-    offered = RoutingOptions(8, 16, 16, start_nodes=5, beam_width=2)
+    offered = SelectionOptions(8, 16, 16, start_nodes=5, beam_width=2)
     candidates = select_blocks(query, key, WINDOW, offered).key_blocks
     is_candidate = (searched.key_blocks[..., None] == candidates[..., None, :]).any(dim=-1)
     assert is_candidate.all() and not torch.equal(searched.key_blocks, exact.key_blocks)
@@ -128,7 +129,7 @@ def test_after_a_beam_only_what_it_kept_is_ranked_again(heads):
 def test_scores_of_zero_change_no_choice(start_nodes, dtype):
     query, key, masks, projections = random_call(331, is_masked=True)
     query, key = query.to(dtype), key.to(dtype)
-    options = RoutingOptions(5, 16, 16, start_nodes=start_nodes, beam_width=3)
+    options = SelectionOptions(5, 16, 16, start_nodes=start_nodes, beam_width=3)
     residual = residual_scores(
         query, key, projections[0], torch.zeros_like(projections[1]), query_block_size=16,
         block_size=16, members=ordinary_of(masks, 331),
@@ -143,7 +144,7 @@ def test_scores_under_causality_are_refused():
     query, key, _, projections = random_call(100)
     residual = residual_scores(query, key, *projections, query_block_size=16, block_size=16)
     with pytest.raises(ValueError, match="residual is given, None is needed with is_causal"):
-        select_blocks(query, key, WINDOW, ROUTING, residual=residual, is_causal=True)
+        select_blocks(query, key, WINDOW, OPTIONS, residual=residual, is_causal=True)
 
 
 def test_factors_of_one_sequence_score_its_candidates():

@@ -8,16 +8,15 @@ from calls import skip_without_cpp_compiler
 from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.patterns import EntryFlag, SlidingWindow
-from adaptive_longformer.selection import select_blocks as routing
+from adaptive_longformer.selection import select_blocks as selection
+from adaptive_longformer.selection import vote as voting
+from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.pyramid import key_pyramid
 from adaptive_longformer.selection.reference import reference_choice, reference_votes
-from adaptive_longformer.selection.select_blocks import (
-    RoutingOptions,
-    select_blocks,
-    selection_layout,
-)
+from adaptive_longformer.selection.select_blocks import select_blocks
 
-SMALL = RoutingOptions(num_blocks=3, block_size=16, query_block_size=16)
+SMALL = SelectionOptions(num_blocks=3, block_size=16, query_block_size=16)
 
 
 def random_keys(length, *, batch=2, heads=2, head_dim=8, coherent=True, seed=0):
@@ -90,7 +89,7 @@ def test_short_rows_choose_what_the_definition_chooses(
 ):
     query, key = random_keys(length)
     mask, is_global = masks_of(kind, 2, length)
-    options = RoutingOptions(3, block_size, query_block_size, sub_block_size=sub_block_size)
+    options = SelectionOptions(3, block_size, query_block_size, sub_block_size=sub_block_size)
     pattern = SlidingWindow(window)
     selected = select_blocks(
         query, key, pattern, options, attention_mask=mask, global_mask=is_global,
@@ -117,7 +116,7 @@ def test_short_rows_choose_what_the_definition_chooses(
 @pytest.mark.parametrize(("length", "sub_block_size"), [(1000, 0), (1023, 2), (1040, 16)])
 def test_a_beam_that_drops_nothing_equals_the_exact_search(length, sub_block_size, is_causal):
     query, key = random_keys(length, batch=1)
-    exact = RoutingOptions(4, 16, 16, sub_block_size=sub_block_size)
+    exact = SelectionOptions(4, 16, 16, sub_block_size=sub_block_size)
     wide = replace(exact, start_nodes=5, beam_width=1000)
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, 300:400] = False
@@ -188,9 +187,9 @@ def beam_by_hand(query, key, row, window, options):
 
 def test_long_rows_search_with_a_beam():
     query, key = random_keys(1100, batch=1, heads=1)
-    options = RoutingOptions(5, 16, 16, start_nodes=6, beam_width=3)
+    options = SelectionOptions(5, 16, 16, start_nodes=6, beam_width=3)
     selected = select_blocks(query, key, SlidingWindow(20), options)
-    exact = select_blocks(query, key, SlidingWindow(20), RoutingOptions(5, 16, 16))
+    exact = select_blocks(query, key, SlidingWindow(20), SelectionOptions(5, 16, 16))
     for row in range(0, 69, 4):
         expected = beam_by_hand(query[0, 0], key[0, 0], row, 20, options)
         assert chosen(selected, row=row) == expected
@@ -198,7 +197,7 @@ def test_long_rows_search_with_a_beam():
 
 
 def test_visited_nodes_grow_with_the_logarithm_of_the_length():
-    options = RoutingOptions()
+    options = SelectionOptions()
     lengths = [2**k for k in range(14, 24)]
     visited = [options.visited_nodes(length // 64) for length in lengths]
     for shorter, longer in itertools.pairwise(visited):
@@ -221,7 +220,7 @@ def pad(tensor, left, right, dim):
 @pytest.mark.parametrize("start_nodes", [256, 4])
 def test_padding_on_the_right_changes_no_choice(amount, start_nodes, is_causal):
     query, key = random_keys(331)
-    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=4)
+    options = SelectionOptions(3, 16, 16, start_nodes=start_nodes, beam_width=4)
     window = SlidingWindow(20)
     expected = select_blocks(query, key, window, options, is_causal=is_causal)
     mask = pad(torch.ones(2, 331, dtype=torch.bool), 0, amount, 1)
@@ -234,16 +233,6 @@ def test_padding_on_the_right_changes_no_choice(amount, start_nodes, is_causal):
     assert torch.equal(padded.counts[:, :, :rows], expected.counts)
     assert torch.equal(padded.key_blocks[:, :, :rows], expected.key_blocks)
     torch.testing.assert_close(padded.mass[:, :, :rows], expected.mass)
-
-
-def fix_sizes(monkeypatch, max_global_tokens):
-    """Makes `select_blocks` look nothing up, as with max_global_tokens on a GPU."""
-    original = routing.route_blocks
-
-    def route_blocks(*arguments):
-        return original(*arguments[:-1], max_global_tokens)
-
-    monkeypatch.setattr(routing, "route_blocks", route_blocks)
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "holes", "global", "both", "all"])
@@ -259,7 +248,7 @@ def test_nothing_that_is_looked_up_changes_a_choice(kind, num_global_blocks, mon
     results = []
     for looks_up in (True, False):
         if not looks_up:
-            fix_sizes(monkeypatch, 30)
+            monkeypatch.setattr(selection, "_READ_BACK", ())  # as on a GPU
         results.append(
             select_blocks(
                 query, key, SlidingWindow(20), options, attention_mask=mask,
@@ -290,7 +279,7 @@ def test_tokens_beyond_the_limit_of_global_ones_are_ordinary():
 @pytest.mark.parametrize("start_nodes", [256, 3])
 def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, start_nodes):
     query, key = random_keys(512, batch=1)
-    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=2)
+    options = SelectionOptions(3, 16, 16, start_nodes=start_nodes, beam_width=2)
     is_global = torch.zeros(1, 512, dtype=torch.bool)
     is_global[:, [0, 300]] = True
     where = {"global_mask": is_global, "is_causal": True}
@@ -309,7 +298,7 @@ def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, start_no
 @pytest.mark.parametrize("start_nodes", [256, 4])
 def test_a_causal_prefix_chooses_as_in_the_whole(start_nodes):
     query, key = random_keys(600, batch=1)
-    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
+    options = SelectionOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
     whole = select_blocks(query, key, SlidingWindow(10), options, is_causal=True)
     for length in (1, 40, 333, 592):
         part = select_blocks(
@@ -325,7 +314,7 @@ def test_a_causal_prefix_chooses_as_in_the_whole(start_nodes):
 def test_the_last_queries_alone_choose_as_in_the_whole(start_nodes, length, given):
     query, key = random_keys(length)
     mask, is_global = masks_of("both", 2, length)
-    options = RoutingOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
+    options = SelectionOptions(3, 16, 16, start_nodes=start_nodes, beam_width=3)
     where = {
         "attention_mask": mask, "global_mask": is_global, "is_causal": True,
     }  # fmt: skip
@@ -348,7 +337,7 @@ def test_queries_that_are_not_the_last_ones_from_a_block_on_are_refused():
 
 def test_no_past_block_is_out_of_reach_under_causality():
     """Each block in turn is made the one that every query looks for."""
-    length, options = 16 * 70, RoutingOptions(1, 16, 16, start_nodes=4, beam_width=1)
+    length, options = 16 * 70, SelectionOptions(1, 16, 16, start_nodes=4, beam_width=1)
     query = torch.ones(1, 1, length, 4)
     for target in range(0, 69, 3):
         key = torch.zeros(1, 1, length, 4)
@@ -362,7 +351,7 @@ def test_nothing_is_chosen_twice_or_beside_the_row():
     query, key = random_keys(900, coherent=False)
     mask = torch.rand(2, 900) < 0.5
     mask[:, 0] = True
-    options = RoutingOptions(8, 16, 16, start_nodes=8, beam_width=5)
+    options = SelectionOptions(8, 16, 16, start_nodes=8, beam_width=5)
     for is_causal in (False, True):
         selected = select_blocks(
             query, key, SlidingWindow(20), options, attention_mask=mask, is_causal=is_causal
@@ -381,7 +370,7 @@ def test_shared_key_heads_choose_as_repeated_ones():
 
 def test_blocks_for_the_whole_row_follow_the_direction():
     query, key = random_keys(400, batch=1)
-    options = RoutingOptions(3, 16, 16, num_global_blocks=2)
+    options = SelectionOptions(3, 16, 16, num_global_blocks=2)
     directions = torch.zeros(2, 8)
     directions[1] = key[0, 1, 160:176].mean(dim=0) * 10
     selected = select_blocks(query, key, SlidingWindow(20), options, global_directions=directions)
@@ -392,14 +381,14 @@ def test_blocks_for_the_whole_row_follow_the_direction():
     assert selected.global_open[0, 1, 20].all()
     layout, slots = selection_layout(selected, SlidingWindow(20), 400, options)
     layout.validate()
-    far = (layout.flags[0, 1, 20] & EntryFlag.ROUTED) != 0
+    far = (layout.flags[0, 1, 20] & EntryFlag.SELECTED) != 0
     assert layout.key_blocks[0, 1, 20][far][-2:].tolist() == selected.global_blocks[0, 1].tolist()
     assert slots[0, 1, 20][far].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_row_has_no_more_blocks_for_the_whole_row_than_blocks():
     query, key = random_keys(40, batch=1)
-    options = RoutingOptions(1, 16, 16, num_global_blocks=4)
+    options = SelectionOptions(1, 16, 16, num_global_blocks=4)
     mask = torch.ones(1, 40, dtype=torch.bool)
     mask[:, 16:32] = False  # an empty block
     selected = select_blocks(query, key, SlidingWindow(2), options, attention_mask=mask)
@@ -455,7 +444,7 @@ def test_keys_that_are_not_finite_raise_on_request_and_choose_nothing_otherwise(
     key[1, 0, 77, 3] = torch.nan
     with pytest.raises(ValueError, match=r"key is NaN .* batch row 1, head 0, token 77"):
         select_blocks(query, key, SlidingWindow(20), SMALL, validate=True)
-    options = RoutingOptions(3, 16, 16, start_nodes=4, beam_width=2)
+    options = SelectionOptions(3, 16, 16, start_nodes=4, beam_width=2)
     for choice in (SMALL, options):
         selected = select_blocks(query, key, SlidingWindow(20), choice)
         selection_layout(selected, SlidingWindow(20), 300, choice)[0].validate()
@@ -482,7 +471,7 @@ def test_keys_that_are_not_finite_raise_on_request_and_choose_nothing_otherwise(
 )
 def test_sizes_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        RoutingOptions(**arguments)
+        SelectionOptions(**arguments)
 
 
 def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
@@ -517,7 +506,7 @@ def test_the_compiled_vote_equals_that_of_torch(
     query, key = (tensor.float() for tensor in random_keys(length))
     query[0, 0, 40:44] = torch.nan
     mask, is_global = masks_of("both", 2, length)
-    options = RoutingOptions(
+    options = SelectionOptions(
         3, 16, 16, start_nodes=start_nodes, beam_width=3, sub_block_size=sub_block_size
     )
 
@@ -532,11 +521,11 @@ def test_the_compiled_vote_equals_that_of_torch(
             is_causal=is_causal,
         )
 
-    calls, vote = [], routing.vote
-    monkeypatch.setattr(routing, "vote", lambda *args: calls.append(0) or vote(*args))
+    calls, vote = [], voting.compiled_vote
+    monkeypatch.setattr(voting, "compiled_vote", lambda *args: calls.append(0) or vote(*args))
     compiled = select()
     assert calls
-    monkeypatch.setattr(routing, "can_vote", lambda scores: False)
+    monkeypatch.setattr(voting, "can_vote", lambda scores: False)
     expected = select()
     torch.testing.assert_close(compiled.key_blocks, expected.key_blocks)
     torch.testing.assert_close(compiled.counts, expected.counts)

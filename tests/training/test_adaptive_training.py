@@ -77,7 +77,7 @@ def test_smoothed_labels_are_refused_where_the_model_adds_to_the_loss(tmp_path):
 
 
 def test_adaptive_parameters_learn_faster_and_do_not_decay():
-    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, router_rank=2)
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, residual_rank=2)
     groups = adaptive_parameter_groups(model, 1e-4, weight_decay=0.1, multiplier=30)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
     assert groups[2]["lr"] == pytest.approx(3e-3)
@@ -90,7 +90,7 @@ def test_adaptive_parameters_learn_faster_and_do_not_decay():
         adaptive_parameter_groups(tiny_model(), 1e-4)
 
 
-EVERYTHING = {"num_learned_global_blocks": 1, "router_rank": 2}
+EVERYTHING = {"num_learned_global_blocks": 1, "residual_rank": 2}
 
 
 def adapted(base, **options):
@@ -101,7 +101,7 @@ def adapted(base, **options):
     )
 
 
-@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "router"])
+@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "residual scores"])
 def test_an_adapter_brings_its_selection_to_a_fresh_base(fields, tmp_path):
     pytest.importorskip("peft")
     from peft import PeftModel
@@ -136,7 +136,7 @@ def test_an_adapter_brings_its_selection_to_a_fresh_base(fields, tmp_path):
 STEPS = {
     "without strength": (0.0, [(100, 100), (100, 20)], {}),
     "documents shorter than the window": (1.0, [(100, 10), (10, 10)], {}),
-    "router": (1.0, [(100, 10), (10, 100)], EVERYTHING),
+    "residual scores": (1.0, [(100, 10), (10, 100)], EVERYTHING),
 }
 
 

@@ -1,4 +1,4 @@
-// The vote that selects blocks: what selection/select_blocks.py computes from scores in several passes over memory, in one.
+// The vote that selects blocks: what selection/vote.py computes from scores in several passes over memory, in one.
 #include "problem.h"
 #include "threads.h"
 

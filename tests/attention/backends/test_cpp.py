@@ -41,7 +41,7 @@ def _kernel():
 
 
 def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64, seed=0):
-    """A window plus random ROUTED entries, some on blocks of the window's edge; some rows are
+    """A window plus random SELECTED entries, some on blocks of the window's edge; some rows are
     empty.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def random_layout(length, window, batch=1, heads=1, query_block=64, key_block=64
     )
     shape = (batch, heads, base.num_query_blocks, base.num_key_blocks)
     routed = torch.rand(shape, generator=generator) < 0.4
-    flags = torch.where(routed, int(EntryFlag.ROUTED), 0).int()
+    flags = torch.where(routed, int(EntryFlag.SELECTED), 0).int()
     blocks = torch.arange(base.num_key_blocks, dtype=torch.int32).expand(shape)
     if window is not None:
         used = base.used.expand(*shape[:3], -1)
@@ -367,7 +367,7 @@ def test_empty_tensors_give_empty_results(shape):
     layout = BlockLayout(
         key_blocks=torch.zeros(1, 1, -(-shape[2] // 64), 1, dtype=torch.int32),
         counts=torch.ones(1, 1, -(-shape[2] // 64), dtype=torch.int32),
-        flags=torch.full((1, 1, -(-shape[2] // 64), 1), int(EntryFlag.ROUTED), dtype=torch.int32),
+        flags=torch.full((1, 1, -(-shape[2] // 64), 1), int(EntryFlag.SELECTED), dtype=torch.int32),
         query_block_size=64,
         key_block_size=64,
         length=shape[2],

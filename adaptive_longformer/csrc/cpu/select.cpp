@@ -1,0 +1,713 @@
+// The exact stage of the selection, selection/exact.py in C++: every query that votes for a query block meets every key
+// of the block's candidates. One pass over the keys writes no scores, only sums of exp(score - reference) per query and
+// key block; masses follow from them. Lanes are queries, so that a key block of any size costs what its keys cost.
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "bytes.h"
+#include "problem.h"
+#include "threads.h"
+
+namespace adaptive {
+namespace {
+
+// Field by field the `_SelectArguments` of selection/compiled_select.py. Pointers may be null where a comment says so.
+struct SelectArguments {
+  int64_t batch, heads, key_heads, query_length, length, head_dim;
+  int64_t element_type;
+  int64_t uses_bytes;  // dot products of bytes with a scale per token instead of floats
+  // In tokens. A key stands for `tokens_per_key` of them, which divides block_size; there are num_keys, in which those
+  // of global tokens may follow those of the sequence.
+  int64_t query_block_size, block_size, tokens_per_key, num_keys;
+  int64_t num_selected;
+  int64_t num_rows, first_row;  // query blocks of the result, and those of the sequence before them
+  int64_t is_causal, left, right;
+  double scale;
+  int64_t num_threads;
+
+  RowTensor query, key;
+  const uint8_t* is_voter;  // [batch, length]: the tokens that vote; null: all
+  const float* counts_of_keys;  // [batch, num_keys], what a key counts; 0: it is in no block; null: 1
+  const int64_t* ends;  // [batch], one more than the last token that is not padding
+  // [batch, num_global], ascending, filled up with `length`, and the key of each.
+  const int64_t* global_positions;
+  const int64_t* global_keys;
+  int64_t num_global;
+  const float* value_norms;  // [batch, key_heads, num_keys], what a key's mass counts in the ranking; null: 1
+
+  // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
+  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]; null: all
+  // blocks are candidates.
+  const int32_t* places;
+  const int32_t* place_counts;
+  int64_t rows_per_list, num_lists, max_places, blocks_per_place;
+  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null: nothing is
+  const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
+  int64_t num_shared;
+
+  int32_t* key_blocks;  // [batch, heads, num_rows, num_selected], zeroed by the caller
+  int32_t* counts;      // [batch, heads, num_rows], zeroed
+  float* mass;          // as key_blocks, zeroed
+  float* covered;       // as counts, zeroed
+  float* share;         // [batch, heads, num_rows, blocks], zeroed; null: not wanted
+  // [batch, heads, query_length], the logarithm of what a query leaves neither chosen nor covered, of queries that vote;
+  // null: not wanted.
+  float* log_dropped;
+};
+
+constexpr int MAX_VECTORS = WIDTH == 16 ? 4 : 2;
+// Keys that meet the vectors of queries at a time: as many sums as registers hold.
+constexpr int MAX_SUMS = WIDTH == 16 ? 16 : 8;
+// A sum above this asks for another reference; what it then is stays finite for any number of keys.
+constexpr float SUM_LIMIT = 0x1p64f, POWER_LIMIT = 100.0f, POWER_SUM = 0x1p100f;
+
+// 2**x, relative error 1e-4; at least SUM_LIMIT where x is large, 0 where it is small.
+ALWAYS_INLINE Floats exp2_roughly(Floats x) {
+#if VECTOR_FLOATS == 16 && defined(__AVX512DQ__)
+  const Floats fraction = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+#else
+  // Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
+  x = maximum(x > POWER_LIMIT ? broadcast(POWER_LIMIT) : x, broadcast(-126.0f));
+  const Floats magic = broadcast(12582912.0f), shifted = (x - 0.5f) + magic;
+  const Floats fraction = x - (shifted - magic);
+#endif
+  // Minimax polynomial on [0, 1].
+  Floats result = broadcast(7.802452e-02f);
+  result = result * fraction + 2.2606716e-01f;
+  result = result * fraction + 6.9583354e-01f;
+  result = result * fraction + 9.9992522e-01f;
+#if VECTOR_FLOATS == 16 && defined(__AVX512DQ__)
+  return (Floats)_mm512_scalef_ps((__m512)result, (__m512)x);
+#else
+  const Words exponent = ((Words)shifted - 0x4B400000u) << 23;
+  return zero_unless(x > -126.0f, (Floats)((Words)result + exponent));
+#endif
+}
+
+ALWAYS_INLINE Floats power(Floats x, int32_t) { return exp2_roughly(x); }
+ALWAYS_INLINE Floats power(Floats x, float) {
+  return exp2_approximately(x > POWER_LIMIT ? broadcast(POWER_LIMIT) : x);
+}
+
+ALWAYS_INLINE bool any_above(Floats value, float limit) {
+#if VECTOR_FLOATS == 16 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif VECTOR_FLOATS == 8 && defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(value > limit)) != 0;
+#else
+  return horizontal_maximum(value) > limit;
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of values[i], which it overwrites: in every step half of the vectors, each
+// with sums of two in its lanes by one bit of the lane's number.
+template <int STEP = WIDTH / 2>
+ALWAYS_INLINE Floats sums_of_lanes(Floats (&values)[WIDTH]) {
+  Ints straight, crossed;
+  for (int lane = 0; lane < WIDTH; lane++) {
+    straight[lane] = lane & STEP ? lane + WIDTH : lane;
+    crossed[lane] = lane & STEP ? (lane ^ STEP) + WIDTH : lane ^ STEP;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < STEP; i++)
+    values[i] = __builtin_shuffle(values[i], values[i + STEP], straight) +
+                __builtin_shuffle(values[i], values[i + STEP], crossed);
+  if constexpr (STEP > 1)
+    return sums_of_lanes<STEP / 2>(values);
+  else
+    return values[0];
+}
+
+// The keys of one batch row by what they belong to: the members of block 0, 1, ..., then those of global tokens in groups
+// that the same query blocks may see.
+struct Entries {
+  int end, num_blocks;
+  std::vector<int32_t> keys;          // of entry 0, 1, ...
+  std::vector<int32_t> first;         // where an entry begins in `keys`; one more than there are entries
+  std::vector<int32_t> visible_from;  // the first query block that may see an entry
+
+  int count() const { return (int)visible_from.size(); }
+
+  Entries(const SelectArguments& call, int64_t batch)
+      : end((int)(call.is_causal ? call.length : call.ends[batch])),
+        num_blocks((int)((end + call.block_size - 1) / call.block_size)) {
+    const float* counts = call.counts_of_keys == nullptr ? nullptr : call.counts_of_keys + batch * call.num_keys;
+    const int64_t num_keys = (end + call.tokens_per_key - 1) / call.tokens_per_key;
+    const int64_t per_block = call.block_size / call.tokens_per_key;
+    for (int64_t block = 0; block < num_blocks; block++) {
+      begin(call.is_causal ? ((block + 1) * call.block_size + call.query_block_size - 1) / call.query_block_size : 0);
+      for (int64_t key = block * per_block; key < std::min((block + 1) * per_block, num_keys); key++)
+        if (counts == nullptr || counts[key] > 0.0f) keys.push_back((int32_t)key);
+    }
+    int64_t group = -1;
+    for (int64_t i = batch * call.num_global; i < (batch + 1) * call.num_global; i++) {
+      if (call.global_positions[i] >= call.length) continue;
+      const int64_t from = call.is_causal ? call.global_positions[i] / call.query_block_size + 1 : 0;
+      if (from != group) begin(group = from);
+      keys.push_back((int32_t)call.global_keys[i]);
+    }
+    first.push_back((int32_t)keys.size());
+  }
+
+ private:
+  void begin(int64_t from) {
+    first.push_back((int32_t)keys.size());
+    visible_from.push_back((int32_t)from);
+  }
+};
+
+// A row of a tensor as four-byte words: floats, or bytes of a scale of their own.
+struct RowPacker {
+  const SelectArguments& call;
+  const int64_t width;
+  Buffer<float> row;  // [width], zeros at the end
+  Buffer<int32_t> bytes;
+
+  explicit RowPacker(const SelectArguments& arguments)
+      : call(arguments), width(round_up((int)call.head_dim, WIDTH)), row(width), bytes(width) {
+    std::fill_n(row.data(), width, 0.0f);
+  }
+
+  // Loads a row; false if it holds NaN or an infinity.
+  bool load(const RowTensor& tensor, int64_t batch, int64_t head, int64_t position) {
+    load_row(row.data(), tensor, row_offset(tensor, batch, head, position), (int)call.head_dim, call.element_type);
+    Floats nothing = {};  // becomes NaN at the first element that is not finite
+    for (int64_t i = 0; i < width; i += WIDTH) nothing += adaptive::load<Floats>(row.data() + i) * 0.0f;
+    return horizontal_sum(nothing) == 0.0f;
+  }
+
+  // Stores the row as bytes of at most `limit`, with `zero` added, words `stride` apart. Returns their scale and sets the
+  // sum of the bytes without `zero`.
+  float store_bytes(int32_t* words, int64_t stride, int limit, int zero, int32_t& sum) {
+    Floats largest = {};
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      const Floats element = adaptive::load<Floats>(row.data() + i);
+      largest = maximum(maximum(element, -element), largest);
+    }
+    const float size = horizontal_maximum(largest);
+    const float factor = size > 0.0f ? (float)limit / size : 0.0f;
+    Ints sums = {};
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      // Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
+      const Floats rounded = adaptive::load<Floats>(row.data() + i) * factor + 12582912.0f;
+      const Ints whole = (Ints)rounded - 0x4B400000;
+      sums += whole;
+      store(bytes.data() + i, (whole + zero) & 255);
+    }
+    sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += sums[lane];
+    const int32_t* byte = bytes.data();
+    for (int64_t i = 0; i < call.head_dim; i += 4)
+      words[i / 4 * stride] = byte[i] | byte[i + 1] << 8 | byte[i + 2] << 16 | byte[i + 3] << 24;
+    return size / (float)limit;
+  }
+};
+
+// The keys of one key head, entry by entry: words [keys, depth] and what belongs to each.
+template <typename Word>
+struct Keys {
+  int64_t depth;
+  std::vector<Word> words;
+  std::vector<float> scale;
+  std::vector<int32_t> start;  // what a sum of products of bytes begins with: the queries' bytes are 128 too large
+  std::vector<float> count;    // of tokens that a key stands for
+  std::vector<float> weight;
+  std::vector<uint8_t> is_open;  // whether an entry has keys, and only finite ones
+
+  Keys(const SelectArguments& call, const Entries& entries, int64_t batch, int64_t key_head, int64_t words_per_row)
+      : depth(words_per_row), count(entries.keys.size(), 1.0f), is_open(entries.count()) {
+    constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
+    words.resize(count.size() * depth);
+    if (IS_BYTES) scale.resize(count.size()), start.resize(count.size());
+    if (call.value_norms != nullptr) weight.resize(count.size());
+    RowPacker packer(call);
+    for (int entry = 0; entry < entries.count(); entry++) {
+      is_open[entry] = entries.first[entry] < entries.first[entry + 1];
+      for (int index = entries.first[entry]; index < entries.first[entry + 1]; index++) {
+        const int32_t key = entries.keys[index];
+        if (!packer.load(call.key, batch, key_head, key)) is_open[entry] = false;
+        if constexpr (IS_BYTES) {
+          int32_t sum;
+          scale[index] = packer.store_bytes(&words[index * depth], 1, SIGNED_LIMIT, 0, sum);
+          start[index] = -128 * sum;
+        } else {
+          std::copy_n(packer.row.data(), depth, &words[index * depth]);
+        }
+        if (entry < entries.num_blocks && call.counts_of_keys != nullptr)
+          count[index] = call.counts_of_keys[batch * call.num_keys + key];
+        if (call.value_norms != nullptr)
+          weight[index] = count[index] * call.value_norms[(batch * call.key_heads + key_head) * call.num_keys + key];
+      }
+    }
+  }
+};
+
+// Query blocks that meet the same keys, and what one thread sums up for them. Vectors of queries lie one after the
+// other; a query block begins with a vector of its own.
+template <typename Word>
+struct Unit {
+  std::vector<int32_t> entries;  // of the candidates, and then of global tokens
+  int64_t num_blocks;            // how many of the first kind
+  std::vector<int32_t> places;
+  std::vector<int32_t> row_of;   // the query block that a vector belongs to
+  Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
+  Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
+  Buffer<float> sums, weighted;           // [vectors, entries, WIDTH], and WIDTH entries behind
+  Buffer<float> shares, ranks;            // [entries]
+  std::vector<uint64_t> ranking;
+  std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
+};
+
+template <typename Word>
+class Selection {
+ public:
+  static constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
+  using Vector = typename std::conditional<IS_BYTES, Ints, Floats>::type;
+
+  explicit Selection(const SelectArguments& arguments)
+      : call(arguments),
+        depth(IS_BYTES ? (call.head_dim + 3) / 4 : call.head_dim),
+        row_vectors((int)((call.query_block_size + WIDTH - 1) / WIDTH)),
+        unit_rows(call.places != nullptr ? (int)call.rows_per_list : std::max(1, MAX_VECTORS / row_vectors)) {}
+
+  void run() {
+    std::vector<Entries> entries;
+    for (int64_t batch = 0; batch < call.batch; batch++) entries.emplace_back(call, batch);
+    const int64_t units = (call.num_rows + unit_rows - 1) / unit_rows, shared = call.heads / call.key_heads;
+    // As many key heads at a time as there are threads bounds the memory of their keys.
+    const int64_t num_key_heads = call.batch * call.key_heads, group = std::min(num_key_heads, call.num_threads);
+    for (int64_t first = 0; first < num_key_heads; first += group) {
+      const int64_t members = std::min(group, num_key_heads - first);
+      std::vector<std::unique_ptr<Keys<Word>>> keys(members);
+      parallel_tasks(members, call.num_threads, [&](int64_t task) {
+        const int64_t batch = (first + task) / call.key_heads, key_head = (first + task) % call.key_heads;
+        keys[task] = std::make_unique<Keys<Word>>(call, entries[batch], batch, key_head, depth);
+      });
+      parallel_tasks(members * shared * units, call.num_threads, [&](int64_t task) {
+        const int64_t member = task / (shared * units), key_head = (first + member) % call.key_heads;
+        const int64_t batch = (first + member) / call.key_heads, head = key_head * shared + task / units % shared;
+        choose(entries[batch], *keys[member], batch, head, (int)(task % units * unit_rows));
+      });
+    }
+  }
+
+ private:
+  const SelectArguments& call;
+  const int64_t depth;
+  const int row_vectors, unit_rows;
+
+  void choose(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row) const {
+    static thread_local Unit<Word> unit;
+    const int rows = std::min(unit_rows, (int)call.num_rows - first_row);
+    list_entries(entries, keys, batch, head, first_row, rows, unit);
+    if (unit.entries.empty()) return;
+    load_queries(batch, head, first_row, rows, unit);
+    const int vectors = rows * row_vectors;
+    int vector = 0;
+    while (vector < vectors) {
+      const int count = group_size(vectors - vector);
+      if (count == 4)
+        scan<std::min(4, MAX_VECTORS)>(entries, keys, vector, unit);
+      else if (count == 2)
+        scan<2>(entries, keys, vector, unit);
+      else
+        scan<1>(entries, keys, vector, unit);
+      vector += count;
+    }
+    for (int row = 0; row < rows; row++)
+      if (unit.is_valid[row]) finish_row(entries, batch, head, first_row, row, unit);
+  }
+
+  static int group_size(int vectors) { return MAX_VECTORS == 4 && vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1; }
+
+  // The candidates and global tokens that any of the query blocks may see, ascending.
+  void list_entries(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row,
+                    int rows, Unit<Word>& unit) const {
+    const int64_t last_row = call.first_row + first_row + rows - 1;
+    const auto add = [&](int64_t first, int64_t last) {
+      for (int64_t entry = first; entry < last; entry++)
+        if (keys.is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
+    };
+    unit.entries.clear();
+    if (call.places == nullptr) {
+      add(0, entries.num_blocks);
+    } else {
+      int64_t near, near_end;
+      covered(entries, call.first_row + first_row, near, near_end);
+      if (rows > 1) {
+        int64_t unused;
+        covered(entries, last_row, unused, near_end);
+      }
+      near_end = std::min<int64_t>(near_end + 1, entries.num_blocks);
+      // Under causality no place that the query block begins in was a choice.
+      if (call.is_causal)
+        near = std::min(near, (call.first_row + first_row) * call.query_block_size / (call.block_size * call.blocks_per_place) *
+                                  call.blocks_per_place);
+      near = std::min(near, near_end);
+      const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
+      const int32_t* places = call.places + list * call.max_places;
+      unit.places.assign(places, places + call.place_counts[list]);
+      std::sort(unit.places.begin(), unit.places.end());
+      bool has_near = false;
+      for (const int64_t place : unit.places) {
+        const int64_t first = place * call.blocks_per_place;
+        const int64_t last = std::min<int64_t>(first + call.blocks_per_place, entries.num_blocks);
+        add(first, std::min(last, near));
+        if (last > near && !has_near) add(near, near_end);
+        has_near |= last > near;
+        add(std::max(first, near_end), last);
+      }
+      if (!has_near) add(near, near_end);
+    }
+    unit.num_blocks = (int64_t)unit.entries.size();
+    add(entries.num_blocks, entries.count());
+  }
+
+  // The queries that vote: those of the query block, under causality those of the one before.
+  void load_queries(int64_t batch, int64_t head, int first_row, int rows, Unit<Word>& unit) const {
+    const int vectors = rows * row_vectors;
+    unit.query.reserve(vectors * depth * WIDTH);
+    unit.scale.reserve(vectors * WIDTH), unit.voter.reserve(vectors * WIDTH), unit.reference.reserve(vectors * WIDTH);
+    unit.total.reserve(vectors * WIDTH);
+    unit.shares.reserve(unit.entries.size()), unit.ranks.reserve(unit.entries.size());
+    const int64_t num_sums = ((int64_t)vectors * unit.entries.size() + WIDTH) * WIDTH;
+    unit.sums.reserve(num_sums);
+    if (call.value_norms != nullptr) unit.weighted.reserve(num_sums);
+    unit.row_of.assign(vectors, 0);
+    unit.is_valid.assign(rows, true);
+    std::fill_n(unit.query.data(), vectors * depth * WIDTH, Word());
+    std::fill_n(unit.scale.data(), vectors * WIDTH, 0.0f);
+    std::fill_n(unit.voter.data(), vectors * WIDTH, 0.0f);
+    std::fill_n(unit.reference.data(), vectors * WIDTH, 0.0f);
+    RowPacker packer(call);
+    for (int vector = 0, in_group = 0, group = group_size(vectors); vector < vectors; vector++, in_group++) {
+      if (in_group == group) in_group = 0, group = group_size(vectors - vector);
+      const int row = vector / row_vectors;
+      unit.row_of[vector] = (int)call.first_row + first_row + row;
+      Word* words = unit.query.data() + (vector - in_group) * depth * WIDTH + in_group * WIDTH;
+      for (int lane = 0; lane < WIDTH; lane++) {
+        const int64_t in_block = (int64_t)(vector % row_vectors) * WIDTH + lane;
+        const int64_t index = (first_row + row - call.is_causal) * call.query_block_size + in_block;
+        const int64_t token = call.length - call.query_length + index;
+        if (in_block >= call.query_block_size || index < 0 || index >= call.query_length) continue;
+        if (call.is_voter != nullptr && !call.is_voter[batch * call.length + token]) continue;
+        if (!packer.load(call.query, batch, head, index)) unit.is_valid[row] = false;
+        const float factor = (float)call.scale * LOG2_E;
+        if constexpr (IS_BYTES) {
+          int32_t sum;
+          unit.scale.data()[vector * WIDTH + lane] =
+              packer.store_bytes(words + lane, (int64_t)group * WIDTH, 127, 128, sum) * factor;
+        } else {
+          for (int64_t i = 0; i < depth; i++) words[i * group * WIDTH + lane] = packer.row.data()[i] * factor;
+        }
+        unit.voter.data()[vector * WIDTH + lane] = 1.0f;
+      }
+    }
+  }
+
+  // Calls visit(key, vector, score in base 2) for KEYS keys and VECTORS vectors of queries.
+  template <int VECTORS, int KEYS, typename Visit>
+  ALWAYS_INLINE void meet(const Keys<Word>& keys, int64_t first, const Word* query, const float* query_scale,
+                          const Visit& visit) const {
+    const Word* words = keys.words.data() + first * depth;
+    Vector sums[KEYS][VECTORS];
+#pragma GCC unroll 16
+    for (int key = 0; key < KEYS; key++)
+#pragma GCC unroll 4
+      for (int vector = 0; vector < VECTORS; vector++) {
+        if constexpr (IS_BYTES)
+          sums[key][vector] = broadcast(keys.start[first + key]);
+        else
+          sums[key][vector] = Vector{};
+      }
+    for (int64_t i = 0; i < depth; i++) {
+      Vector left[VECTORS];
+#pragma GCC unroll 4
+      for (int vector = 0; vector < VECTORS; vector++) left[vector] = load<Vector>(query + (i * VECTORS + vector) * WIDTH);
+#pragma GCC unroll 16
+      for (int key = 0; key < KEYS; key++)
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; vector++)
+          add_product(sums[key][vector], left[vector], words[key * depth + i]);
+    }
+#pragma GCC unroll 16
+    for (int key = 0; key < KEYS; key++)
+#pragma GCC unroll 4
+      for (int vector = 0; vector < VECTORS; vector++) {
+        if constexpr (IS_BYTES)
+          visit(first + key, vector,
+                __builtin_convertvector(sums[key][vector], Floats) * keys.scale[first + key] *
+                    load<Floats>(query_scale + vector * WIDTH));
+        else
+          visit(first + key, vector, sums[key][vector]);
+      }
+  }
+
+  // The same for all keys from `first` to `last`.
+  template <int VECTORS, typename Visit>
+  ALWAYS_INLINE void meet_all(const Keys<Word>& keys, int64_t first, int64_t last, const Word* query,
+                              const float* query_scale, const Visit& visit) const {
+    constexpr int KEYS = MAX_SUMS / VECTORS;
+    for (; first + KEYS <= last; first += KEYS) meet<VECTORS, KEYS>(keys, first, query, query_scale, visit);
+    for (; first < last; first++) meet<VECTORS, 1>(keys, first, query, query_scale, visit);
+  }
+
+  template <int VECTORS>
+  void scan(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
+    if (call.value_norms == nullptr)
+      scan_entries<VECTORS, false>(entries, keys, vector, unit);
+    else
+      scan_entries<VECTORS, true>(entries, keys, vector, unit);
+  }
+
+  // Sums of a group of vectors over all entries.
+  template <int VECTORS, bool IS_WEIGHTED>
+  void scan_entries(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
+    const int64_t num_entries = (int64_t)unit.entries.size(), stride = num_entries * WIDTH;
+    const Word* query = unit.query.data() + vector * depth * WIDTH;
+    const float* query_scale = unit.scale.data() + vector * WIDTH;
+    float* sums = unit.sums.data() + vector * stride;
+    float* weighted = IS_WEIGHTED ? unit.weighted.data() + vector * stride : nullptr;
+    for (int64_t i = 0; i < num_entries; i++) {
+      const int entry = unit.entries[i];
+      const int first = entries.first[entry], last = entries.first[entry + 1];
+      if (i == 0) raise<VECTORS>(entries, keys, vector, 0, unit);
+      for (bool is_again = false;; is_again = true) {
+        Floats reference[VECTORS], sum[VECTORS] = {}, weighted_sum[VECTORS] = {};
+        for (int v = 0; v < VECTORS; v++) reference[v] = load<Floats>(unit.reference.data() + (vector + v) * WIDTH);
+        meet_all<VECTORS>(keys, first, last, query, query_scale, [&](int64_t key, int v, Floats score) {
+          const Floats mass = power(score - reference[v], Word());
+          sum[v] += mass * keys.count[key];
+          if (IS_WEIGHTED) weighted_sum[v] += mass * keys.weight[key];
+        });
+        Floats largest = sum[0];
+        for (int v = 1; v < VECTORS; v++) largest = maximum(largest, sum[v]);
+        for (int v = 0; v < VECTORS; v++) {
+          // Scores that are huge differ from their rounded maximum by more than a little.
+          if (is_again) sum[v] = sum[v] > POWER_SUM ? broadcast(POWER_SUM) : sum[v];
+          store(sums + v * stride + i * WIDTH, sum[v]);
+          if (IS_WEIGHTED) store(weighted + v * stride + i * WIDTH, weighted_sum[v]);
+        }
+        if (is_again || !any_above(largest, SUM_LIMIT)) break;
+        raise<VECTORS>(entries, keys, vector, i, unit);
+      }
+    }
+  }
+
+  // Lets queries whose sum of entry i is too large, and all of them at the first, refer to their largest score of it.
+  // A whole number, so that what was summed up before is scaled without rounding. It depends on no other query, nor on
+  // keys that the query block may not see.
+  template <int VECTORS>
+  __attribute__((noinline)) void raise(const Entries& entries, const Keys<Word>& keys, int vector, int64_t i,
+                                       Unit<Word>& unit) const {
+    const int entry = unit.entries[i];
+    const int64_t num_entries = (int64_t)unit.entries.size();
+    Floats maxima[VECTORS];
+    for (Floats& maximum : maxima) maximum = broadcast(-INFINITE);
+    meet_all<VECTORS>(keys, entries.first[entry], entries.first[entry + 1], unit.query.data() + vector * depth * WIDTH,
+                      unit.scale.data() + vector * WIDTH,
+                      [&](int64_t, int v, Floats score) { maxima[v] = maximum(score, maxima[v]); });
+    for (int v = 0; v < VECTORS; v++) {
+      if (entries.visible_from[entry] > unit.row_of[vector + v]) continue;
+      for (int lane = 0; lane < WIDTH; lane++) {
+        const int64_t row = (int64_t)(vector + v) * num_entries;
+        float* sums = unit.sums.data() + row * WIDTH + lane;
+        float& reference = unit.reference.data()[(vector + v) * WIDTH + lane];
+        if (i > 0 && !(sums[i * WIDTH] > SUM_LIMIT)) continue;
+        const float raised = std::ceil(std::min(maxima[v][lane], std::numeric_limits<float>::max()));
+        const float factor = std::exp2(reference - raised);
+        reference = raised;
+        for (int64_t before = 0; before < i; before++) {
+          sums[before * WIDTH] *= factor;
+          if (call.value_norms != nullptr) unit.weighted.data()[(row + before) * WIDTH + lane] *= factor;
+        }
+      }
+    }
+  }
+
+  // The masses of a query block, and its choice.
+  void finish_row(const Entries& entries, int64_t batch, int64_t head, int first_row, int row, Unit<Word>& unit) const {
+    const int64_t number = call.first_row + first_row + row;
+    const int64_t result = (batch * call.heads + head) * call.num_rows + first_row + row;
+    const int first_vector = row * row_vectors;
+    // Of blocks and of global tokens the query block sees the first ones.
+    const auto is_hidden = [&](int64_t value, int32_t entry) { return value < entries.visible_from[entry]; };
+    const auto begin = unit.entries.begin(), globals = begin + unit.num_blocks;
+    const int64_t blocks = std::upper_bound(begin, globals, number, is_hidden) - begin;
+    const int64_t end = std::upper_bound(globals, unit.entries.end(), number, is_hidden) - begin;
+    if (!weigh_voters(batch, head, first_row, row, blocks, end, unit)) return;
+    store_means(unit.sums.data(), first_vector, 0, blocks, unit, unit.shares.data());
+    store_means(unit.sums.data(), first_vector, unit.num_blocks, end, unit, unit.shares.data());
+    const float* shares = unit.shares.data();
+    const float* ranks = shares;
+    if (call.value_norms != nullptr) {
+      store_means(unit.weighted.data(), first_vector, 0, blocks, unit, unit.ranks.data());
+      ranks = unit.ranks.data();
+    }
+    if (call.share != nullptr)
+      for (int64_t i = 0; i < blocks; i++)
+        call.share[result * ((call.length + call.block_size - 1) / call.block_size) + unit.entries[i]] = shares[i];
+
+    // By what blocks are ranked: the bits of a positive float, then lower numbers first.
+    unit.ranking.resize(blocks);
+    int64_t candidates = 0;
+    const auto consider = [&](int64_t i) {
+      uint32_t bits;
+      std::memcpy(&bits, ranks + i, 4);
+      unit.ranking[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
+      candidates += ranks[i] > 0.0f;  // not NaN
+    };
+    const auto cover = [&](int64_t i) {
+      call.covered[result] += shares[i];
+      if (call.log_dropped != nullptr) take(i, first_vector, unit);
+    };
+    int64_t first_covered, last_covered;
+    covered(entries, number, first_covered, last_covered);
+    const int32_t* shared = call.shared_blocks + (batch * call.heads + head) * call.num_shared;
+    for (int64_t i = 0; i < blocks; i++) {
+      const int entry = unit.entries[i];
+      if ((entry >= first_covered && entry <= last_covered) ||
+          (call.num_shared > 0 && std::find(shared, shared + call.num_shared, entry) != shared + call.num_shared))
+        cover(i);
+      else
+        consider(i);
+    }
+    for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
+
+    const int64_t count = call.counts[result] = (int32_t)std::min(call.num_selected, candidates);
+    const auto ranking = unit.ranking.begin();
+    std::nth_element(ranking, ranking + count, ranking + candidates, std::greater<uint64_t>());
+    std::sort(ranking, ranking + count, std::greater<uint64_t>());
+    for (int64_t place = 0; place < count; place++) {
+      const int64_t i = (uint32_t)~ranking[place];
+      call.key_blocks[result * call.num_selected + place] = unit.entries[i];
+      call.mass[result * call.num_selected + place] = shares[i];
+      if (call.log_dropped != nullptr) take(i, first_vector, unit);
+    }
+    if (call.log_dropped != nullptr) store_dropped(batch, head, first_row, row, unit);
+  }
+
+  // Turns voters into what one unit of their sums adds to the mean; false if nobody votes.
+  bool weigh_voters(int64_t batch, int64_t head, int first_row, int row, int64_t blocks, int64_t end,
+                    Unit<Word>& unit) const {
+    const int first_vector = row * row_vectors, last_vector = first_vector + row_vectors;
+    const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
+    float num_voters = 0.0f;
+    for (int i = first_vector * WIDTH; i < last_vector * WIDTH; i++) num_voters += unit.voter.data()[i];
+    if (num_voters == 0.0f) return false;
+    for (int vector = first_vector; vector < last_vector; vector++) {
+      const float* sums = unit.sums.data() + vector * stride;
+      Floats total = rest(batch, head, first_row, row, vector, unit);
+      for (int64_t i = 0; i < blocks; i++) total += load<Floats>(sums + i * WIDTH);
+      for (int64_t i = unit.num_blocks; i < end; i++) total += load<Floats>(sums + i * WIDTH);
+      total = maximum(total, broadcast(std::numeric_limits<float>::min()));
+      store(unit.total.data() + vector * WIDTH, total);
+      float* voter = unit.voter.data() + vector * WIDTH;
+      store(voter, zero_unless(load<Floats>(voter) > 0.0f, load<Floats>(voter) / (total * num_voters)));
+    }
+    return true;
+  }
+
+  // The means over the queries of a query block of their sums, or weighted sums, of entries.
+  void store_means(const float* sums, int first_vector, int64_t first, int64_t end, const Unit<Word>& unit,
+                   float* means) const {
+    const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
+    for (int64_t i = first; i < end; i += WIDTH) {
+      // What lies behind the last entry is read, as there is room for it, and dropped.
+      Floats values[WIDTH] = {};
+      for (int vector = first_vector; vector < first_vector + row_vectors; vector++) {
+        const Floats voter = load<Floats>(unit.voter.data() + vector * WIDTH);
+        const float* of_vector = sums + vector * stride + i * WIDTH;
+#pragma GCC unroll 16
+        for (int entry = 0; entry < WIDTH; entry++) values[entry] += load<Floats>(of_vector + entry * WIDTH) * voter;
+      }
+      float lanes[WIDTH];
+      store(lanes, sums_of_lanes(values));
+      std::copy_n(lanes, std::min<int64_t>(WIDTH, end - i), means + i);
+    }
+  }
+
+  // Takes what queries find in entry i out of their totals.
+  void take(int64_t i, int first_vector, Unit<Word>& unit) const {
+    for (int vector = first_vector; vector < first_vector + row_vectors; vector++) {
+      float* total = unit.total.data() + vector * WIDTH;
+      store(total, load<Floats>(total) -
+                       load<Floats>(unit.sums.data() + (vector * (int64_t)unit.entries.size() + i) * WIDTH));
+    }
+  }
+
+  void store_dropped(int64_t batch, int64_t head, int first_row, int row, const Unit<Word>& unit) const {
+    const int64_t first = (first_row + row - call.is_causal) * call.query_block_size;
+    float* log_dropped = call.log_dropped + (batch * call.heads + head) * call.query_length;
+    for (int lane = 0; lane < call.query_block_size; lane++) {
+      const int64_t place = (int64_t)row * row_vectors * WIDTH + lane;
+      if (unit.voter.data()[place] > 0.0f && unit.total.data()[place] > 0.0f)
+        log_dropped[first + lane] = std::log(unit.total.data()[place]) + unit.reference.data()[place] * LN_2;
+    }
+  }
+
+  // What the queries of a vector find in no list, relative to their references.
+  Floats rest(int64_t batch, int64_t head, int first_row, int row, int vector, const Unit<Word>& unit) const {
+    float values[WIDTH] = {};
+    if (call.log_rest != nullptr)
+      for (int lane = 0; lane < WIDTH; lane++) {
+        if (unit.voter.data()[vector * WIDTH + lane] == 0.0f) continue;
+        const int64_t index = (first_row + row - call.is_causal) * call.query_block_size +
+                              (int64_t)(vector % row_vectors) * WIDTH + lane;
+        const float log_rest = call.log_rest[(batch * call.heads + head) * call.query_length + index];
+        const float power = log_rest * LOG2_E - unit.reference.data()[vector * WIDTH + lane];
+        values[lane] = std::exp2(std::min(power, POWER_LIMIT));
+      }
+    return load<Floats>(values);
+  }
+
+  // The first and the last block that the window covers for all queries of a query block.
+  void covered(const Entries& entries, int64_t row, int64_t& first, int64_t& last) const {
+    const int64_t size = call.block_size, start = row * call.query_block_size;
+    int64_t end = start + call.query_block_size - 1;
+    if (call.is_causal) {
+      last = start / size - 1;
+    } else {
+      end = std::min<int64_t>(end, entries.end - 1);
+      const int64_t reach = start + call.right;
+      last = reach >= entries.end - 1 ? entries.num_blocks - 1 : (reach + 1) / size - 1;
+    }
+    first = (std::max<int64_t>(end - call.left, 0) + size - 1) / size;
+  }
+};
+
+bool places_are_valid(const SelectArguments& call) {
+  if (call.places == nullptr) return true;
+  const int64_t place_size = call.block_size * call.blocks_per_place;
+  for (int64_t list = 0; list < call.batch * call.heads * call.num_lists; list++) {
+    if (call.place_counts[list] < 0 || call.place_counts[list] > call.max_places) return false;
+    for (int i = 0; i < call.place_counts[list]; i++) {
+      const int32_t place = call.places[list * call.max_places + i];
+      if (place < 0 || place * place_size >= call.length) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace adaptive
+
+extern "C" int32_t adaptive_select(const adaptive::SelectArguments* arguments) {
+  if (!adaptive::places_are_valid(*arguments)) return adaptive::BAD_LISTS;
+  try {
+    if (arguments->uses_bytes)
+      adaptive::Selection<int32_t>(*arguments).run();
+    else
+      adaptive::Selection<float>(*arguments).run();
+  } catch (const std::bad_alloc&) {
+    return adaptive::OUT_OF_MEMORY;
+  }
+  return adaptive::DONE;
+}
+
+extern "C" int64_t adaptive_select_arguments_size() { return sizeof(adaptive::SelectArguments); }
+
+extern "C" int32_t adaptive_select_has_bytes() { return adaptive::HAS_DOT_OF_BYTES; }

@@ -1,0 +1,361 @@
+"""The exact stage of the selection: every query of a block meets every key of its candidates.
+
+    p_ij = exp(scale q_i.k_j) / Z_i
+
+where Z_i sums over the keys of the candidate blocks, of the blocks that the window covers, and over
+global tokens; what a coarser stage dropped joins by its estimated mass. The mass of a block is the
+mean, over the queries that vote, of the sum of its p_ij. Padding and global tokens are in no block.
+
+Rows of at most `num_candidates` keys have all blocks as candidates. Longer ones go through the same
+stage with means of 16 keys first, which keeps the places that have the largest mass; it does so
+itself where the means are too many. That is O(length * num_candidates * log length) time and
+O(length) memory: only the scores of a chunk of queries are in memory, and in C++
+(csrc/cpu/select.cpp) none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
+from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
+
+# Keys of a place, at least, and the means that stand for them in the coarser stage.
+_KEYS_PER_PLACE, _MEANS_PER_PLACE = 64, 4
+# Queries that share their places, at least, where they may.
+_QUERIES_PER_LIST = 64
+# Scores in memory at a time, by device.
+_CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
+
+
+def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
+    """The blocks with the largest mass of every query block.
+
+    A block with a key that is not finite is never chosen and counts nowhere; a query block with
+    such a query among those that vote for it chooses nothing.
+
+    Args:
+        call: without places.
+        num_candidates: about how many keys a query meets, those of the window aside.
+        with_dropped: whether to return `log_dropped`.
+    """
+    if call.num_sequence_keys > num_candidates:
+        blocks_per_place = -(-_KEYS_PER_PLACE // call.keys_per_block)
+        num_places = max(1, num_candidates // (blocks_per_place * call.keys_per_block))
+        rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
+        coarse = _coarser(call, blocks_per_place, num_places, rows_per_list)
+        kept = exact_choice(coarse, num_candidates, with_dropped=True)
+        places = (kept.key_blocks, kept.counts, blocks_per_place, rows_per_list, kept.log_dropped)
+        call = replace(call, places=Places(*places))
+    if can_select(call):
+        return compiled_choice(call, with_dropped=with_dropped)
+    return torch_choice(call, with_dropped=with_dropped)
+
+
+def _coarser(
+    call: ExactCall, blocks_per_place: int, num_places: int, rows_per_list: int
+) -> ExactCall:
+    """The call whose blocks are places and whose keys are means of keys."""
+    keys = call.num_sequence_keys
+    run = blocks_per_place * call.keys_per_block // _MEANS_PER_PLACE
+    key = call.key[:, :, :keys].to(call.dtype)
+    if call.key_counts is None:
+        counts = key.new_ones(1, keys)
+    else:
+        counts = call.key_counts[:, :keys].to(call.dtype)
+        key = key.masked_fill((counts == 0)[:, None, :, None], 0.0)
+        if call.tokens_per_key > 1:
+            key = key * counts[:, None, :, None]
+    filler = -keys % run
+    if filler:
+        key = F.pad(key, (0, 0, 0, filler))
+    counts = F.pad(counts, (0, filler)).unflatten(1, (-1, run)).sum(dim=-1)
+    means = key.unflatten(2, (-1, run)).sum(dim=3) / counts.clamp(min=1)[:, None, :, None]
+    global_keys = None
+    if call.global_positions is not None:
+        index = call.global_positions if call.global_keys is None else call.global_keys
+        picked = call.key.take_along_dim(
+            index.clamp(max=call.key.shape[2] - 1)[:, None, :, None], dim=2
+        )
+        global_keys = torch.arange(index.shape[1], device=index.device) + means.shape[2]
+        global_keys = global_keys.expand_as(index)
+        means = torch.cat([means, picked.to(means.dtype)], dim=2)
+        counts = F.pad(counts, (0, index.shape[1]))
+    return replace(
+        call,
+        key=means.to(call.key.dtype),
+        num_blocks=num_places,
+        block_size=blocks_per_place * call.block_size,
+        query_block_size=rows_per_list * call.query_block_size,
+        key_counts=counts.expand(call.key.shape[0], -1),
+        global_keys=global_keys,
+        value_norms=None,
+        tokens_per_key=call.tokens_per_key * run,
+        shared_blocks=None,
+    )
+
+
+def torch_choice(
+    call: ExactCall, with_share: bool = False, with_dropped: bool = False
+) -> ExactChoice:
+    """The choice in PyTorch, on any device and in any type of float.
+
+    Args:
+        call: with the places of a coarser stage, if there was one.
+        with_share, with_dropped: what else to return.
+    """
+    result = empty_choice(call, with_share, with_dropped)
+    for batch in range(call.query.shape[0]):
+        row = _Row(call, batch)
+        for heads, rows in row.chunks():
+            row.choose(heads, rows, ExactChoice(*(tensor[batch] for tensor in result)))
+    return result
+
+
+class _Row:
+    """One batch row. Tensors are [heads, rows, ...], chunks of heads and query blocks."""
+
+    def __init__(self, call: ExactCall, batch: int) -> None:
+        self.call, self.batch = call, batch
+        self.shared_heads = call.query.shape[1] // call.key.shape[1]
+        self.device = call.query.device
+        self.end = torch.tensor(call.length, device=self.device)
+        if call.ends is not None and not call.is_causal:
+            self.end = call.ends[batch]
+        size, num_keys = call.keys_per_block, call.num_sequence_keys
+        filler = (0, -num_keys % size)
+        counts = call.key.new_ones(num_keys, dtype=call.dtype)
+        if call.key_counts is not None:
+            counts = call.key_counts[batch, :num_keys].to(call.dtype)
+        counts = F.pad(counts, filler).unflatten(0, (-1, size))  # [blocks, keys]
+        key = F.pad(call.key[batch, :, :num_keys].to(call.dtype), (0, 0, *filler))
+        key = key.unflatten(1, (-1, size))  # [key_heads, blocks, keys, head_dim]
+        key = key.masked_fill((counts == 0)[..., None], 0.0)
+        is_finite = key.isfinite().flatten(2).all(dim=-1)  # [key_heads, blocks]
+        self.key = key.masked_fill(~is_finite[..., None, None], 0.0)
+        self.log_counts = counts.masked_fill(~is_finite[..., None], 0.0).log()
+        self.norms = None
+        if call.value_norms is not None:
+            norms = F.pad(call.value_norms[batch, :, :num_keys].to(call.dtype), filler)
+            norms = norms.unflatten(1, (-1, size))
+            self.norms = norms.masked_fill(self.log_counts == -torch.inf, 0.0)
+
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Ranges of key heads and of query blocks whose scores fit in memory."""
+        call = self.call
+        num_keys = self.width * call.keys_per_block
+        per_row = call.query_block_size * num_keys
+        if call.places is not None:
+            per_row = max(per_row, num_keys * call.key.shape[3])  # gathered keys
+        limit = _CHUNK_SCORES.get(self.device.type, 2**21)
+        per_row = max(per_row * self.shared_heads, 1)
+        rows = min(max(1, limit // per_row), max(call.num_rows, 1))
+        heads = max(1, limit // (per_row * rows))
+        for head in range(0, call.key.shape[1], heads):
+            for row in range(0, call.num_rows, rows):
+                yield (
+                    slice(head, min(head + heads, call.key.shape[1])),
+                    slice(row, min(row + rows, call.num_rows)),
+                )
+
+    @property
+    def width(self) -> int:
+        """Candidates of a query block, at most."""
+        call = self.call
+        if call.places is None:
+            return call.num_key_blocks
+        return call.places.numbers.shape[-1] * call.places.blocks_per_place + self.near_width
+
+    @property
+    def near_width(self) -> int:
+        """Blocks that are candidates beside those of places, at most."""
+        call = self.call
+        assert call.places is not None
+        reach = call.left + call.right + call.query_block_size * call.places.rows_per_list
+        width = reach // call.block_size + 2 + call.places.blocks_per_place
+        return min(width, call.num_key_blocks)
+
+    def choose(self, key_heads: slice, rows: slice, result: ExactChoice) -> None:
+        """Fills in the results of some query blocks."""
+        call = self.call
+        heads = slice(key_heads.start * self.shared_heads, key_heads.stop * self.shared_heads)
+        query, is_voter, is_valid = self._queries(heads, rows)
+        numbers = torch.arange(rows.start, rows.stop, device=self.device) + call.first_row
+        blocks = self._candidates(heads, rows, numbers)
+        scores, norms = self._scores(query, key_heads, blocks)
+        if call.is_causal:
+            is_seen = (blocks + 1) * call.block_size <= numbers[:, None] * call.query_block_size
+            scores = scores.masked_fill(~is_seen[:, :, None, :, None], -torch.inf)
+        others = self._others(query, heads, rows, numbers)  # [heads, rows, queries, globals + 1]
+        peak = others.amax(dim=-1)
+        if scores.shape[3]:
+            peak = torch.maximum(scores.flatten(3).amax(dim=-1), peak)
+        peak = peak.clamp(min=torch.finfo(scores.dtype).min)
+        weights = (scores - peak[..., None, None]).exp()
+        other_weights = (others - peak[..., None]).exp()
+        sums = weights.sum(dim=-1)  # [heads, rows, queries, blocks]
+        total = sums.sum(dim=-1) + other_weights.sum(dim=-1)
+        voters = is_voter / is_voter.sum(dim=-1, keepdim=True).clamp(min=1)
+        factor = voters / total.clamp(min=torch.finfo(scores.dtype).tiny)
+        factor = factor.masked_fill(~is_valid[..., None], 0.0)[:, :, None]  # [h, rows, 1, queries]
+        share = (factor @ sums)[:, :, 0]  # [heads, rows, blocks]
+        rank = share
+        if norms is not None:
+            rank = (factor @ (weights * norms).sum(dim=-1))[:, :, 0]
+        of_globals = (factor @ other_weights[..., :-1])[:, :, 0].sum(dim=-1)
+
+        is_covered = self._covered(blocks, numbers, heads)
+        result.covered[heads, rows] = of_globals + (share * is_covered).sum(dim=-1)
+        if result.share.shape[-1]:
+            found = share.new_zeros(*share.shape[:2], call.num_key_blocks + 1)
+            found.scatter_(-1, blocks.expand_as(share), share)
+            result.share[heads, rows] = found[..., :-1]
+        is_open = ~is_covered & (rank > 0)  # also False for NaN
+        rank, order = rank.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
+        order, is_chosen = order[..., : call.num_blocks], rank[..., : call.num_blocks] > 0
+        found = slice(0, order.shape[-1])
+        key_blocks = blocks.expand_as(share).gather(-1, order).where(is_chosen, 0)
+        result.key_blocks[heads, rows, found] = key_blocks.int()
+        result.mass[heads, rows, found] = share.gather(-1, order).masked_fill(~is_chosen, 0.0)
+        result.counts[heads, rows] = is_chosen.sum(dim=-1).int()
+        if result.log_dropped.shape[-1]:
+            is_kept = is_covered.expand_as(share).scatter(-1, order, is_chosen)
+            is_kept = is_kept | is_covered
+            dropped = (sums * ~is_kept[:, :, None]).sum(dim=-1) + other_weights[..., -1]
+            dropped = (dropped.log() + peak).masked_fill(~is_valid[..., None], -torch.inf)
+            self._store_dropped(heads, rows, dropped.masked_fill(is_voter == 0, -torch.inf), result)
+
+    def _voters_of(self, rows: slice) -> torch.Tensor:
+        """Which of the queries given vote for query blocks, in order; some are outside."""
+        first = (rows.start - self.call.is_causal) * self.call.query_block_size
+        count = (rows.stop - rows.start) * self.call.query_block_size
+        return torch.arange(first, first + count, device=self.device)
+
+    def _queries(
+        self, heads: slice, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The queries that vote [heads, rows, queries, head_dim], scaled; which of them do [rows,
+        queries]; and the query blocks [heads, rows] for which only finite ones do.
+        """
+        call, size = self.call, self.call.query_block_size
+        index = self._voters_of(rows)
+        is_voter = (index >= 0) & (index < call.query.shape[2])
+        index = index.clamp(0, call.query.shape[2] - 1)
+        if call.voters is not None:
+            is_voter = is_voter & call.voters[self.batch, index + call.length - call.query.shape[2]]
+        query = call.query[self.batch, heads].index_select(1, index).to(call.dtype) * call.scale
+        query = query.masked_fill(~is_voter[:, None], 0.0).unflatten(1, (-1, size))
+        is_valid = query.isfinite().flatten(2).all(dim=-1)
+        query = query.masked_fill(~is_valid[..., None, None], 0.0)
+        return query, is_voter.unflatten(0, (-1, size)).to(call.dtype), is_valid
+
+    def _candidates(self, heads: slice, rows: slice, numbers: torch.Tensor) -> torch.Tensor:
+        """Blocks, ascending: int64 [heads or 1, rows or 1, any]; `num_key_blocks` is none."""
+        call, places, nothing = self.call, self.call.places, self.call.num_key_blocks
+        if places is None:
+            return torch.arange(nothing, device=self.device).view(1, 1, -1)
+        width, step = places.blocks_per_place, places.rows_per_list
+        index = torch.arange(rows.start, rows.stop, device=self.device) // step
+        first_of_list = index * step + call.first_row
+        last_of_list = (first_of_list + step - 1).clamp(max=call.first_row + call.num_rows - 1)
+        near, near_end = self._covered_range(first_of_list)[0], self._covered_range(last_of_list)[1]
+        near_end = near_end + 1
+        if call.is_causal:
+            # No place that the query block begins in was a choice.
+            place_size = call.block_size * width
+            near = torch.minimum(near, numbers * call.query_block_size // place_size * width)
+        near = torch.minimum(near, near_end)[:, None]
+        place = places.numbers[self.batch, heads, index].long()[..., None]
+        is_place = torch.arange(place.shape[-2], device=self.device)
+        is_place = is_place < places.counts[self.batch, heads, index, None]
+        blocks = (place * width + torch.arange(width, device=self.device)).flatten(-2)
+        is_far = (blocks < near) | (blocks >= near_end[:, None])
+        is_far = is_far & is_place.repeat_interleave(width, dim=-1) & (blocks < nothing)
+        near_blocks = near + torch.arange(self.near_width, device=self.device)
+        is_near = (near_blocks < near_end[:, None]) & (near_blocks < nothing)
+        near_blocks = near_blocks.where(is_near, nothing).expand(blocks.shape[0], -1, -1)
+        return torch.cat([blocks.where(is_far, nothing), near_blocks], dim=-1).sort(dim=-1).values
+
+    def _scores(
+        self, query: torch.Tensor, key_heads: slice, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores of candidates, with the logarithms of counts, [heads, rows, queries, blocks,
+        keys]; and the norms of the values, which broadcast to them.
+        """
+        call = self.call
+        key, log_counts = self.key[key_heads], self.log_counts[key_heads]
+        norms = None if self.norms is None else self.norms[key_heads]
+        if call.places is None:
+            of_key_head = query.unflatten(0, (-1, self.shared_heads)).flatten(1, 3)
+            scores = (of_key_head @ key.flatten(1, 2).mT).unflatten(-1, key.shape[1:3])
+            scores = scores + log_counts[:, None]
+            scores = scores.unflatten(1, (self.shared_heads, *query.shape[1:3])).flatten(0, 1)
+            if norms is not None:
+                norms = norms.repeat_interleave(self.shared_heads, dim=0)[:, None, None]
+            return scores, norms
+        head = torch.arange(key.shape[0], device=self.device)
+        head = head.repeat_interleave(self.shared_heads)[:, None, None]
+        index = blocks.clamp(max=call.num_key_blocks - 1)
+        log_counts = log_counts[head, index]
+        log_counts = log_counts.masked_fill((blocks == call.num_key_blocks)[..., None], -torch.inf)
+        scores = query @ key[head, index].flatten(2, 3).mT
+        scores = scores.unflatten(-1, log_counts.shape[2:]) + log_counts[:, :, None]
+        return scores, None if norms is None else norms[head, index][:, :, None]
+
+    def _others(
+        self, query: torch.Tensor, heads: slice, rows: slice, numbers: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores of global tokens, and at the end the logarithm of what is in no place."""
+        call = self.call
+        scores = query.new_full((*query.shape[:3], 1), -torch.inf)
+        if call.places is not None:
+            rest = call.places.log_rest[self.batch, heads].to(call.dtype)
+            index = self._voters_of(rows)
+            is_inside = (index >= 0) & (index < rest.shape[1])
+            rest = rest[:, index.clamp(0, rest.shape[1] - 1)].masked_fill(~is_inside, -torch.inf)
+            scores = rest.view_as(scores)
+        if call.global_positions is None:
+            return scores
+        positions = call.global_positions[self.batch]
+        index = positions if call.global_keys is None else call.global_keys[self.batch]
+        keys = call.key[self.batch, :, index.clamp(max=call.key.shape[2] - 1)].to(call.dtype)
+        is_seen = positions < call.length
+        if call.is_causal:
+            is_seen = is_seen & (positions < numbers[:, None, None] * call.query_block_size)
+        keys = keys.repeat_interleave(self.shared_heads, dim=0)[heads]  # [heads, globals, head_dim]
+        is_finite = keys.isfinite().all(dim=-1)  # [heads, globals]
+        keys = keys.masked_fill(~is_finite[..., None], 0.0)
+        of_globals = (query.flatten(1, 2) @ keys.mT).view(*query.shape[:3], -1)
+        is_seen = is_seen & is_finite[:, None, None]
+        return torch.cat([of_globals.masked_fill(~is_seen, -torch.inf), scores], dim=-1)
+
+    def _covered_range(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and last block that the window covers for all queries of each query block."""
+        call, size = self.call, self.call.block_size
+        start = numbers * call.query_block_size
+        last_query = start + call.query_block_size - 1
+        if call.is_causal:
+            last = start // size - 1
+        else:
+            last_query = last_query.clamp(max=self.end - 1)
+            reach = start + call.right
+            last = ((reach + 1) // size - 1).where(reach < self.end - 1, call.num_key_blocks - 1)
+        return ((last_query - call.left).clamp(min=0) + size - 1) // size, last
+
+    def _covered(self, blocks: torch.Tensor, numbers: torch.Tensor, heads: slice) -> torch.Tensor:
+        """Which blocks are read anyway: what the window covers, and shared ones."""
+        first, last = self._covered_range(numbers)
+        is_covered = (blocks >= first[:, None]) & (blocks <= last[:, None])
+        if self.call.shared_blocks is not None:
+            shared = self.call.shared_blocks[self.batch, heads]
+            is_covered = is_covered | (blocks[..., None] == shared[:, None, None]).any(dim=-1)
+        return is_covered
+
+    def _store_dropped(
+        self, heads: slice, rows: slice, dropped: torch.Tensor, result: ExactChoice
+    ) -> None:
+        index = self._voters_of(rows)
+        is_inside = (index >= 0) & (index < result.log_dropped.shape[1])
+        result.log_dropped[heads, index[is_inside]] = dropped.flatten(1)[:, is_inside]

@@ -1,0 +1,150 @@
+"""What the exact stage of the selection is asked, and what it answers."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Places(NamedTuple):
+    """What a coarser stage kept: places whose blocks are the candidates of some query blocks in a
+    row, beside those near them: from the first to the last one that the window covers for any of
+    them and, under causality, from the place that they begin in.
+
+    Attributes:
+        numbers: int32 [batch, heads, lists, width], in any order, none twice; anything beyond the
+            count.
+        counts: int32 [batch, heads, lists].
+        blocks_per_place: blocks of a place.
+        rows_per_list: query blocks that share a list; 1 under causality, where the list of later
+            ones would tell earlier ones about them.
+        log_rest: float [batch, heads, query_length], the logarithm of the mass, as a sum of
+            exp(scale q.k), that a query leaves in no place; -inf for none.
+    """
+
+    numbers: torch.Tensor
+    counts: torch.Tensor
+    blocks_per_place: int
+    rows_per_list: int
+    log_rest: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExactCall:
+    """One call of the exact stage.
+
+    Attributes:
+        query: [batch, heads, query_length, head_dim], the last ones of the sequence, from the start
+            of a query block on.
+        key: [batch, key_heads, num_keys, head_dim], key_heads a divisor of heads: those of the
+            sequence, behind them any others that `global_keys` names.
+        length: tokens of the sequence.
+        left, right: tokens that the window reaches to either side.
+        num_blocks: blocks chosen per query block, at most.
+        block_size, query_block_size: tokens.
+        voters: bool [batch, length], the tokens that vote; None: all.
+        key_counts: float [batch, num_keys], of tokens that a key stands for; 0 for what is in no
+            block, as padding and global tokens. None: 1.
+        ends: int64 [batch], one more than the last token that is not padding; None: `length`.
+        global_positions: int64 [batch, global tokens], ascending, filled up with `length`; None:
+            there are none.
+        global_keys: int64, shape of global_positions, the key of each; None: that of its position.
+        is_causal: a block is chosen only if it ends before the query block begins, and by the
+            queries of the query block before.
+        scale: factor of the scores.
+        value_norms: float [batch, key_heads, num_keys], what a key's mass counts when blocks are
+            ranked; None: 1.
+        tokens_per_key: how many tokens in a row a key stands for, a divisor of block_size.
+        places: None: all blocks are candidates.
+        shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
+            anyway; -1 for none. None: there are none.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    length: int
+    left: int
+    right: int
+    num_blocks: int
+    block_size: int
+    query_block_size: int
+    voters: torch.Tensor | None = None
+    key_counts: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    global_positions: torch.Tensor | None = None
+    global_keys: torch.Tensor | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    value_norms: torch.Tensor | None = None
+    tokens_per_key: int = 1
+    places: Places | None = None
+    shared_blocks: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Query blocks of `query`."""
+        return -(-self.query.shape[2] // self.query_block_size)
+
+    @property
+    def first_row(self) -> int:
+        """Query blocks of the sequence before those of `query`."""
+        return (self.length - self.query.shape[2]) // self.query_block_size
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Blocks of the sequence."""
+        return -(-self.length // self.block_size)
+
+    @property
+    def num_sequence_keys(self) -> int:
+        """Keys of the sequence."""
+        return -(-self.length // self.tokens_per_key)
+
+    @property
+    def keys_per_block(self) -> int:
+        """Keys of a block."""
+        return self.block_size // self.tokens_per_key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of masses."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+
+class ExactChoice(NamedTuple):
+    """What query blocks chose, best first; of blocks of the same rank the first one first.
+
+    Attributes:
+        key_blocks: int32 [batch, heads, query_blocks, num_blocks]; 0 beyond the count.
+        counts: int32 [batch, heads, query_blocks].
+        mass: float, shape of key_blocks; 0 beyond the count.
+        covered: float [batch, heads, query_blocks], the mass of what is read anyway: global tokens,
+            shared blocks and those that the window covers.
+        share: float [batch, heads, query_blocks, blocks], the mass of every block; without
+            blocks unless asked for.
+        log_dropped: float [batch, heads, query_length], the logarithm of the mass, as a sum of
+            exp(scale q.k), that a query leaves neither chosen nor covered, -inf for one that does
+            not vote; without queries unless asked for.
+    """
+
+    key_blocks: torch.Tensor
+    counts: torch.Tensor
+    mass: torch.Tensor
+    covered: torch.Tensor
+    share: torch.Tensor
+    log_dropped: torch.Tensor
+
+
+def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> ExactChoice:
+    """Nothing is chosen."""
+    batch, heads, length = call.query.shape[:3]
+    shape = (batch, heads, call.num_rows)
+    new = call.query.new_zeros
+    return ExactChoice(
+        new(*shape, call.num_blocks, dtype=torch.int32),
+        new(*shape, dtype=torch.int32),
+        new(*shape, call.num_blocks, dtype=call.dtype),
+        new(*shape, dtype=call.dtype),
+        new(*shape, call.num_key_blocks if with_share else 0, dtype=call.dtype),
+        new(batch, heads, length if with_dropped else 0, dtype=call.dtype).fill_(-torch.inf),
+    )

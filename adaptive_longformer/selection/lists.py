@@ -1,0 +1,94 @@
+"""The lists of key blocks that the attention reads: of the window, and the chosen ones."""
+
+import torch
+
+from adaptive_longformer.patterns.block_layout import (
+    BlockLayout,
+    EntryFlag,
+    known_right,
+    window_entries,
+)
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import SelectedBlocks
+
+_SELECTED, _FULL = int(EntryFlag.SELECTED), int(EntryFlag.FULL)
+
+
+def selection_layout(
+    selected: SelectedBlocks,
+    window: SlidingWindow,
+    length: int,
+    options: SelectionOptions,
+    rank_limit: torch.Tensor | None = None,
+    reach: torch.Tensor | None = None,
+) -> tuple[BlockLayout, torch.Tensor]:
+    """The layout of the window and the chosen blocks.
+
+    Args:
+        selected: the result of `select_blocks`.
+        window: the window it was called with.
+        length: tokens per row.
+        options: the options it was called with.
+        rank_limit: int [heads], entries beyond this rank leave the list; None: none do.
+        reach: int64 [heads], window entries whose keys are all further from the queries leave the
+            list; None: none do.
+
+    Returns:
+        The layout, its lists the window's entries, then the chosen blocks best first, then the
+        blocks chosen for the whole row; and slots, int64 in the shape of its key_blocks: which
+        chosen block an entry is, 0 for the best, num_blocks and up for those of the whole row, -1
+        for the window and the filling.
+    """
+    device = selected.key_blocks.device
+    query_size, key_size = options.query_block_size, options.block_size
+    near_blocks, near_flags = window_entries(
+        window, length, query_size, key_size, device, reach
+    )  # [heads or 1, query_blocks, width]
+    batch, heads, rows, num_ranked = selected.key_blocks.shape
+    rank = torch.arange(num_ranked, device=device)
+    counts = selected.counts
+    if rank_limit is not None:
+        counts = torch.minimum(counts, rank_limit[:, None].to(counts.dtype))
+    far, far_counts = selected.key_blocks, counts
+    far_slots = rank.expand_as(far)
+    if selected.global_blocks.shape[-1]:
+        shared = selected.global_blocks[:, :, None].expand(-1, -1, rows, -1)
+        shared_slots = torch.arange(shared.shape[-1], device=device) + num_ranked
+        used = torch.cat([rank < counts[..., None], selected.global_open], dim=-1)
+        order = torch.argsort(used.int(), dim=-1, descending=True, stable=True)
+        far = torch.cat([far, shared], dim=-1).gather(-1, order)
+        far_slots = torch.cat([far_slots, shared_slots.expand_as(shared)], dim=-1)
+        far_slots = far_slots.gather(-1, order)
+        far_counts = used.sum(dim=-1, dtype=torch.int32)
+
+    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [..., query_blocks, 1]
+    position = torch.arange(near_blocks.shape[-1] + far.shape[-1], device=device)
+    is_near = position < near_counts  # [heads or 1, query_blocks, entries]
+    counts = near_counts[..., 0] + far_counts
+    used = position < counts[..., None]
+    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(*near_blocks.shape[:2], -1)
+    far_index = (position - near_counts).clamp(0, far.shape[-1] - 1)
+    far_index = far_index.expand(batch, heads, -1, -1)
+    key_blocks = torch.where(is_near, near_blocks.gather(-1, near_index), 0)
+    key_blocks = torch.where(is_near, key_blocks, far.gather(-1, far_index))
+    key_blocks = torch.where(used, key_blocks, 0).int()
+    assert window.right is not None
+    start = torch.arange(rows, device=device)[:, None] * query_size
+    first = key_blocks * key_size
+    is_outside = (first + key_size - 1 < start - window.left) | (
+        first > start + query_size - 1 + window.right
+    )
+    far_flags = torch.where(is_outside, _SELECTED | _FULL, _SELECTED)
+    flags = torch.where(is_near, near_flags.gather(-1, near_index), far_flags)
+    slots = torch.where(is_near | ~used, -1, far_slots.gather(-1, far_index))
+    layout = BlockLayout(
+        key_blocks=key_blocks,
+        counts=counts.int(),
+        flags=torch.where(used, flags, 0).int(),
+        query_block_size=query_size,
+        key_block_size=key_size,
+        length=length,
+        window=window,
+    )
+    return known_right(layout), slots

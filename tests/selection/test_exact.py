@@ -1,0 +1,376 @@
+import ctypes
+import os
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from calls import pairwise, readable, skip_without_cpp_compiler
+
+from adaptive_longformer.attention.kernels.build import SOURCES
+from adaptive_longformer.selection.compiled_select import compiled_choice
+from adaptive_longformer.selection.exact import exact_choice, torch_choice
+from adaptive_longformer.selection.exact_call import ExactCall
+from adaptive_longformer.selection.exact_reference import reference_masses
+from adaptive_longformer.testing import use_library
+
+GRID = {
+    "is_causal": [False, True],
+    "masks": ["none", "right", "holes", "global", "both"],
+    "sizes": [(16, 16), (16, 64), (64, 16), (32, 24), (64, 64), (8, 128)],
+    "length": [1, 31, 64, 203, 257],
+    "window": [(8, 8), (40, 12), (1000, 1000)],
+    "key_heads": [1, 2, 4],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    "head_dim": [6, 20, 64],
+    "is_weighted": [False, True],
+    "shared": [False, True],
+}
+# How far masses may be from the definition: sums of float32, and rounding to bytes.
+FLOAT, BYTES = 2e-6, 1e-2
+
+
+def make_call(options, num_blocks=3, batch=2, heads=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    length, dtype = options["length"], options.get("dtype", torch.float32)
+    is_causal, masks = options.get("is_causal", False), options.get("masks", "none")
+    head_dim, key_heads = options.get("head_dim", 16), options.get("key_heads", 2)
+    query = torch.randn(batch, heads, length, head_dim, generator=generator) * 2
+    key = torch.randn(batch, key_heads, length, head_dim, generator=generator)
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    is_global = torch.zeros(batch, length, dtype=torch.bool)
+    if masks in ("right", "both"):
+        valid[-1, length - length // 3 :] = False
+    if masks in ("holes", "both"):
+        valid[0, length // 2 : length // 2 + 20] = False
+    if masks in ("global", "both"):
+        is_global[:, 0] = True
+        is_global[0, 40:60] = True
+    is_global &= valid
+    members = valid & ~is_global
+    slots = torch.arange(length).expand(batch, -1).where(is_global, length).sort(dim=-1).values
+    query_block_size, block_size = options.get("sizes", (16, 16))
+    left, right = options.get("window", (8, 8))
+    shared = None
+    if options.get("shared"):
+        shared = torch.tensor([1, -1, 3]).expand(batch, heads, -1)
+    norms = torch.rand(batch, key_heads, length, generator=generator) + 0.1
+    return ExactCall(
+        query.to(dtype),
+        key.to(dtype),
+        length,
+        left,
+        0 if is_causal else right,
+        num_blocks,
+        block_size,
+        query_block_size,
+        voters=members,
+        key_counts=members.float(),
+        ends=(valid * torch.arange(1, length + 1)).amax(dim=1),
+        global_positions=slots[:, : int(is_global.sum(dim=1).max())],
+        is_causal=is_causal,
+        scale=head_dim**-0.5,
+        value_norms=norms if options.get("is_weighted") else None,
+        shared_blocks=shared,
+    )
+
+
+def compare(call, choice, tolerance):
+    """With the definition: all masses, and that no better block was left."""
+    for batch in range(call.query.shape[0]):
+        for head in range(call.query.shape[1]):
+            for row in range(call.num_rows):
+                mass, rank, covered = reference_masses(call, batch, head, row)
+                at = (batch, head, row)
+                share = choice.share[at]
+                for block, expected in mass.items():
+                    assert float(share[block]) == pytest.approx(expected, abs=tolerance)
+                if any(mass.values()):
+                    assert float(choice.covered[at]) == pytest.approx(covered, abs=tolerance)
+                count = int(choice.counts[at])
+                chosen = choice.key_blocks[at][:count].tolist()
+                assert len(set(chosen)) == count <= call.num_blocks
+                best = sorted(rank, key=lambda block: -rank[block])
+                # Of the smallest masses nothing is left in float32.
+                num_large, num_open = sum(v > 1e-30 for v in rank.values()), len(rank)
+                assert min(call.num_blocks, num_large) <= count <= min(call.num_blocks, num_open)
+                for place, block in enumerate(chosen):
+                    assert rank[block] == pytest.approx(rank[best[place]], abs=tolerance)
+                assert choice.mass[at][:count].tolist() == share[chosen].tolist()
+                assert not choice.mass[at][count:].any()
+                assert not choice.key_blocks[at][count:].any()
+
+
+def all_choices(call):
+    """By what they are computed with, and how exact they are."""
+    yield "torch", torch_choice(call, with_share=True, with_dropped=True), FLOAT
+    if call.query.dtype != torch.float64:
+        skip_without_cpp_compiler()
+        yield "floats", compiled_choice(call, False, True, True), FLOAT
+        yield "bytes", compiled_choice(call, True, True, True), BYTES
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("options", pairwise(GRID), ids=readable)
+def test_choices_match_definition(options):
+    call = make_call(options)
+    for _, choice, tolerance in all_choices(call):
+        compare(call, choice, tolerance)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("masks", ["none", "both"])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 16), (16, 64), (32, 24), (64, 128)])
+def test_two_stages_match_definition(sizes, masks, is_causal):
+    """Every stage is what the definition says about what the stage before kept."""
+    call = make_call(
+        {"sizes": sizes, "masks": masks, "is_causal": is_causal, "length": 450, "key_heads": 2},
+        batch=1,
+        heads=2,
+    )
+    calls = []
+
+    def keep(call, **options):
+        calls.append(call)
+        return torch_choice(call, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptive_longformer.selection.exact.can_select", lambda call: False)
+        patch.setattr("adaptive_longformer.selection.exact.torch_choice", keep)
+        exact_choice(call, num_candidates=128)
+    coarse, fine = calls
+    assert coarse.tokens_per_key >= 16 and fine.places is not None
+    assert (fine.places.counts > 0).any()
+    for step in calls:
+        choices = {name: choice for name, choice, _ in all_choices(step)}
+        compare(step, choices["torch"], FLOAT)
+        compare(step, choices["floats"], FLOAT)
+        compare(step, choices["bytes"], BYTES)
+        dropped = choices["torch"].log_dropped
+        is_large = dropped > 0.0  # the library takes what is kept out of a sum
+        torch.testing.assert_close(
+            choices["floats"].log_dropped[is_large], dropped[is_large], atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_many_stages_drop_little_of_what_is_large(is_causal):
+    call = make_call({"length": 4000, "is_causal": is_causal}, num_blocks=1, batch=1, heads=2)
+    # One block of each row's keys fits its queries, and nothing else does.
+    target = (torch.arange(4000) // 64) * 7 % 62
+    call.key.mul_(0.1)
+    directions = torch.randn(62, 16, generator=torch.Generator().manual_seed(1))
+    directions = directions / directions.norm(dim=-1, keepdim=True) * 8
+    call.key[:] += directions[(torch.arange(4000) // 64).clamp(max=61)]
+    call.query[:] = directions[target]
+    every = exact_choice(call, num_candidates=4000)
+    few = exact_choice(call, num_candidates=256)
+    is_clear = every.mass[..., 0] > 0.2  # not covered by the window
+    assert is_clear.float().mean() > 0.4
+    assert (every.key_blocks == few.key_blocks)[is_clear].float().mean() > 0.97
+
+
+def test_enough_candidates_change_nothing():
+    call = make_call({"length": 500, "masks": "both"})
+    assert equal(exact_choice(call, 500), exact_choice(call, 10**6))
+
+
+@pytest.mark.parametrize("uses_bytes", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_two_threads_choose_what_one_does(is_causal, uses_bytes):
+    skip_without_cpp_compiler()
+    call = make_call({"length": 300, "masks": "both", "is_causal": is_causal, "is_weighted": True})
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(compiled_choice(call, uses_bytes, True, True))
+    finally:
+        torch.set_num_threads(before)
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("num_candidates", [128, 1000])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 16), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_queries_choose_what_all_of_them_do(dtype, sizes, num_candidates):
+    """As in cached decoding: those of the block before, and the first of the block."""
+    whole = make_call(
+        {"length": 777, "sizes": sizes, "masks": "global", "is_causal": True, "dtype": dtype}
+    )
+    size = sizes[0]
+    expected = exact_choice(whole, num_candidates)
+    for row in range(1, whole.num_rows):
+        start, end = (row - 1) * size, row * size + 1
+        assert whole.voters is not None and whole.key_counts is not None
+        last = replace(
+            whole,
+            query=whole.query[:, :, start:end],
+            key=whole.key[:, :, :end],
+            length=end,
+            voters=whole.voters[:, :end],
+            key_counts=whole.key_counts[:, :end],
+            global_positions=whole.global_positions.clamp(max=end),
+        )
+        actual = exact_choice(last, num_candidates)
+        assert torch.equal(actual.key_blocks[:, :, 1], expected.key_blocks[:, :, row])
+        assert torch.equal(actual.counts[:, :, 1], expected.counts[:, :, row])
+
+
+@pytest.mark.parametrize("num_candidates", [128, 1000])
+def test_later_tokens_change_no_earlier_choice(num_candidates):
+    call = make_call({"length": 600, "is_causal": True})
+    before = exact_choice(call, num_candidates)
+    call.query[:, :, 320:] = 30.0
+    call.key[:, :, 320:] = torch.nan
+    after = exact_choice(call, num_candidates)
+    for old, new in zip(before[:4], after[:4], strict=True):
+        assert torch.equal(old[:, :, :21], new[:, :, :21])
+    assert not torch.equal(before.mass, after.mass)
+
+
+@pytest.mark.parametrize("num_candidates", [128, 1000])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (32, 24)])
+def test_padding_behind_changes_nothing(sizes, num_candidates):
+    call = make_call({"length": 400, "sizes": sizes})
+    expected = exact_choice(call, num_candidates)
+    padded = make_call({"length": 460, "sizes": sizes})
+    padded.query[:, :, :400], padded.key[:, :, :400] = call.query, call.key
+    padded.query[:, :, 400:] = padded.key[:, :, 400:] = torch.nan
+    assert padded.voters is not None
+    padded.voters[:, 400:] = False
+    padded = replace(padded, key_counts=padded.voters.float(), ends=torch.tensor([400, 400]))
+    actual = exact_choice(padded, num_candidates)
+    rows = call.num_rows
+    assert torch.equal(actual.counts[:, :, :rows], expected.counts)
+    assert torch.equal(actual.key_blocks[:, :, :rows], expected.key_blocks)
+    assert not actual.counts[:, :, rows:].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_block_with_a_bad_key_counts_nowhere(value):
+    call = make_call({"length": 200})
+    call.key[0, 0, 50] = value
+    for name, choice, tolerance in all_choices(call):
+        compare(call, choice, tolerance)
+        # Query heads 0 and 1 share the key head.
+        assert not (choice.key_blocks[0, :2] == 3).any(), name
+        assert (choice.key_blocks[0, 2:] == 3).any() and (choice.counts[0, :2] == 3).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_query_lets_its_block_choose_nothing(value):
+    call = make_call({"length": 200})
+    call.query[1, 2, 70, 3] = value
+    for _, choice, tolerance in all_choices(call):
+        compare(call, choice, tolerance)
+        assert int(choice.counts[1, 2, 4]) == 0 and (choice.counts != 0).sum() == 2 * 4 * 13 - 1
+
+
+def test_equal_keys_choose_the_first_blocks():
+    call = make_call({"length": 160, "window": (4, 4)})
+    call.key[:] = 1.0
+    for _, choice, _ in all_choices(call):
+        rows = torch.arange(10)
+        expected = torch.tensor([0, 1, 2]).expand(2, 4, 10, -1)
+        # The last of ten blocks are covered by no window of 4.
+        assert torch.equal(choice.key_blocks.long(), expected)
+        assert choice.mass.allclose(torch.tensor(0.1), atol=1e-3) and len(rows) == 10
+
+
+@pytest.mark.parametrize("norm", [1e-4, 1e4, 1e12])
+def test_keys_of_any_norm(norm):
+    call = make_call({"length": 200, "head_dim": 64})
+    call.key[:, :, 30:90] *= norm
+    for _, choice, tolerance in all_choices(call):
+        assert choice.share.isfinite().all() and choice.covered.isfinite().all()
+        if norm == 1e-4:
+            compare(call, choice, tolerance)
+        if norm < 1e12:
+            total = choice.share.sum(dim=-1)
+            torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
+
+
+def test_sharp_scores_match_definition():
+    """Scores from far below to far above those of the first block, in either order."""
+    for factor in (1.0, -1.0):
+        call = make_call({"length": 256, "head_dim": 16}, batch=1)
+        call.query[:] = 1.0
+        call.key[:] = (torch.arange(256) / 4 * factor)[:, None] + torch.randn(256, 1) * 0.01
+        call = replace(call, scale=1.0)
+        for name, choice, _ in all_choices(call):
+            if name != "bytes":
+                compare(call, choice, 1e-4)
+            assert (choice.key_blocks[..., 0] == (15 if factor > 0 else 0)).all()
+
+
+def test_a_row_of_padding_and_one_token():
+    for length in (1, 40):
+        call = make_call({"length": length}, num_blocks=50)
+        assert call.voters is not None
+        call.voters[1] = False
+        call = replace(call, key_counts=call.voters.float(), ends=torch.tensor([length, 0]))
+        for _, choice, tolerance in all_choices(call):
+            compare(call, choice, tolerance)
+            assert not choice.counts[1].any() and not choice.covered[1].any()
+
+
+def document(length, heads=4, head_dim=64, seed=0):
+    """Queries and keys of a text: topics of several lengths, and outlying dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    topic = torch.zeros(heads, length, head_dim)
+    for scale in (16, 64, 256):
+        drawn = torch.randn(heads, -(-length // scale), head_dim, generator=generator)
+        topic += drawn.repeat_interleave(scale, dim=1)[:, :length]
+    noise = torch.randn(2, heads, length, head_dim, generator=generator)
+    outlying = 1 + 4 * (torch.rand(head_dim, generator=generator) < 0.05)
+    query = (noise[0] + 0.5 * topic) * outlying
+    return query[None], ((topic + 0.5 * noise[1]) * outlying)[None]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64)])
+def test_bytes_choose_nearly_what_floats_choose(sizes):
+    skip_without_cpp_compiler()
+    query, key = document(2048)
+    call = ExactCall(query, key, 2048, 256, 256, 512 // sizes[1], sizes[1], sizes[0], scale=0.125)
+    exact, rough = compiled_choice(call, False), compiled_choice(call, True)
+    assert torch.equal(exact.counts, rough.counts)
+    is_found = (exact.key_blocks[..., None] == rough.key_blocks[..., None, :]).any(dim=-1)
+    assert is_found.float().mean() > 0.98
+
+
+# What a build for another processor than this one takes: narrow vectors, bytes by other
+# instructions.
+BUILDS = {
+    "portable": ("", ["-DVECTOR_FLOATS=4"]),
+    "avx2": ("avx2", ["-march=haswell"]),
+    "avx512": ("avx512bw", ["-march=skylake-avx512"]),
+    "narrow_vnni": ("avx512_vnni", ["-march=cascadelake", "-DVECTOR_FLOATS=8"]),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_other_processors_match_definition(name, tmp_path):
+    skip_without_cpp_compiler()
+    needed, flags = BUILDS[name]
+    is_here = platform.machine() == "x86_64" and needed in Path("/proc/cpuinfo").read_text()
+    if needed and not is_here:
+        pytest.skip(f"this processor has no {needed}")
+    library, torch_libraries = tmp_path / "select.so", Path(torch.__file__).parent / "lib"
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-fPIC", "-shared", "-w", *flags,
+         str(SOURCES / "cpu" / "select.cpp"), f"-L{torch_libraries}", "-ltorch_cpu", "-lc10",
+         "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    with use_library("cpu", ctypes.CDLL(str(library))):
+        for sizes in ((16, 16), (64, 24)):
+            call = make_call({"length": 203, "sizes": sizes, "masks": "both", "head_dim": 20})
+            compare(call, compiled_choice(call, False, True), FLOAT)
+            compare(call, compiled_choice(call, True, True), BYTES)
