@@ -174,7 +174,8 @@ class AdaptiveSparseAttention(nn.Module):
             "entry_bias": reads.entry_bias,
             "span": reads.span,
         }
-        dropout = fresh_dropout(self.dropout_p if self.training else 0.0, query.device)
+        dropout_p = self.dropout_p if self.training else 0.0
+        dropout = fresh_dropout(dropout_p, query.device) if dropout_p else {}
         backend = self.config.attention_backend
         context = sparse_attention(
             query, key, value, reads.pattern_or_layout, backend=backend, **dropout, **call

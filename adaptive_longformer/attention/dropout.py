@@ -28,9 +28,7 @@ def fresh_dropout(dropout_p: float, device: torch.device) -> dict[str, Any]:
     It comes from torch's default generator of the device. Called inside a layer, activation
     checkpointing, which restores the generator, draws it again.
     """
-    seed = None
-    if dropout_p:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     return {"dropout_p": dropout_p, "dropout_seed": seed}
 
 

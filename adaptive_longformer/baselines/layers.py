@@ -66,7 +66,7 @@ class WindowLinearAttention(LinearAttention):
             self.window,
             attention_mask=attention_mask,
             backend=self.config.attention_backend,
-            **fresh_dropout(dropout_p, query.device),
+            **(fresh_dropout(dropout_p, query.device) if dropout_p else {}),
         )
         assert isinstance(local, torch.Tensor)  # return_lse=False
         linear = super().forward(query, key, value, attention_mask)

@@ -274,7 +274,7 @@ def _attend(
         global_mask=global_mask,
         max_global_tokens=options.num_global_tokens,
         scale=scale,
-        **fresh_dropout(dropout_p, query.device),
+        **(fresh_dropout(dropout_p, query.device) if dropout_p else {}),
     )
     assert isinstance(output, torch.Tensor)  # return_lse=False
     return output
