@@ -34,7 +34,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import (
 from adaptive_longformer.modeling.adaptive_selection import (
     AdaptiveSelection,
     SelectionState,
-    mirror_selection_buffers,
+    selections,
     set_selection_strength,
 )
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
@@ -44,6 +44,7 @@ from adaptive_longformer.modeling.default_global_tokens import (
     question_of_length,
     question_tokens,
 )
+from adaptive_longformer.modeling.head_budgets import density_loss, match_configuration
 from adaptive_longformer.modeling.input_checks import (
     check_choices,
     check_extra_arguments,
@@ -58,7 +59,6 @@ from adaptive_longformer.modeling.losses import (
     token_loss,
 )
 from adaptive_longformer.modeling.padding import first_valid_token
-from adaptive_longformer.modeling.selection_losses import density_loss
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -236,7 +236,8 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             saved = cls._saved_config(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        mirror_selection_buffers(loaded[0] if isinstance(loaded, tuple) else loaded, saved)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        match_configuration(selections(model), saved)
         return loaded
 
     @classmethod
@@ -308,7 +309,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
             return loss
         if config.target_density is not None:
-            loss = loss + density_loss(self, config.target_density)
+            loss = loss + density_loss(selections(self), config.target_density)
         return loss
 
     def head_loss(

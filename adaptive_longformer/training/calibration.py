@@ -9,6 +9,7 @@ from torch import nn
 
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling.adaptive_selection import selections
+from adaptive_longformer.modeling.head_budgets import write_selection
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibra
             part.gate.copy_(gate)
             part.budget.copy_(budget)
             part.span.copy_(span)
-    for part in parts:
-        part.head_budgets.copy_(part.rank_limit())
-        part.head_windows.copy_(part.window_limit())
-    head_budgets = [part.head_budgets.tolist() for part in parts]
-    head_windows = [part.head_windows.tolist() for part in parts]
-    parts[0].config.head_budgets = head_budgets
-    parts[0].config.head_windows = head_windows
+    head_budgets = [part.rank_limit().tolist() for part in parts]
+    head_windows = [part.window_limit().tolist() for part in parts]
+    write_selection(parts, head_budgets=head_budgets, head_windows=head_windows)
     return Calibration(
         head_budgets=head_budgets,
         head_windows=head_windows,

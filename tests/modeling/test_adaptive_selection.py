@@ -6,19 +6,18 @@ from transformers import AutoModel
 from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import (
-    BUDGET_RAMP,
     AdaptiveSelection,
     SelectionState,
     selections,
     set_selection_strength,
 )
+from adaptive_longformer.modeling.head_budgets import BUDGET_RAMP, density_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForSequenceClassification,
     AdaptiveSparseForTokenClassification,
     AdaptiveSparseModel,
 )
-from adaptive_longformer.modeling.selection_losses import density_loss
 from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
@@ -402,7 +401,7 @@ def test_density_falls_to_the_target_and_stays():
     densities = []
     for _ in range(250):
         optimizer.zero_grad()
-        density_loss(model, 0.6).backward()
+        density_loss(selections(model), 0.6).backward()
         optimizer.step()
         densities.append(torch.stack([part.density() for part in selections(model)]).mean().item())
     assert densities[-50:] == pytest.approx([0.6] * 50, abs=0.03)

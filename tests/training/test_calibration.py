@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
-from adaptive_longformer.modeling.adaptive_selection import NO_LIMIT, AdaptiveSelection, selections
+from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, selections
+from adaptive_longformer.modeling.head_budgets import NO_LIMIT
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 from adaptive_longformer.testing import tiny_adaptive_model, tiny_inputs, tiny_model
 from adaptive_longformer.training.calibration import calibrate
