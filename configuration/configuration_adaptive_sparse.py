@@ -119,6 +119,9 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
         selection_sub_block_size: keys averaged into one summary when blocks are compared, a divisor
             of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
+        selection_candidates: about how many keys every query meets one by one when blocks are
+            chosen; a document of no more tokens is searched exactly, a longer one keeps so many by
+            summaries first. 0: summaries only.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
         residual_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks
@@ -193,6 +196,7 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
     selection_sub_block_size: int = 0
+    selection_candidates: int = 0
     num_learned_global_blocks: int = 0
     residual_rank: int = 0
     target_density: float | int | None = None
@@ -255,6 +259,7 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             query_block_size=self.query_block_size,
             sub_block_size=self.selection_sub_block_size,
             num_global_blocks=self.num_learned_global_blocks,
+            num_candidates=self.selection_candidates,
         )
 
     def pattern(self, layer_idx: int) -> Pattern:
@@ -393,6 +398,10 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             raise ValueError(
                 f"selection_sub_block_size is {sub_block_size}, a divisor of block_size = "
                 f"{self.block_size}, or 0 for a quarter of it, is needed"
+            )
+        if self.selection_candidates < 0:
+            raise ValueError(
+                f"selection_candidates is {self.selection_candidates}, at least 0 is needed"
             )
         num_blocks = -(-self.max_sequence_length // self.block_size)
         if self.num_selected_blocks > num_blocks:

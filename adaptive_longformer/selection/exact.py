@@ -41,17 +41,34 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         num_candidates: about how many keys a query meets, those of the window aside.
         with_dropped: whether to return `log_dropped`.
     """
-    if call.num_sequence_keys > num_candidates:
-        blocks_per_place = -(-_KEYS_PER_PLACE // call.keys_per_block)
-        num_places = max(1, num_candidates // (blocks_per_place * call.keys_per_block))
+    blocks_per_place = -(-_KEYS_PER_PLACE // call.keys_per_block)
+    num_places = max(1, -(-num_candidates // (blocks_per_place * call.keys_per_block)))
+    most_blocks = num_places * blocks_per_place
+    if call.num_key_blocks > most_blocks:
         rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
         coarse = _coarser(call, blocks_per_place, num_places, rows_per_list)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
-        places = (kept.key_blocks, kept.counts, blocks_per_place, rows_per_list, kept.log_dropped)
+        # Whatever comes behind, be it padding or later tokens.
+        counts = kept.counts.masked_fill(_blocks_of_lists(call, coarse) <= most_blocks, -1)
+        places = (kept.key_blocks, counts, blocks_per_place, rows_per_list, kept.log_dropped)
         call = replace(call, places=Places(*places))
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)
     return torch_choice(call, with_dropped=with_dropped)
+
+
+def _blocks_of_lists(call: ExactCall, coarse: ExactCall) -> torch.Tensor:
+    """How many blocks there are for the query blocks of the coarser stage: int64, broadcasts to
+    [batch, heads, query_blocks].
+    """
+    device = call.query.device
+    if call.is_causal:
+        numbers = torch.arange(coarse.num_rows, device=device) + coarse.first_row
+        return numbers * coarse.query_block_size // call.block_size
+    ends = call.ends
+    if ends is None:
+        ends = torch.full((1,), call.length, device=device)
+    return (-(-ends // call.block_size))[:, None, None]
 
 
 def _coarser(
@@ -94,6 +111,7 @@ def _coarser(
         value_norms=None,
         tokens_per_key=call.tokens_per_key * run,
         shared_blocks=None,
+        residual=None,
     )
 
 
@@ -204,6 +222,8 @@ class _Row:
         rank = share
         if norms is not None:
             rank = (factor @ (weights * norms).sum(dim=-1))[:, :, 0]
+        if call.residual is not None:
+            rank = rank * self._residual_weights(blocks.expand_as(share), heads, rows)
         of_globals = (factor @ other_weights[..., :-1])[:, :, 0].sum(dim=-1)
 
         is_covered = self._covered(blocks, numbers, heads)
@@ -267,16 +287,20 @@ class _Row:
             place_size = call.block_size * width
             near = torch.minimum(near, numbers * call.query_block_size // place_size * width)
         near = torch.minimum(near, near_end)[:, None]
+        counts = places.counts[self.batch, heads, index, None]
         place = places.numbers[self.batch, heads, index].long()[..., None]
         is_place = torch.arange(place.shape[-2], device=self.device)
-        is_place = is_place < places.counts[self.batch, heads, index, None]
+        is_place = is_place < counts
         blocks = (place * width + torch.arange(width, device=self.device)).flatten(-2)
         is_far = (blocks < near) | (blocks >= near_end[:, None])
         is_far = is_far & is_place.repeat_interleave(width, dim=-1) & (blocks < nothing)
         near_blocks = near + torch.arange(self.near_width, device=self.device)
         is_near = (near_blocks < near_end[:, None]) & (near_blocks < nothing)
         near_blocks = near_blocks.where(is_near, nothing).expand(blocks.shape[0], -1, -1)
-        return torch.cat([blocks.where(is_far, nothing), near_blocks], dim=-1).sort(dim=-1).values
+        blocks = torch.cat([blocks.where(is_far, nothing), near_blocks], dim=-1)
+        blocks = blocks.sort(dim=-1).values
+        every = torch.arange(blocks.shape[-1], device=self.device).clamp(max=nothing)
+        return blocks.where(counts >= 0, every)
 
     def _scores(
         self, query: torch.Tensor, key_heads: slice, blocks: torch.Tensor
@@ -315,7 +339,9 @@ class _Row:
             index = self._voters_of(rows)
             is_inside = (index >= 0) & (index < rest.shape[1])
             rest = rest[:, index.clamp(0, rest.shape[1] - 1)].masked_fill(~is_inside, -torch.inf)
-            scores = rest.view_as(scores)
+            row = torch.arange(rows.start, rows.stop, device=self.device)
+            counts = call.places.counts[self.batch, heads, row // call.places.rows_per_list]
+            scores = rest.view_as(scores).masked_fill((counts < 0)[..., None, None], -torch.inf)
         if call.global_positions is None:
             return scores
         positions = call.global_positions[self.batch]
@@ -353,9 +379,18 @@ class _Row:
             is_covered = is_covered | (blocks[..., None] == shared[:, None, None]).any(dim=-1)
         return is_covered
 
+    def _residual_weights(self, blocks: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
+        assert self.call.residual is not None
+        query, key = (
+            factor[self.batch, heads].to(self.call.dtype) for factor in self.call.residual
+        )
+        scores = F.pad(query[:, rows] @ key.mT, (0, 1))  # the last one for no block
+        return scores.gather(-1, blocks).exp()
+
     def _store_dropped(
         self, heads: slice, rows: slice, dropped: torch.Tensor, result: ExactChoice
     ) -> None:
-        index = self._voters_of(rows)
-        is_inside = (index >= 0) & (index < result.log_dropped.shape[1])
-        result.log_dropped[heads, index[is_inside]] = dropped.flatten(1)[:, is_inside]
+        first = (rows.start - self.call.is_causal) * self.call.query_block_size
+        dropped = dropped.flatten(1)
+        start, end = max(first, 0), min(first + dropped.shape[1], result.log_dropped.shape[1])
+        result.log_dropped[heads, start:end] = dropped[:, start - first : end - first]

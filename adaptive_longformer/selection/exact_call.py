@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from adaptive_longformer.selection.residual import ResidualScores
+
 
 class Places(NamedTuple):
     """What a coarser stage kept: places whose blocks are the candidates of some query blocks in a
@@ -14,7 +16,8 @@ class Places(NamedTuple):
     Attributes:
         numbers: int32 [batch, heads, lists, width], in any order, none twice; anything beyond the
             count.
-        counts: int32 [batch, heads, lists].
+        counts: int32 [batch, heads, lists]; -1 where all blocks are candidates, no more than the
+            width has.
         blocks_per_place: blocks of a place.
         rows_per_list: query blocks that share a list; 1 under causality, where the list of later
             ones would tell earlier ones about them.
@@ -58,6 +61,8 @@ class ExactCall:
         places: None: all blocks are candidates.
         shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
             anyway; -1 for none. None: there are none.
+        residual: scores of pairs of blocks, of which exp(score) weighs a block's rank; None: there
+            are none.
     """
 
     query: torch.Tensor
@@ -79,6 +84,7 @@ class ExactCall:
     tokens_per_key: int = 1
     places: Places | None = None
     shared_blocks: torch.Tensor | None = None
+    residual: ResidualScores | None = None
 
     @property
     def num_rows(self) -> int:

@@ -75,7 +75,7 @@ def reference_masses(
     every = anyway + [k for keys in choosable.values() for k in keys]
     scores = call.scale * query[voters] @ key.T + counts.log()  # [voters, keys]
     log_total = scores[:, every].logsumexp(dim=1)
-    if call.places is not None:
+    if call.places is not None and _place_count(call, batch, head, row) >= 0:
         log_total = log_total.logaddexp(call.places.log_rest[batch, head, voters].double())
     share = (scores - log_total[:, None]).exp().sum(dim=0) / max(len(voters), 1)
     for block, keys in choosable.items():
@@ -86,14 +86,19 @@ def reference_masses(
     return mass, rank, covered
 
 
+def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:
+    assert call.places is not None
+    return int(call.places.counts[batch, head, row // call.places.rows_per_list])
+
+
 def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:
     """Whether a coarser stage, if there was one, left a block."""
     places = call.places
     if places is None:
         return True
     place, list_number = block // places.blocks_per_place, row // places.rows_per_list
-    count = int(places.counts[batch, head, list_number])
-    if place in places.numbers[batch, head, list_number, :count].tolist():
+    count = _place_count(call, batch, head, row)
+    if count < 0 or place in places.numbers[batch, head, list_number, :count].tolist():
         return True
     first_query = (call.first_row + row) * call.query_block_size
     if call.is_causal:

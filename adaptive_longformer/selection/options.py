@@ -23,6 +23,9 @@ class SelectionOptions:
         num_global_blocks: blocks chosen for all query blocks of a row together.
         sub_block_size: keys averaged into one summary when blocks are compared, a divisor of
             `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
+        num_candidates: about how many keys every query meets one by one, see `exact_choice`: all
+            of them in rows that have no more. 0: blocks are compared by summaries, with
+            `sub_block_size`, `tokens_per_vote` and the search of `start_nodes` and `beam_width`.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -36,10 +39,12 @@ class SelectionOptions:
     tokens_per_vote: int = TOKENS_PER_VOTE
     num_global_blocks: int = 0
     sub_block_size: int = 0
+    num_candidates: int = 0
 
     def __post_init__(self) -> None:
         positive = ("num_blocks", "start_nodes", "beam_width", "tokens_per_vote")
-        for name, least in (*((name, 1) for name in positive), ("num_global_blocks", 0)):
+        at_least = dict.fromkeys(positive, 1) | {"num_global_blocks": 0, "num_candidates": 0}
+        for name, least in at_least.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"SelectionOptions: {name} is {value}, at least {least} is needed")
         if self.block_size < FAN_OUT or self.block_size % FAN_OUT:

@@ -4,7 +4,8 @@ A block of queries votes with a few sub-queries. The vote for a node of the key 
 mass: the share of attention the sub-queries would give it, as far as its means and counts tell,
 averaged over them. Short rows vote over all blocks at once. Longer ones start where the pyramid has
 `start_nodes` nodes, keep the `beam_width` best, look at their children, and so on down to blocks:
-O(length log length) time and O(length) memory.
+O(length log length) time and O(length) memory. With `num_candidates` every query votes, and it
+meets the keys themselves, see selection/exact.py.
 
 The choice is discrete and carries no gradient; what is chosen is read by the attention itself, with
 the same queries and keys, and that trains it.
@@ -15,8 +16,11 @@ from typing import NamedTuple
 import torch
 
 from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
-from adaptive_longformer.attention.global_keys import limit_global_tokens
+from adaptive_longformer.attention.global_keys import limit_global_tokens, pack_global_tokens
+from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.exact import exact_choice
+from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.options import SelectionCall, SelectionOptions, ceil_div
 from adaptive_longformer.selection.residual import ResidualScores
 from adaptive_longformer.selection.rows import Batch, Row, SelectionTensors
@@ -93,7 +97,8 @@ def select_blocks(
         global_directions: [heads, head_dim]; with `num_global_blocks` the blocks with the largest
             direction . mean key + log count are chosen for all query blocks of a row.
         residual: learned scores of pairs of blocks. Where the search ends, blocks are ranked by
-            their soft mass times exp(score); what it dropped before is not ranked again.
+            their soft mass times exp(score); what it dropped before is not ranked again. With
+            `num_candidates` this runs in PyTorch.
         validate: raise on keys or queries that are not finite, which waits for the device.
 
     Raises:
@@ -175,6 +180,9 @@ def selection_operator(
     call = SelectionCall.from_numbers(numbers, scale)
     result = _empty_result(query, call.options)
     with torch.autocast(query.device.type, enabled=False):
+        if call.options.num_candidates:
+            _choose_exactly(tensors, call, result)
+            return tuple(result)  # type: ignore[return-value]
         batch = Batch(tensors, call)
         for index in range(batch.size):
             _choose_of_row(Row(batch, index), SelectedBlocks(*(part[index] for part in result)))
@@ -200,6 +208,54 @@ def _empty_result(query: torch.Tensor, options: SelectionOptions) -> SelectedBlo
         global_open=query.new_zeros(*shape, shared, dtype=torch.bool),
         global_means=query.new_zeros(batch, heads, shared, head_dim, dtype=dtype),
     )
+
+
+def _choose_exactly(tensors: SelectionTensors, call: SelectionCall, result: SelectedBlocks) -> None:
+    """Writes what the exact stage chooses into the result."""
+    query, key, attention_mask, global_mask, *_ = tensors
+    length, options = key.shape[2], call.options
+    if global_mask is not None and attention_mask is not None:
+        global_mask = global_mask & attention_mask
+    members = ordinary_tokens(attention_mask, global_mask)
+    ends = positions = shared = residual = None
+    if attention_mask is not None:
+        slot = torch.arange(1, length + 1, device=query.device)
+        ends = (attention_mask * slot).amax(dim=1)
+    if global_mask is not None:
+        positions = pack_global_tokens(global_mask, call.max_global_tokens)
+    if options.num_global_blocks:
+        batch = Batch(tensors, call)
+        shared = torch.full_like(result.global_blocks, -1)
+        for index, of_row in enumerate(shared):
+            row = Row(batch, index)
+            found = _choose_global_blocks(row, SelectedBlocks(*(part[index] for part in result)))
+            if found is not None:
+                of_row[:, : found.shape[-1]] = found
+    if tensors.residual_query is not None and tensors.residual_key is not None:
+        residual = ResidualScores(tensors.residual_query, tensors.residual_key)
+    choice = exact_choice(
+        ExactCall(
+            query,
+            key,
+            length,
+            call.left,
+            call.right,
+            options.num_blocks,
+            options.block_size,
+            options.query_block_size,
+            voters=members,
+            key_counts=None if members is None else members.to(result.mass.dtype),
+            ends=ends,
+            global_positions=positions,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            shared_blocks=shared,
+            residual=residual,
+        ),
+        options.num_candidates,
+    )
+    for name in ("key_blocks", "counts", "mass", "covered"):
+        getattr(result, name).copy_(getattr(choice, name))
 
 
 def _choose_of_row(row: Row, result: SelectedBlocks) -> None:

@@ -165,6 +165,13 @@ def test_padding_changes_nothing(length, left, right, start_nodes):
     assert_padding_changes_nothing(model, length, left, right)
 
 
+@pytest.mark.parametrize(("length", "left", "right"), [(300, 64, 0), (300, 0, 64), (20, 400, 24)])
+@pytest.mark.parametrize("candidates", [128, 4096])
+def test_padding_changes_nothing_for_candidates(length, left, right, candidates):
+    model = tiny_adaptive_model(selection_candidates=candidates)
+    assert_padding_changes_nothing(model, length, left, right)
+
+
 def test_strength_matters_and_choice_reaches_far():
     model = tiny_adaptive_model(num_hidden_layers=1)
     inputs = tiny_inputs(model, 600, padding="none")

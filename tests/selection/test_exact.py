@@ -10,10 +10,14 @@ import torch
 from calls import pairwise, readable, skip_without_cpp_compiler
 
 from adaptive_longformer.attention.kernels.build import SOURCES
+from adaptive_longformer.patterns import SlidingWindow
 from adaptive_longformer.selection.compiled_select import compiled_choice
 from adaptive_longformer.selection.exact import exact_choice, torch_choice
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.exact_reference import reference_masses
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.residual import ResidualScores
+from adaptive_longformer.selection.select_blocks import select_blocks
 from adaptive_longformer.testing import use_library
 
 GRID = {
@@ -146,6 +150,7 @@ def test_two_stages_match_definition(sizes, masks, is_causal):
     coarse, fine = calls
     assert coarse.tokens_per_key >= 16 and fine.places is not None
     assert (fine.places.counts > 0).any()
+    assert (fine.places.counts < 0).any() == is_causal
     for step in calls:
         choices = {name: choice for name, choice, _ in all_choices(step)}
         compare(step, choices["torch"], FLOAT)
@@ -216,9 +221,16 @@ def test_the_last_queries_choose_what_all_of_them_do(dtype, sizes, num_candidate
             length=end,
             voters=whole.voters[:, :end],
             key_counts=whole.key_counts[:, :end],
+            ends=None,
             global_positions=whole.global_positions.clamp(max=end),
         )
         actual = exact_choice(last, num_candidates)
+        is_bitwise = dtype == torch.float32  # else torch's own sums decide
+        torch.testing.assert_close(
+            actual.mass[:, :, 1],
+            expected.mass[:, :, row],
+            **(dict(atol=0, rtol=0) if is_bitwise else dict(atol=1e-12, rtol=1e-12)),
+        )
         assert torch.equal(actual.key_blocks[:, :, 1], expected.key_blocks[:, :, row])
         assert torch.equal(actual.counts[:, :, 1], expected.counts[:, :, row])
 
@@ -251,6 +263,61 @@ def test_padding_behind_changes_nothing(sizes, num_candidates):
     assert torch.equal(actual.counts[:, :, :rows], expected.counts)
     assert torch.equal(actual.key_blocks[:, :, :rows], expected.key_blocks)
     assert not actual.counts[:, :, rows:].any()
+
+
+def test_a_short_row_beside_a_long_one_is_searched_as_if_alone():
+    call = make_call({"length": 600})
+    alone = replace(call, query=call.query[1:, :, :200], key=call.key[1:, :, :200], length=200)
+    alone = replace(alone, voters=None, key_counts=None, ends=None, global_positions=None)
+    assert call.voters is not None
+    call.voters[1, 200:] = False
+    call = replace(call, key_counts=call.voters.float(), ends=torch.tensor([600, 200]))
+    expected, actual = exact_choice(alone, 256), exact_choice(call, 256)
+    for one, both in zip(expected[:4], actual[:4], strict=True):
+        assert torch.equal(one[0], both[1, :, : one.shape[2]])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_candidates", [128, 4096])
+def test_select_blocks_asks_for_what_its_masks_say(num_candidates, is_causal):
+    call = make_call({"length": 300, "masks": "both", "is_causal": is_causal})
+    assert call.voters is not None and call.global_positions is not None
+    is_global = torch.zeros(2, 301, dtype=torch.bool).scatter(1, call.global_positions, True)
+    is_global = is_global[:, :300]
+    selected = select_blocks(
+        call.query,
+        call.key,
+        SlidingWindow(call.left),
+        SelectionOptions(3, 16, 16, num_candidates=num_candidates),
+        attention_mask=call.voters | is_global,
+        global_mask=is_global,
+        is_causal=is_causal,
+    )
+    expected = exact_choice(replace(call, right=call.left), num_candidates)
+    assert (selected.counts > 0).any()
+    for name in ("key_blocks", "counts", "mass", "covered"):
+        assert torch.equal(getattr(selected, name), getattr(expected, name)), name
+
+
+def test_blocks_for_all_queries_and_residual_scores_move_the_choice():
+    call = make_call({"length": 300, "window": (8, 8)})
+    options = SelectionOptions(3, 16, 16, num_candidates=4096, num_global_blocks=2)
+    directions = call.key[0, :1, 100].expand(4, -1) * 10
+    window = SlidingWindow(8)
+    selected = select_blocks(call.query, call.key, window, options, global_directions=directions)
+    assert selected.global_open.any()
+    shared = selected.global_blocks[:, :, None, None]  # [batch, heads, 1, 1, shared]
+    is_used = torch.arange(3) < selected.counts[..., None]
+    assert not ((selected.key_blocks[..., None] == shared).any(dim=-1) & is_used).any()
+    plain = replace(options, num_global_blocks=0)
+    # A score that lifts block 5 above all others.
+    residual = ResidualScores(torch.ones(2, 4, 19, 1), torch.zeros(2, 4, 19, 1))
+    residual.key[:, :, 5] = 20.0
+    moved = select_blocks(call.query, call.key, window, plain, residual=residual)
+    before = select_blocks(call.query, call.key, window, plain)
+    is_near = (torch.arange(19) - 5).abs() <= 1
+    assert (moved.key_blocks[:, :, ~is_near, 0] == 5).all()
+    assert not (before.key_blocks[:, :, ~is_near, 0] == 5).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -39,12 +39,12 @@ struct SelectArguments {
   const float* value_norms;  // [batch, key_heads, num_keys], what a key's mass counts in the ranking; null: 1
 
   // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
-  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]; null: all
-  // blocks are candidates.
+  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]. A count
+  // below 0, or null: all blocks are candidates, and nothing is in no list.
   const int32_t* places;
   const int32_t* place_counts;
   int64_t rows_per_list, num_lists, max_places, blocks_per_place;
-  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null: nothing is
+  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null without places
   const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
   int64_t num_shared;
 
@@ -251,6 +251,7 @@ template <typename Word>
 struct Unit {
   std::vector<int32_t> entries;  // of the candidates, and then of global tokens
   int64_t num_blocks;            // how many of the first kind
+  bool is_listed;                // whether the candidates are those of places
   std::vector<int32_t> places;
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
@@ -331,8 +332,10 @@ class Selection {
       for (int64_t entry = first; entry < last; entry++)
         if (keys.is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
     };
+    const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
     unit.entries.clear();
-    if (call.places == nullptr) {
+    unit.is_listed = call.places != nullptr && call.place_counts[list] >= 0;
+    if (!unit.is_listed) {
       add(0, entries.num_blocks);
     } else {
       int64_t near, near_end;
@@ -347,7 +350,6 @@ class Selection {
         near = std::min(near, (call.first_row + first_row) * call.query_block_size / (call.block_size * call.blocks_per_place) *
                                   call.blocks_per_place);
       near = std::min(near, near_end);
-      const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
       const int32_t* places = call.places + list * call.max_places;
       unit.places.assign(places, places + call.place_counts[list]);
       std::sort(unit.places.begin(), unit.places.end());
@@ -652,7 +654,7 @@ class Selection {
   // What the queries of a vector find in no list, relative to their references.
   Floats rest(int64_t batch, int64_t head, int first_row, int row, int vector, const Unit<Word>& unit) const {
     float values[WIDTH] = {};
-    if (call.log_rest != nullptr)
+    if (unit.is_listed)
       for (int lane = 0; lane < WIDTH; lane++) {
         if (unit.voter.data()[vector * WIDTH + lane] == 0.0f) continue;
         const int64_t index = (first_row + row - call.is_causal) * call.query_block_size +
@@ -683,7 +685,7 @@ bool places_are_valid(const SelectArguments& call) {
   if (call.places == nullptr) return true;
   const int64_t place_size = call.block_size * call.blocks_per_place;
   for (int64_t list = 0; list < call.batch * call.heads * call.num_lists; list++) {
-    if (call.place_counts[list] < 0 || call.place_counts[list] > call.max_places) return false;
+    if (call.place_counts[list] > call.max_places) return false;
     for (int i = 0; i < call.place_counts[list]; i++) {
       const int32_t place = call.places[list * call.max_places + i];
       if (place < 0 || place * place_size >= call.length) return false;

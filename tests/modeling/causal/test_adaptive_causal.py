@@ -26,6 +26,8 @@ from adaptive_longformer.training.selection_ramp import SelectionRampCallback
 VARIANTS = {
     "default": {},
     "beam": {},
+    "exact": dict(selection_candidates=4096),
+    "exact_places": dict(selection_candidates=64),
     "half_strength": dict(selection_strength=0.5),
     "no_sinks": dict(num_sink_tokens=0),
     "many_sinks": dict(num_sink_tokens=20),
@@ -60,6 +62,9 @@ def logits_of(model, input_ids, mask=None):
         ("default", 65),
         ("default", 200),
         ("beam", 64),
+        ("exact", 1),
+        ("exact", 65),
+        ("exact_places", 64),
         ("half_strength", 30),
         ("no_sinks", 1),
         ("many_sinks", 2),
@@ -79,7 +84,9 @@ def test_cached_decoding_equals_recomputation(variant, prompt):
     torch.testing.assert_close(found[valid], expected[valid], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["default", "beam", "windows", "short_query_blocks"])
+@pytest.mark.parametrize(
+    "variant", ["default", "beam", "exact_places", "windows", "short_query_blocks"]
+)
 def test_several_new_tokens_at_once_equal_recomputation(variant):
     model = causal(variant).double()
     input_ids, mask = left_padded([230, 229, 91])
@@ -89,8 +96,9 @@ def test_several_new_tokens_at_once_equal_recomputation(variant):
     torch.testing.assert_close(found[valid], expected[valid], atol=1e-9, rtol=1e-9)
 
 
-def test_cached_decoding_in_single_precision_equals_recomputation():
-    model = causal()
+@pytest.mark.parametrize("variant", ["default", "exact", "exact_places"])
+def test_cached_decoding_in_single_precision_equals_recomputation(variant):
+    model = causal(variant)
     input_ids, mask = left_padded([150, 90])
     expected = logits_of(model, input_ids, mask)
     found = logits_in_steps(model, input_ids, mask, range(65, 150))
