@@ -117,8 +117,6 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
         selection_strength: from 0, chosen blocks are not read at all, to 1, they are read as the
             window is; 0 reproduces "longformer" bit for bit. Of a fresh layer: a checkpoint brings
             its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
-        selection_sub_block_size: keys averaged into one summary when blocks are compared, a divisor
-            of `block_size`; 0: a quarter of a block. Fewer find smaller things, at more cost.
         selection_candidates: about how many keys every query meets one by one when blocks are
             chosen; a document of no more tokens is searched exactly, a longer one keeps so many by
             summaries first. 0: summaries only.
@@ -195,7 +193,6 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
-    selection_sub_block_size: int = 0
     selection_candidates: int = 0
     num_learned_global_blocks: int = 0
     residual_rank: int = 0
@@ -257,7 +254,6 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
-            sub_block_size=self.selection_sub_block_size,
             num_global_blocks=self.num_learned_global_blocks,
             num_candidates=self.selection_candidates,
         )
@@ -392,12 +388,6 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
             raise ValueError(
                 f"query_block_size is {self.query_block_size} and block_size {self.block_size}: "
                 "one must be a multiple of the other"
-            )
-        sub_block_size = self.selection_sub_block_size
-        if sub_block_size < 0 or (sub_block_size and self.block_size % sub_block_size):
-            raise ValueError(
-                f"selection_sub_block_size is {sub_block_size}, a divisor of block_size = "
-                f"{self.block_size}, or 0 for a quarter of it, is needed"
             )
         if self.selection_candidates < 0:
             raise ValueError(

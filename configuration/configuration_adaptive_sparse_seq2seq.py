@@ -42,7 +42,6 @@ ENCODER_ATTENTION_FIELDS = (
     "query_block_size",
     "num_selected_blocks",
     "selection_strength",
-    "selection_sub_block_size",
     "selection_candidates",
     "num_learned_global_blocks",
     "residual_rank",
@@ -89,7 +88,7 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
             and cross-attention are full.
         attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
             attention_seed, query_block_size, num_selected_blocks, selection_strength,
-            selection_sub_block_size, selection_candidates, num_learned_global_blocks,
+            selection_candidates, num_learned_global_blocks,
             residual_rank, target_density, head_budgets, head_windows,
             separate_global_projections, attention_backend, max_global_tokens, zero_padded_rows: of
             the encoder, see `AdaptiveSparseConfig`.
@@ -150,7 +149,6 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     query_block_size: int = 64
     num_selected_blocks: int = 8
     selection_strength: float | int = 0.0
-    selection_sub_block_size: int = 0
     selection_candidates: int = 0
     num_learned_global_blocks: int = 0
     residual_rank: int = 0

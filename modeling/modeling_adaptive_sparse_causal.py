@@ -199,10 +199,9 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         sink_rank = self._sink_rank(mask, batch_size, total, tokens.device)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        is_selecting = self.is_selecting
         if use_cache and past_key_values is None:
-            past_key_values = causal_cache(self.config, is_selecting)
-        first_slots = LeftPadding.of(mask).slots if is_selecting else None
+            past_key_values = causal_cache(self.config, self.is_selecting)
+        first_slots = LeftPadding.of(mask).slots if self.is_selecting else None
         if first_slots is not None and past_length:
             first_slots = first_slots.cpu()  # once for all layers
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)

@@ -5,6 +5,7 @@ from typing_extensions import Unpack
 
 from adaptive_longformer.attention.backends.choose import BACKENDS, choose_backend
 from adaptive_longformer.attention.call import (
+    AttentionCall,
     AttentionOptions,
     AttentionSpan,
     GlobalQKV,
@@ -86,17 +87,18 @@ def sparse_attention(
         entry_bias=entry_bias, span=span, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
-    chosen = choose_backend(call, backend)
-    if call.query.shape[2] == 0:
-        # No backend needs to know how to reduce over no keys at all.
-        output = call.query + call.key + call.value
-        lse = torch.zeros(output.shape[:3], device=output.device)
-    else:
-        output, lse = chosen.run(call)
+    run = choose_backend(call, backend).run
+    output, lse = run(call) if call.query.shape[2] else _of_no_tokens(call)
     if return_lse:
         assert lse is not None
         return output, lse
     return output
+
+
+def _of_no_tokens(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of no tokens: no backend needs to know how to reduce over no keys."""
+    output = call.query + call.key + call.value
+    return output, torch.zeros(output.shape[:3], device=output.device)
 
 
 def attention_probabilities(

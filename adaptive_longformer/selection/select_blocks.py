@@ -105,22 +105,7 @@ def select_blocks(
         ValueError: `validate`, and a real token's query or key is NaN or infinite (without
             `validate` such query blocks choose nothing); or query and key do not fit together.
     """
-    if options.num_global_blocks and is_causal:
-        raise ValueError(
-            f"num_global_blocks is {options.num_global_blocks}, 0 is needed with is_causal: "
-            "which blocks a whole row reads would tell earlier tokens about later ones"
-        )
-    if residual is not None and is_causal:
-        raise ValueError(
-            "residual is given, None is needed with is_causal: the mean query of a block would "
-            "tell its first tokens about its last ones"
-        )
-    missing = key.shape[2] - query.shape[2]
-    if missing < 0 or missing % options.query_block_size or (missing and not is_causal):
-        raise ValueError(
-            f"query has {query.shape[2]} tokens and key {key.shape[2]}: the same number is needed, "
-            f"or with is_causal a multiple of query_block_size = {options.query_block_size} fewer"
-        )
+    _check_call(query, key, options, is_causal, residual is not None)
     if validate:
         _check_finite(query, key, attention_mask)
     if max_global_tokens is not None and global_mask is not None:
@@ -138,6 +123,31 @@ def select_blocks(
             *((None, None) if residual is None else residual), call.numbers(), call.scale,
         )
     )  # fmt: skip
+
+
+def _check_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    options: SelectionOptions,
+    is_causal: bool,
+    has_residual: bool,
+) -> None:
+    if options.num_global_blocks and is_causal:
+        raise ValueError(
+            f"num_global_blocks is {options.num_global_blocks}, 0 is needed with is_causal: "
+            "which blocks a whole row reads would tell earlier tokens about later ones"
+        )
+    if has_residual and is_causal:
+        raise ValueError(
+            "residual is given, None is needed with is_causal: the mean query of a block would "
+            "tell its first tokens about its last ones"
+        )
+    missing = key.shape[2] - query.shape[2]
+    if missing < 0 or missing % options.query_block_size or (missing and not is_causal):
+        raise ValueError(
+            f"query has {query.shape[2]} tokens and key {key.shape[2]}: the same number is needed, "
+            f"or with is_causal a multiple of query_block_size = {options.query_block_size} fewer"
+        )
 
 
 def _check_finite(

@@ -98,13 +98,13 @@ ABLATIONS = {
     "one mean query": _selecting(8, options={"tokens_per_vote": 16}),
     "blocks of 32": _selecting(4, block_size=32, query_block_size=32),
     "blocks of 64": PATTERNS["adaptive, blocks of 64"],
-    "blocks of 64, sub-blocks of 8": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=8),
-    "blocks of 64, sub-blocks of 4": _selecting(2, **BLOCKS_OF_64, selection_sub_block_size=4),
+    "blocks of 64, sub-blocks of 8": _selecting(2, options={"sub_block_size": 8}, **BLOCKS_OF_64),
+    "blocks of 64, sub-blocks of 4": _selecting(2, options={"sub_block_size": 4}, **BLOCKS_OF_64),
     "blocks of 64, sub-blocks of 8, every query": _selecting(
-        2, options={"tokens_per_vote": 1}, **BLOCKS_OF_64, selection_sub_block_size=8
+        2, options={"tokens_per_vote": 1, "sub_block_size": 8}, **BLOCKS_OF_64
     ),
     "blocks of 64, every query and key": _selecting(
-        2, options={"tokens_per_vote": 1}, **BLOCKS_OF_64, selection_sub_block_size=1
+        2, options={"tokens_per_vote": 1, "sub_block_size": 1}, **BLOCKS_OF_64
     ),
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
     "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),

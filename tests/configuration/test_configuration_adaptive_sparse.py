@@ -138,8 +138,6 @@ def adaptive(**fields):
         ({"target_density": 0.0}, "target_density is 0.0, a number above 0 and up to 1"),
         ({"target_density": 1.5}, "target_density is 1.5, a number above 0 and up to 1"),
         ({"target_density": 0.001}, "target_density is 0.001, at least 0.002 can be reached"),
-        ({"selection_sub_block_size": 12}, "selection_sub_block_size is 12, a divisor of block"),
-        ({"selection_sub_block_size": -1}, "selection_sub_block_size is -1, a divisor of block"),
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
         ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
         ({"num_learned_global_blocks": 5}, "num_learned_global_blocks is 5, 0 to 4"),
@@ -169,14 +167,14 @@ def test_a_selection_that_makes_no_sense_is_refused(fields, message):
 def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
     config = adaptive(
         num_selected_blocks=5, block_size=32, query_block_size=16,
-        num_learned_global_blocks=2, selection_strength=0.5, selection_sub_block_size=4,
+        num_learned_global_blocks=2, selection_strength=0.5,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
         head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
         residual_rank=8,
     )  # fmt: skip
     options = config.selection_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)
-    assert (options.sub_block_size, options.sub_blocks, options.num_global_blocks) == (4, 8, 2)
+    assert options.num_global_blocks == 2
     assert config.pattern(0) == SlidingWindow(256)
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
