@@ -49,7 +49,10 @@ class Bundle {
   int num_members, lanes;
 
   static int member_lanes(const Problem& problem) { return round_up(problem.query_block, WIDTH); }
+  // Under causality a query block is alone: its tiles follow from the lists of all members, and those of later query
+  // blocks may depend on later tokens, of which no earlier one may feel so much as another order of a sum.
   static int most_members(const Problem& problem) {
+    if (problem.arguments.is_causal) return 1;
     return std::clamp(BUNDLE_QUERIES / member_lanes(problem), 1, MAX_MEMBERS);
   }
   static int most_lanes(const Problem& problem) { return most_members(problem) * member_lanes(problem); }
