@@ -7,6 +7,7 @@ of those on the hub. A block below `<!-- not run: reason -->` is not run: its op
 import re
 
 import pytest
+import torch
 from doc_commands import run, understand
 from doc_pages import PAGES, PROSE, ROOT, blocks_of, commands_of, inline_commands, name_of
 from doc_workplace import prepare
@@ -19,6 +20,9 @@ NOT_RUN = 19
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_works_as_written(page, tmp_path, monkeypatch):
+    # As in the new process that a reader starts: torch gives up to compile anew what other tests
+    # have compiled often.
+    torch.compiler.reset()
     blocks = blocks_of(page)
     prepare(tmp_path, page.read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
