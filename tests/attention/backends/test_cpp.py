@@ -150,15 +150,15 @@ def test_types_and_head_dims_match_reference(dtype, head_dim):
 
 
 def compare_sizes(query_block, key_block, window, length=331):
-    """Lists of neighbours that agree here and there, by head; bias, padding and global tokens; then
-    the span, dropout and causality too.
+    """Lists of neighbours that agree here and there, by head; bias, padding, global tokens and the
+    span; then dropout and causality too, under which query blocks are computed alone.
     """
     layout = random_layout(length, window, 2, 3, query_block, key_block)
     attention_mask, global_mask = masks(2, length)
     options = {"attention_mask": attention_mask, "global_mask": global_mask, "with_bias": True}
-    compare(layout, 2, 3, length, 24, **options)
     if window is not None:
         options["span"] = 50.0
+    compare(layout, 2, 3, length, 24, **options)
     options |= {"dropout_p": 0.1, "dropout_seed": SEED}
     compare(layout, 2, 3, length, 24, is_causal=True, **options)
 
