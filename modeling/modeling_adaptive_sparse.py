@@ -203,11 +203,41 @@ class AdaptiveSparsePooler(nn.Module):
         return torch.tanh(self.dense(first_valid_token(hidden_states, attention_mask)))
 
 
+class RandomStep(nn.Module):
+    """The training step that BigBird's random blocks are drawn for; nothing for other patterns.
+
+    Saved with the weights, so that a training that resumes goes on drawing new blocks. A module of
+    its own: no device map splits it, and weights of another pattern load strictly.
+    """
+
+    count: torch.Tensor | None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        draws = config.attention_pattern == "big_bird"
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64) if draws else None)
+
+    def forward(self) -> torch.Tensor | None:
+        """The number of this step: every forward in training mode is one.
+
+        A copy, so that a layer that gradient checkpointing runs again sees the same number.
+        """
+        if self.count is None or not self.training:
+            return None
+        step = self.count.clone()
+        self.count.add_(1)
+        return step
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], [], errors)
+
+
 class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, shared by all models."""
 
     config: AdaptiveSparseConfig
-    random_step: torch.Tensor  # where `_register_random_step` makes it
     base_model_prefix = "model"
     _input_embed_layer = "word_embeddings"  # in `embeddings`
     supports_gradient_checkpointing = True
@@ -215,8 +245,8 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # What the pooler or BigBird's training has left in a checkpoint may be missing or unused; a
     # checkpoint of another pattern becomes adaptive by its configuration alone.
-    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step$", r"\.(adaptive|baseline)\."]
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)random_step$", r"(^|\.)pooler\."]
+    _keys_to_ignore_on_load_missing = [r"(^|\.)random_step\.", r"\.(adaptive|baseline)\."]
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)random_step\.", r"(^|\.)pooler\."]
     _supports_context_parallel = False
     _can_record_outputs = {
         "hidden_states": AdaptiveSparseLayer,
@@ -268,29 +298,10 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, AdaptiveSparsePreTrainedModel) and "random_step" in module._buffers:
-            init.zeros_(module.random_step)
+        if isinstance(module, RandomStep) and module.count is not None:
+            init.zeros_(module.count)
         if isinstance(module, AdaptiveSelection | WindowLinearAttention):
             module.reset_parameters()
-
-    def _register_random_step(self) -> None:
-        """Gives a model whose layers draw BigBird's random blocks the number of its training step.
-
-        Saved with the weights, so that a training that resumes goes on drawing new blocks.
-        """
-        if self.config.attention_pattern == "big_bird":
-            self.register_buffer("random_step", torch.zeros((), dtype=torch.int64))
-
-    def _next_random_step(self) -> torch.Tensor | None:
-        """The step that random blocks are drawn for: every forward in training mode is one.
-
-        A copy, so that a layer that gradient checkpointing runs again sees the same number.
-        """
-        if not self.training or self.config.attention_pattern != "big_bird":
-            return None
-        step = self.random_step.clone()
-        self.random_step.add_(1)
-        return step
 
     def set_selection_strength(self, strength: float) -> None:
         """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
@@ -330,7 +341,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """The layers of an encoder, one after the other; `masks` as `encoder_masks` makes them."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        random_step = self._next_random_step()
+        random_step = cast(RandomStep, self.random_step)()
         for layer in cast(nn.ModuleList, self.layers):
             state = self._selection_state(validate)
             hidden_states = layer(hidden_states, *masks, output_attentions, random_step, state)
@@ -388,7 +399,7 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         )
         self.pooler = AdaptiveSparsePooler(config) if add_pooling_layer else None
         self.head = head
-        self._register_random_step()
+        self.random_step = RandomStep(config)
         self.gradient_checkpointing = False
         self.post_init()
 

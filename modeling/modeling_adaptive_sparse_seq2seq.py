@@ -49,6 +49,7 @@ from adaptive_longformer.modeling.losses import classification_loss, span_loss, 
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
+    RandomStep,
     beside_the_head,
     returning_a_dict,
 )
@@ -284,7 +285,7 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         is_pre_norm = config.norm_style == "pre"
         self.final_layer_norm = nn.LayerNorm(config.d_model) if is_pre_norm else None
         self.head = head
-        self._register_random_step()
+        self.random_step = RandomStep(config)
         self.gradient_checkpointing = False
         self.post_init()
 

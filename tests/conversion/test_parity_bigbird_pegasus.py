@@ -223,7 +223,7 @@ def test_training_draws_random_blocks_that_checkpointing_draws_again():
     _, converted = models("bigbird_pegasus", GENERATING, dropout=0.0)
     model = copy.deepcopy(converted).train()
     inputs = make_inputs(model.config, GENERATING, 333, "right", "default")
-    step = model.model.encoder.random_step
+    step = model.model.encoder.random_step.count
     encode = model.get_encoder()
     document = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     first, second = (encode(**document).last_hidden_state for _ in range(2))

@@ -54,15 +54,15 @@ def test_every_training_step_draws_other_blocks_and_evaluation_none():
     inputs = tiny_inputs(model, 200)
     with torch.no_grad():
         evaluated = model(**inputs).logits
-        assert model.model.random_step == 0
+        assert model.model.random_step.count == 0
         model.train()
         first, second = model(**inputs).logits, model(**inputs).logits
-        assert model.model.random_step == 2
+        assert model.model.random_step.count == 2
         assert not torch.allclose(first, second, atol=1e-3)
-        model.model.random_step.zero_()
+        model.model.random_step.count.zero_()
         assert torch.equal(model(**inputs).logits, first)
         assert torch.equal(model.eval()(**inputs).logits, evaluated)
-        assert model.model.random_step == 1
+        assert model.model.random_step.count == 1
 
 
 def test_every_layer_draws_its_own_blocks_from_the_seed(monkeypatch):
@@ -96,15 +96,15 @@ def test_training_touches_no_global_random_generator():
 def test_gradient_checkpointing_recomputes_the_same_blocks(use_reentrant):
     inputs = tiny_inputs(big_bird(), 200, with_labels=True)
     model = big_bird().train()
-    model.model.random_step.fill_(5)
+    model.model.random_step.count.fill_(5)
     expected = gradients_of(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.model.random_step.fill_(5)
+    model.model.random_step.count.fill_(5)
     found = gradients_of(model, inputs)
-    assert model.model.random_step == 6
+    assert model.model.random_step.count == 6
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
-    model.model.random_step.fill_(6)
+    model.model.random_step.count.fill_(6)
     others = gradients_of(model, inputs)
     assert any(not torch.allclose(others[name], expected[name], atol=1e-4) for name in expected)
 
@@ -116,13 +116,37 @@ def test_the_training_step_is_saved_and_a_checkpoint_without_it_starts_at_0(tmp_
     loaded, info = AdaptiveSparseForMaskedLM.from_pretrained(
         tmp_path / "with", output_loading_info=True
     )
-    assert loaded.model.random_step == 1
+    assert loaded.model.random_step.count == 1
     tiny_model(AdaptiveSparseForMaskedLM, head_style="big_bird").save_pretrained(tmp_path / "none")
     loaded, info = AdaptiveSparseForMaskedLM.from_pretrained(
         tmp_path / "none", **BIG_BIRD, output_loading_info=True
     )
-    assert loaded.model.random_step == 0
+    assert loaded.model.random_step.count == 0
     assert not info["missing_keys"]
+
+
+def test_weights_of_another_pattern_load_strictly_in_both_directions():
+    big_birds = big_bird().train(), big_bird()
+    other = tiny_model(AdaptiveSparseForMaskedLM, head_style="big_bird", attention_pattern="full")
+    big_birds[0](**tiny_inputs(big_birds[0], 100))
+    other.load_state_dict(big_birds[0].state_dict(), strict=True)
+    big_birds[1].load_state_dict(other.state_dict(), strict=True)
+    assert big_birds[1].model.random_step.count == 0
+    big_birds[1].load_state_dict(big_birds[0].state_dict(), strict=True)
+    assert big_birds[1].model.random_step.count == 1
+
+
+def test_a_device_map_may_split_the_model(tmp_path):
+    model = big_bird(num_hidden_layers=8)
+    model.save_pretrained(tmp_path)
+    room = {"cpu": int(0.8 * model.get_memory_footprint())}
+    split = AdaptiveSparseForMaskedLM.from_pretrained(
+        tmp_path, device_map="auto", max_memory=room, offload_folder=tmp_path / "disk"
+    )
+    assert set(split.hf_device_map.values()) == {"cpu", "disk"}
+    inputs = tiny_inputs(model, 100)
+    with torch.no_grad():
+        assert torch.equal(split(**inputs).logits, model(**inputs).logits)
 
 
 def test_global_tokens_of_the_caller_see_and_are_seen_besides_the_blocks():
@@ -165,11 +189,11 @@ def test_it_compiles_without_graph_breaks(training):
     inputs = tiny_inputs(model, 100)
     expected = model(**inputs).last_hidden_state
     if training:
-        model.random_step.zero_()
+        model.random_step.count.zero_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(**inputs).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert model.random_step == int(training)
+    assert model.random_step.count == int(training)
     loss_of(compiled, inputs).backward()
 
 
