@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 
 from adaptive_longformer.configuration.remote_code import write_remote_code
 
-# What LoRA adapts when the user names no target_modules.
-LORA_TARGETS = ("query", "value")
+# How peft's tables of default targets are named, one for each of its methods.
+_PEFT_TABLE = "TRANSFORMERS_MODELS_TO_"
 
 
 class AdaptiveSparseSharedConfig(PreTrainedConfig):
@@ -31,12 +31,15 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, and tells PEFT, if it is imported, what LoRA adapts by default.
+        """As in Transformers, and tells PEFT, if it is imported, what it adapts by default: the
+        layers that it adapts in BERT.
 
-        PEFT has no registry but this table, and calls `to_dict` right before it looks a model_type
-        up there: whichever was imported first, and PEFT is never imported for it.
+        PEFT has no registry but these tables, and calls `to_dict` right before it looks a
+        model_type up there: whichever was imported first, and PEFT is never imported for it.
         """
-        if constants := sys.modules.get("peft.utils.constants"):
-            table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            table.setdefault(self.model_type, list(LORA_TARGETS))
+        constants = vars(sys.modules.get("peft.utils.constants", object))
+        for name, table in constants.items():
+            if name.startswith(_PEFT_TABLE) and "bert" in table:
+                targets = [target.replace("output.dense", "output") for target in table["bert"]]
+                table.setdefault(self.model_type, targets)
         return super().to_dict()

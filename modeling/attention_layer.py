@@ -132,6 +132,19 @@ class AdaptiveSparseAttention(nn.Module):
         output = padding.restored(self.output(context))
         return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """As in torch, but what an adapter has learned to select is never left out silently."""
+        if self.adaptive is None and any(
+            name.startswith(f"{prefix}adaptive.") for name in state_dict
+        ):
+            # The last argument collects what load_state_dict raises, whether strict or not.
+            args[-1].append(
+                f"{prefix}adaptive has weights but attention_pattern is "
+                f"{self.config.attention_pattern!r}: load the base model as it was trained, with "
+                "attention_pattern='adaptive' (which AutoPeftModel...from_pretrained passes on)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     @property
     def max_global_tokens(self) -> int | None:
         """How many tokens of a sequence can be global; None: any number."""

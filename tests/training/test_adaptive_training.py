@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from adaptive_longformer.modeling.adaptive_selection import selections
+from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
 )
@@ -131,6 +131,26 @@ def test_an_adapter_brings_its_selection_to_a_fresh_base(fields, tmp_path):
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     assert [part.strength.item() for part in selections(merged)] == [1.0, 1.0]
+
+
+def test_an_adapter_says_what_its_base_lacks(tmp_path):
+    """A base that becomes adaptive only by an argument is not adaptive where it is stored."""
+    peft = pytest.importorskip("peft")
+    tiny_model(AdaptiveSparseForSequenceClassification).save_pretrained(tmp_path / "base")
+    base = AdaptiveSparseForSequenceClassification.from_pretrained(
+        tmp_path / "base", attention_pattern="adaptive"
+    )
+    model = adapted(base).eval()
+    set_selection_strength(model, 1.0)
+    model.save_pretrained(tmp_path / "adapter")
+
+    load = peft.AutoPeftModelForSequenceClassification.from_pretrained
+    with pytest.raises(RuntimeError, match=r"attention_pattern is 'longformer'.*='adaptive'"):
+        load(tmp_path / "adapter")
+    inputs = tiny_inputs(base, 300)
+    with torch.no_grad():
+        found = load(tmp_path / "adapter", attention_pattern="adaptive").eval()(**inputs).logits
+        torch.testing.assert_close(found, model(**inputs).logits)
 
 
 STEPS = {

@@ -62,6 +62,32 @@ def test_targets_that_somebody_else_registered_stay():
         assert table["adaptive_sparse"] == ["key"]
 
 
+def test_every_method_that_knows_bert_knows_us():
+    from peft.utils import constants
+
+    tiny_model().config.to_dict()
+    tables = {name: table for name, table in vars(constants).items() if "_MODULES_MAPPING" in name}
+    knowing = {name: table for name, table in tables.items() if "bert" in table}
+    assert len(knowing) > 5
+    for name, table in tables.items():
+        assert ("adaptive_sparse" in table) == (name in knowing), name
+
+
+@pytest.mark.parametrize("method", ["IA3", "AdaLora", "Vera", "OFT"])
+def test_methods_adapt_the_layers_that_they_adapt_in_bert(method):
+    import peft
+    from transformers import BertConfig, BertModel
+
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    options = {"total_step": 10} if method == "AdaLora" else {}
+    found = []
+    for model in (BertModel(BertConfig(**sizes)), tiny_model(**sizes)):
+        adapted = peft.get_peft_model(model, getattr(peft, f"{method}Config")(**options))
+        names = adapted.targeted_module_names
+        found.append(sorted(name.removesuffix(".dense").rpartition(".")[2] for name in names))
+    assert found[1] == found[0] != []
+
+
 def test_lora_adapts_queries_and_values_by_default_and_trains():
     from peft import LoraConfig, get_peft_model
 
