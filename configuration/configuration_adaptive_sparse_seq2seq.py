@@ -1,69 +1,18 @@
 """The configuration of the adaptive_sparse_seq2seq encoder-decoder."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from adaptive_longformer.configuration.configuration_adaptive_sparse import (
-    WITHOUT_GLOBAL_TOKENS,
-    AdaptiveSparseConfig,
-)
 from adaptive_longformer.configuration.shared_config import AdaptiveSparseSharedConfig
-from adaptive_longformer.patterns.pattern import Pattern
-from adaptive_longformer.selection.options import SelectionOptions
-
-NORM_STYLES = ("post", "pre")
-POSITIVE = (
-    "vocab_size",
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_layers",
-    "decoder_attention_heads",
-    "decoder_ffn_dim",
-    "max_encoder_position_embeddings",
-    "max_decoder_position_embeddings",
-)
-PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "classifier_dropout")
-# What AdaptiveSparseConfig and this configuration say in the same words, `attribute_map` included.
-ENCODER_ATTENTION_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "pad_token_id",
-    "attention_pattern",
-    "attention_window",
-    "attention_dilation",
-    "attention_stride",
-    "num_random_blocks",
-    "block_size",
-    "attention_seed",
-    "query_block_size",
-    "num_selected_blocks",
-    "selection_strength",
-    "selection_candidates",
-    "num_learned_global_blocks",
-    "residual_rank",
-    "target_density",
-    "head_budgets",
-    "head_windows",
-    "default_global_tokens",
-    "separate_global_projections",
-    "attention_backend",
-    "max_global_tokens",
-    "zero_padded_rows",
-)
 
 
 @strict
 class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
-    """Everything that defines an encoder-decoder with a sparse encoder.
-
-    Sizes have the names of BART and LED, the encoder's attention those of `AdaptiveSparseConfig`.
+    """Everything that defines an encoder-decoder with a sparse encoder; sizes as in BART and LED.
 
     Args:
-        vocab_size: rows of the word embedding table.
         d_model: width of the residual stream, a multiple of both numbers of heads.
         encoder_layers, decoder_layers: number of layers.
         encoder_attention_heads, decoder_attention_heads: heads per layer.
@@ -80,21 +29,9 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
         scale_embedding: whether word embeddings are multiplied by sqrt(d_model).
         use_bias: whether the projections of the attention layers have biases.
         init_std: standard deviation of fresh weights.
-        pad_token_id, bos_token_id, eos_token_id, sep_token_id: special tokens.
         decoder_start_token_id: the token every generated text starts with.
-        tie_word_embeddings: whether encoder, decoder and language head share one table.
-        use_cache: whether the decoder keeps its keys and values for the next token.
-        attention_pattern: of the encoder, see `AdaptiveSparseConfig`; the decoder's self-attention
-            and cross-attention are full.
-        attention_window, attention_dilation, attention_stride, num_random_blocks, block_size,
-            attention_seed, query_block_size, num_selected_blocks, selection_strength,
-            selection_candidates, num_learned_global_blocks,
-            residual_rank, target_density, head_budgets, head_windows,
-            separate_global_projections, attention_backend, max_global_tokens, zero_padded_rows: of
-            the encoder, see `AdaptiveSparseConfig`.
-        default_global_tokens: which tokens of the document are global when no
-            `global_attention_mask` is given, see `AdaptiveSparseConfig`. "first" for summaries;
-            "none" is what LED does.
+        kwargs: everything else is in `AdaptiveSparseSharedConfig`. The attention is the encoder's;
+            the decoder's self-attention and cross-attention are full.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, the value and what is
@@ -112,7 +49,6 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
         "initializer_range": "init_std",
     }
 
-    vocab_size: int = 50265
     d_model: int = 768
     encoder_layers: int = 6
     encoder_attention_heads: int = 12
@@ -131,35 +67,8 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     scale_embedding: bool = False
     use_bias: bool = True
     init_std: float = 0.02
-    pad_token_id: int | None = 1
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 2
-    sep_token_id: int | None = 2
     decoder_start_token_id: int = 2
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
     is_encoder_decoder: bool = True
-    attention_pattern: str = "longformer"
-    attention_window: int | list[int] = 512
-    attention_dilation: int | list[int] = 1
-    attention_stride: int = 128
-    num_random_blocks: int = 3
-    block_size: int = 64
-    attention_seed: int = 0
-    query_block_size: int = 64
-    num_selected_blocks: int = 8
-    selection_strength: float | int = 0.0
-    selection_candidates: int = 0
-    num_learned_global_blocks: int = 0
-    residual_rank: int = 0
-    target_density: float | int | None = None
-    head_budgets: list[list[int]] | None = None
-    head_windows: list[list[int]] | None = None
-    default_global_tokens: str = "auto"
-    separate_global_projections: bool = False
-    attention_backend: str = "auto"
-    max_global_tokens: int | None = None
-    zero_padded_rows: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
@@ -171,56 +80,33 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
         """The longest document the encoder's position table serves, in tokens."""
         return self.max_encoder_position_embeddings
 
-    @property
-    def uses_global_tokens(self) -> bool:
-        """Whether the encoder's pattern takes global tokens at all."""
-        return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
-
-    @property
-    def selection_options(self) -> SelectionOptions:
-        """How the encoder's layers choose blocks."""
-        return self._encoder_attention().selection_options
-
-    def pattern(self, layer_idx: int) -> Pattern:
-        """The attention pattern of one encoder layer, without its global tokens."""
-        return self._encoder_attention().pattern(layer_idx)
-
     def validate_adaptive_sparse_seq2seq(self) -> None:
         """Raises ValueError unless all values make sense together."""
-        if self.activation_function not in ACT2FN:
-            raise ValueError(
-                f"activation_function is {self.activation_function!r}, "
-                f"allowed are {', '.join(map(repr, ACT2FN))}"
-            )
-        for name in POSITIVE:
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}, a whole number >= 1 is needed")
-        for name in PROBABILITIES:
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}, a probability 0 <= p < 1 is needed")
-        if self.norm_style not in NORM_STYLES:
-            raise ValueError(
-                f"norm_style is {self.norm_style!r}, "
-                f"allowed are {', '.join(map(repr, NORM_STYLES))}"
-            )
-        for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, name):
-                raise ValueError(
-                    f"d_model is {self.d_model}, "
-                    f"a multiple of {name} = {getattr(self, name)} is needed"
-                )
-        if not 0 <= self.decoder_start_token_id < self.vocab_size:
-            raise ValueError(
-                f"decoder_start_token_id is {self.decoder_start_token_id}, "
-                f"0 <= id < vocab_size = {self.vocab_size} is needed"
-            )
-        self._encoder_attention()
-
-    def _encoder_attention(self) -> AdaptiveSparseConfig:
-        """The same attention in the words of AdaptiveSparseConfig, which checks it."""
-        fields = {name: getattr(self, name) for name in ENCODER_ATTENTION_FIELDS}
-        return AdaptiveSparseConfig(
-            **fields,
-            max_position_embeddings=self.max_encoder_position_embeddings,
-            position_style="bert",
+        layer = 4 * self.d_model**2  # of attention; the decoder's have two
+        rows = self.vocab_size + self.max_encoder_position_embeddings
+        rows += self.max_decoder_position_embeddings
+        rows += 2 * self.encoder_layers * self.encoder_ffn_dim
+        rows += 2 * self.decoder_layers * self.decoder_ffn_dim
+        self._check_values(
+            choices={"activation_function": tuple(ACT2FN), "norm_style": ("post", "pre")},
+            counts=(
+                "d_model",
+                "encoder_attention_heads",
+                "encoder_ffn_dim",
+                "decoder_attention_heads",
+                "decoder_ffn_dim",
+                "max_encoder_position_embeddings",
+                "max_decoder_position_embeddings",
+            ),
+            layers=("encoder_layers", "decoder_layers"),
+            probabilities=(
+                "dropout",
+                "attention_dropout",
+                "activation_dropout",
+                "classifier_dropout",
+            ),
+            from_zero={"init_std": math.inf, "decoder_start_token_id": self.vocab_size},
+            weights=rows * self.d_model + (self.encoder_layers + 2 * self.decoder_layers) * layer,
         )
+        self._check_heads("d_model", "encoder_attention_heads", "decoder_attention_heads")
+        self._check_selection()

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
@@ -34,11 +36,21 @@ from adaptive_longformer.patterns.strided import Strided
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, a whole number >= 1"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, a probability"),
         ({"classifier_dropout": -0.1}, "classifier_dropout is -0.1, a probability"),
-        ({"max_global_tokens": -1}, "max_global_tokens is -1, None or >= 0"),
+        ({"max_global_tokens": -1}, "max_global_tokens is -1, a number >= 0"),
         ({"pad_token_id": 50265}, "pad_token_id is 50265, None or 0 <= id < vocab_size = 50265"),
         ({"pad_token_id": None}, "pad_token_id is None, position_style 'roberta'"),
         ({"max_position_embeddings": 2}, "max_position_embeddings is 2, .*pad_token_id \\+ 2 = 3"),
         ({"attention_stride": 0}, "attention_stride is 0, a whole number >= 1"),
+        ({"initializer_range": -0.1}, "initializer_range is -0.1, a number >= 0"),
+        ({"initializer_range": math.inf}, "initializer_range is inf, a number >= 0 and < inf"),
+        ({"initializer_range": math.nan}, "initializer_range is nan"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps is -1e-05, a number >= 0"),
+        ({"num_sink_tokens": 2**31}, "num_sink_tokens is 2147483648, a number >= 0"),
+        ({"attention_window": 2**63}, "attention_window is 9223372036854775808, an even number"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings is .*up to 2147483647"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, .*up to 10000"),
+        ({"hidden_size": 12 * 10**6}, "hidden_size = 12000000, .* weights, up to"),
+        ({"num_labels": 10**12}, "num_labels is 1000000000000, at most"),
     ],
 )
 def test_bad_values_name_argument_value_and_what_is_allowed(values, message):
