@@ -13,14 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LongformerConfig, LongformerForMaskedLM
 
 import adaptive_longformer
-from adaptive_longformer import quickstart
-from adaptive_longformer.conversion import convert, staging
-from adaptive_longformer.training import labelled_documents
-from adaptive_longformer_command_line import COMMANDS, start
+from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer_command_line import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "from adaptive_longformer_command_line import start; start()"
@@ -191,132 +188,105 @@ def test_a_deleted_working_directory_is_one_line(program, tmp_path):
     assert done.stderr.count(b"\n") == 1 and b"working directory was deleted" in done.stderr
 
 
-# What follows is the package itself.
+# What follows is the package itself, see forking_program.py.
 
 
-def run_forked(arguments: list[str], prepare) -> tuple[int, str]:
-    """Exit status and stderr of the program in a child process, after `prepare()` there."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, 0)
-            os.dup2(nothing, 1)
-            os.dup2(writing, 2)
-            sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115
-            sys.__stdout__, sys.stderr = sys.stdout, open(2, "w")  # noqa: SIM115
-            sys.argv = ["adaptive-longformer", *arguments]
-            for number in SIGNALS:
-                signal.signal(number, signal.default_int_handler)
-            prepare()
-            start()
-        except SystemExit as stop:
-            os._exit(stop.code if isinstance(stop.code, int) else 99)
-        finally:
-            os._exit(98)
-    os.close(writing)
-    with open(reading, "rb") as errors:
-        text = errors.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+@pytest.fixture(scope="module")
+def run_interrupted():
+    """A function that runs a `Job`: exit status and the lines of stderr."""
+    command = [sys.executable, str(Path(__file__).with_name("forking_program.py"))]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings
+    ) as program:
+        assert program.stdin is not None and program.stdout is not None
 
+        def run(**job) -> tuple[int, list[str]]:
+            print(json.dumps(job), file=program.stdin, flush=True)
+            status, errors = json.loads(program.stdout.readline())
+            return status, errors.splitlines()
 
-def interrupting(module, name: str, number: int, *, after: bool = False):
-    """A function that makes a function of a module send a signal to its process."""
-
-    def prepare() -> None:
-        real = getattr(module, name)
-
-        def call(*args, **kwargs):
-            if after:
-                real(*args, **kwargs)
-            os.kill(os.getpid(), number)
-            time.sleep(30)
-
-        setattr(module, name, call)
-
-    return prepare
+        yield run
+        program.stdin.close()
 
 
 @pytest.fixture
 def source(tmp_path):
+    """A checkpoint whose conversion and training take no time."""
+    tokenizer = train_byte_level_tokenizer(["document apple pear"], vocab_size=300)
     config = LongformerConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, attention_window=16, max_position_embeddings=66,
     )  # fmt: skip
     LongformerForMaskedLM(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
     return str(tmp_path / "source")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("module", "name", "after"),
+    ("function", "after"),
     [
-        (convert, "plan_conversion", False),
-        (convert, "write_weights", False),
-        (convert, "_write", True),
-        (convert, "measure_agreement", False),
-        (convert, "model_card", True),
-        (staging, "_move", False),
-        (torch, "equal", False),
+        ("adaptive_longformer.conversion.convert:plan_conversion", False),
+        ("adaptive_longformer.conversion.convert:write_weights", False),
+        ("adaptive_longformer.conversion.convert:_write", True),
+        ("adaptive_longformer.conversion.convert:measure_agreement", False),
+        ("adaptive_longformer.conversion.convert:model_card", True),
+        ("adaptive_longformer.conversion.staging:_move", False),
+        ("torch:equal", False),
     ],
 )
-def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, module, name, after, number):
-    target = tmp_path / "target"
-    arguments = ["convert", source, str(target), "--verify"]
-    status, errors = run_forked(arguments, interrupting(module, name, number, after=after))
-    assert status == 128 + number
-    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+def test_an_interrupted_conversion_leaves_nothing(
+    run_interrupted, source, tmp_path, function, after, number
+):
+    status, errors = run_interrupted(
+        arguments=["convert", source, str(tmp_path / "target"), "--verify"],
+        function=function, after=after, number=number,
+    )  # fmt: skip
+    assert (status, errors[-1]) == (128 + number, "interrupted")
+    assert not any("Traceback" in line for line in errors)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("moves", [0, 1])
-def test_an_interrupted_replacement_leaves_what_was_there(source, tmp_path, moves):
+def test_an_interrupted_replacement_leaves_what_was_there(run_interrupted, source, tmp_path, moves):
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text("{}")
-
-    def prepare():
-        replace, done = os.replace, []
-
-        def interrupted(*args):
-            if len(done) == moves:
-                done.append(None)
-                os.kill(os.getpid(), signal.SIGINT)
-            replace(*args)
-            done.append(None)
-
-        staging.os.replace = interrupted
-
-    status, errors = run_forked(["convert", source, str(target), "--overwrite"], prepare)
-    assert (status, errors.splitlines()[-1]) == (130, "interrupted")
+    status, errors = run_interrupted(
+        arguments=["convert", source, str(target), "--overwrite"],
+        function="os:replace", skip=moves, number=signal.SIGINT,
+    )  # fmt: skip
+    assert (status, errors[-1]) == (130, "interrupted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
     assert (target / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
-    ("module", "name"),
+    "function",
     [
-        (labelled_documents, "with_class_labels"),
-        (quickstart, "convert_checkpoint"),
-        (convert, "_verify"),
-        (quickstart, "time_both"),
-        (quickstart.Trainer, "training_step"),
-        (quickstart.Trainer, "save_model"),
+        "training.labelled_documents:with_class_labels",
+        "quickstart:convert_checkpoint",
+        "conversion.convert:_verify",
+        "quickstart:time_both",
+        "quickstart:Trainer.training_step",
+        "quickstart:Trainer.save_model",
     ],
 )
-def test_an_interrupted_quickstart_leaves_nothing(tmp_path, monkeypatch, module, name):
+def test_an_interrupted_quickstart_leaves_nothing(run_interrupted, source, tmp_path, function):
     texts = [f"document {i} " + ("apple " if i % 2 else "pear ") * 60 for i in range(20)]
     rows = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     output = tmp_path / "runs" / "output"
-    arguments = ["--data", str(tmp_path / "data.jsonl"), "--output", str(output)]
-    arguments += ["--max-length", "64"]
-    prepare = interrupting(module, name, signal.SIGINT)
-    status, errors = run_forked(["quickstart", *arguments], prepare)
+    arguments = ["--source", source, "--data", str(tmp_path / "data.jsonl")]
+    arguments += ["--output", str(output), "--max-length", "64", "--epochs", "1"]
+    status, errors = run_interrupted(
+        arguments=["quickstart", *arguments],
+        function=f"adaptive_longformer.{function}", number=signal.SIGINT,
+        temporary=str(tmp_path / "temporary"),
+    )  # fmt: skip
     assert status == 130, errors
-    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "temporary"]
+    assert errors[-1] == "interrupted" and not any("Traceback" in line for line in errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "source", "temporary"]
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -24,7 +24,7 @@ def data(tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Fewer repeats and documents; the random state and the thread count stay as they are."""
-    monkeypatch.setattr(quickstart, "TIMED_REPEATS", 1)
+    monkeypatch.setattr(quickstart, "time_both", partial(quickstart.time_both, repeats=1))
     smaller = partial(quickstart.cut_documents, train_per_class=2, test_per_class=1)
     monkeypatch.setattr(quickstart, "cut_documents", smaller)
 
