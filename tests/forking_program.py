@@ -31,7 +31,7 @@ class Job(NamedTuple):
         number: of the signal.
         after: whether the function runs before it sends the signal.
         skip: so many calls of the function go through before.
-        temporary: the folder of temporary files.
+        environment: variables that are set before.
     """
 
     arguments: list[str]
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     number: int
     after: bool = False
     skip: int = 0
-    temporary: str | None = None
+    environment: dict[str, str] = {}
 
 
 def interrupt(job: Job) -> None:
@@ -69,7 +69,8 @@ def run(job: Job, errors: int) -> None:
         for number, descriptor in enumerate((nothing, nothing, errors)):
             os.dup2(descriptor, number)
         sys.argv = ["adaptive-longformer", *job.arguments]
-        tempfile.tempdir = job.temporary
+        os.environ.update(job.environment)
+        tempfile.tempdir = None  # TMPDIR is read again
         interrupt(job)
         start()
     except SystemExit as stop:

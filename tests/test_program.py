@@ -284,9 +284,20 @@ def test_an_interrupted_quickstart_leaves_nothing(run_interrupted, source, tmp_p
     status, errors = run_interrupted(
         arguments=["quickstart", *arguments],
         function=f"adaptive_longformer.{function}", number=signal.SIGINT,
-        temporary=str(tmp_path / "temporary"),
+        environment={"TMPDIR": str(tmp_path / "temporary")},
     )  # fmt: skip
     assert status == 130, errors
     assert errors[-1] == "interrupted" and not any("Traceback" in line for line in errors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "source", "temporary"]
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupted_build_of_the_kernels_leaves_nothing(run_interrupted, tmp_path, number):
+    cache = tmp_path / "cache"
+    status, errors = run_interrupted(
+        arguments=["build-kernels", "cpu"], function="torch.utils.cpp_extension:load",
+        environment={"ADAPTIVE_LONGFORMER_CACHE": str(cache)}, number=number,
+    )  # fmt: skip
+    assert (status, errors) == (128 + number, ["interrupted"])
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]

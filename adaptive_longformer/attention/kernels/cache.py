@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -25,6 +26,7 @@ from adaptive_longformer.attention.kernels.trust import (
     check_path,
     open_trusted,
 )
+from adaptive_longformer.unfinished import taken_back_if_interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -171,14 +173,20 @@ def find_or_make(folder: Path, make: Callable[[Path], str]) -> CachedFile:
                 logger.warning("%s; it is built anew", found)
             prefix = f"{folder.name}.unfinished-"
             if is_locked:
-                # What killed builders left.
-                for path in folder.parent.glob(f"{prefix}*"):
-                    shutil.rmtree(path, ignore_errors=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-            try:
-                return _make(folder, unfinished, make)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                _discard(folder.parent, prefix)  # what killed builders left
+            unfinished = folder.with_name(f"{prefix}{secrets.token_hex(4)}")
+            discard = partial(_discard, folder.parent, unfinished.name)
+            with taken_back_if_interrupted(discard):
+                try:
+                    unfinished.mkdir(mode=0o700)
+                    return _make(folder, unfinished, make)
+                finally:
+                    discard()
+
+
+def _discard(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make(folder: Path, unfinished: Path, make: Callable[[Path], str]) -> CachedFile:
@@ -194,7 +202,6 @@ def _make(folder: Path, unfinished: Path, make: Callable[[Path], str]) -> Cached
     with contextlib.suppress(OSError):
         os.rename(unfinished, folder)
         _sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
     return made._replace(path=folder / made.path.name)
 
 

@@ -366,6 +366,7 @@ def in_processes(count, function):
         child = os.fork()
         if child == 0:
             status = 1
+            signal.alarm(60)  # whatever happens to a child, nobody waits for ever
             try:
                 status = int(not function())
             finally:
