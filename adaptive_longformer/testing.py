@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,13 +127,6 @@ def tiny_adaptive_model(
         for part in selections(model):
             for parameter in (part.gate, part.budget, part.span):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5)
-    return model
-
-
-def vary_selection(model: Model, **options: Any) -> Model:
-    """Sets options of the selection that no configuration has; returns the model."""
-    for part in selections(model):
-        part.options = replace(part.options, **options)
     return model
 
 

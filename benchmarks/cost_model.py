@@ -2,15 +2,17 @@
 
     python benchmarks/cost_model.py
 
-A multiplication and an addition count as two operations. Our attention is counted in the tiles of
-64 x 64 that it executes; the selection in the scores that it computes for its nodes.
+A multiplication and an addition count as two operations. Our attention is counted in the blocks it
+reads; the selection in the scores that it computes, as if products of bytes cost what others do.
 """
 
 import argparse
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adaptive_longformer.selection.options import SelectionOptions
+
+# Keys in a mean of a coarser stage.
+MEANS_OF = 16
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,6 @@ class Encoder:
     num_layers: int = 12
     attention_window: int = 512
     num_global_tokens: int = 1
-    block_size: int = 64
-    num_selected_blocks: int = 8
     options: SelectionOptions = SelectionOptions()  # noqa: RUF009, frozen too
 
     def projections(self, length: int) -> float:
@@ -35,9 +35,9 @@ class Encoder:
 
     def keys_per_query(self, length: int) -> float:
         """Keys in the tiles that a query's block reads; never more than there are."""
-        blocks_of_window = self.attention_window // self.block_size + 1
-        blocks = blocks_of_window + self.num_selected_blocks
-        return min(float(length), blocks * self.block_size + self.num_global_tokens)
+        blocks_of_window = self.attention_window // self.options.block_size + 1
+        blocks = blocks_of_window + self.options.num_blocks
+        return min(float(length), blocks * self.options.block_size + self.num_global_tokens)
 
     def sparse_attention(self, length: int) -> float:
         """Scores and weighted sums of the executed tiles, and the rows of global queries."""
@@ -45,17 +45,17 @@ class Encoder:
         global_rows = 4 * self.num_global_tokens * length * self.hidden_size
         return self.num_layers * (local + global_rows)
 
-    def visited_nodes(self, length: int) -> int:
-        """Nodes whose mass a query block estimates: the beam's start and its expansions."""
-        return self.options.visited_nodes(math.ceil(length / self.block_size))
+    def scores_per_query(self, length: int) -> float:
+        """Keys that a query meets in the choice, and means in its coarser stages."""
+        found, keys = 0.0, float(length)
+        while keys > self.options.num_candidates:
+            found += self.options.num_candidates + self.attention_window
+            keys /= MEANS_OF
+        return found + keys
 
     def selection(self, length: int) -> float:
-        """One score for every sub-query and child of a visited node, and the pyramid's means."""
-        num_blocks = math.ceil(length / self.block_size)
-        num_sub_queries = self.block_size // self.options.tokens_per_vote
-        scores = num_blocks * num_sub_queries * self.visited_nodes(length) * self.options.sub_blocks
-        pyramid = 2 * length
-        return self.num_layers * self.hidden_size * (2 * scores + pyramid)
+        """One score for every key or mean that a query meets, and the means."""
+        return self.num_layers * self.hidden_size * 2 * length * (self.scores_per_query(length) + 1)
 
     def full(self, length: int) -> float:
         return self.projections(length) + self.full_attention(length)
@@ -65,20 +65,20 @@ class Encoder:
 
     def shortest_saving_half(self, only_attention: bool) -> int:
         """The shortest length, in blocks, from which at most half of the operations remain."""
-        length = self.block_size
+        length = self.options.block_size
         while True:
             ours = self.sparse_attention(length) + self.selection(length)
             theirs = self.full_attention(length)
             rest = 0.0 if only_attention else self.projections(length)
             if ours + rest <= 0.5 * (theirs + rest):
                 return length
-            length += self.block_size
+            length += self.options.block_size
 
 
 def table(encoder: Encoder, lengths: list[int]) -> str:
     lines = [
         "| tokens | full attention | ours | of it selection | ours / full, attention |"
-        " ours / full, whole encoder | nodes visited per query block |",
+        " ours / full, whole encoder | scores per query in the choice |",
         "|---|---|---|---|---|---|---|",
     ]
     for length in lengths:
@@ -88,7 +88,7 @@ def table(encoder: Encoder, lengths: list[int]) -> str:
         lines.append(
             f"| {length:,} | {full / 1e12:.2f} TFLOP | {ours / 1e12:.2f} TFLOP |"
             f" {selection / ours:.0%} | {ours / full:.0%} | {whole:.0%} |"
-            f" {encoder.visited_nodes(length):,} |"
+            f" {encoder.scores_per_query(length):,.0f} |"
         )
     return "\n".join(lines)
 
@@ -98,12 +98,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--selected-blocks", type=int, default=8)
+    parser.add_argument("--selected-blocks", type=int, default=SelectionOptions().num_blocks)
     args = parser.parse_args()
     encoder = Encoder(
         hidden_size=args.hidden_size,
         num_layers=args.layers,
-        num_selected_blocks=args.selected_blocks,
+        options=replace(SelectionOptions(), num_blocks=args.selected_blocks),
     )
     print(table(encoder, args.lengths))
     print(

@@ -38,7 +38,15 @@ from quality.training import (
     selects,
     study_inputs,
 )
-from quality.variants import ABLATIONS, BUDGETS, FEW_PATTERNS, PATTERNS, Variant
+from quality.variants import (
+    ABLATIONS,
+    BUDGETS,
+    CANDIDATES,
+    FEW_PATTERNS,
+    PATTERNS,
+    SIZES,
+    Variant,
+)
 from side_by_side.measure import environment
 from side_by_side.results import add_results_arguments, results_folder
 
@@ -72,7 +80,9 @@ PRESETS = {
 # What is run, and on which tasks.
 PARTS = {
     "patterns": ("recall", "needles", "pairs", "bytes"),
-    "ablations": ("recall",),
+    "sizes": ("recall", "needles", "bytes"),
+    "candidates": ("recall", "needles", "bytes"),
+    "ablations": ("recall", "table"),
     "keys": ("recall",),
     "learned budgets": ("recall", "nearby"),
 }
@@ -90,7 +100,7 @@ DEFAULTS = {
 STRENGTHS = (0.0, 0.01, 0.1, 0.3, 1.0)
 # Looked at more closely: at every length, and "adaptive" at every strength too.
 STUDIED = ("adaptive", "random_selection", "longformer")
-LENGTHS = (512, 1024, 2048)
+LENGTHS = (512, 1024, 2048, 4096)
 TARGET_DENSITY = 0.35
 LEARNED = ("gate", "budget", "span")
 
@@ -189,7 +199,7 @@ def measure_variant(
         if selects(model):
             at_length |= _found(report_of(model, task, length=length, seed=seed))
         cell["by_length"][length] = at_length
-    if model.config.attention_pattern == "adaptive":
+    if variant is PATTERNS["adaptive"]:
         cell["by_strength"] = {}
         for strength in STRENGTHS:
             set_selection_strength(model, strength)
@@ -243,6 +253,8 @@ def cells_to_run(args: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], 
     """Every cell's name and how it is measured; the same seed is one pair in every comparison."""
     variants = {
         "patterns": {name: PATTERNS[name] for name in args.patterns},
+        "sizes": SIZES,
+        "candidates": CANDIDATES,
         "ablations": ABLATIONS,
         "keys": BUDGETS,
     }
@@ -254,7 +266,7 @@ def cells_to_run(args: argparse.Namespace) -> Iterator[tuple[dict, Callable[[], 
                     yield where, lambda task=task, seed=seed: learn_budgets(args, task, seed)
                     continue
                 for name, variant in variants[part].items():
-                    is_studied = part == "patterns" and name in STUDIED
+                    is_studied = part == "candidates" or (part == "patterns" and name in STUDIED)
 
                     def measure(task=task, seed=seed, variant=variant, is_studied=is_studied):
                         return measure_variant(args, task, seed, variant, is_studied=is_studied)

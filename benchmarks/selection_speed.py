@@ -3,8 +3,8 @@
     python benchmarks/selection_speed.py              # 16384 tokens
     python benchmarks/selection_speed.py --check      # 16384 and 65536, asserts the claims
 
-Window 512, one global token, 8 chosen blocks of 64, 12 heads of 64; float32, bfloat16 on a GPU; a
-document whose keys share topics with their neighbours. "selection" is the search and the list,
+Window 512, one global token, 512 keys in chosen blocks, 12 heads of 64; float32, bfloat16 on a GPU;
+a document whose keys share topics with their neighbours. "selection" is the choice and the list,
 "adaptive" the attention over window, global token and chosen blocks, forward and backward,
 gradients of the weights of the entries and of the window included. "window" is the same attention
 without chosen blocks.
@@ -12,9 +12,10 @@ without chosen blocks.
 
 import argparse
 import sys
+from dataclasses import asdict
 
 import torch
-from router_recall import SCALES
+from selection_recall import SCALES
 from side_by_side.measure import default_dtype, environment, interleaved_medians
 from side_by_side.report import Verdicts, write_json
 from side_by_side.results import add_results_arguments, results_folder
@@ -102,16 +103,16 @@ def main() -> int:
         )
     if folder is not None:
         settings = {name: getattr(args, name) for name in ("heads", "head_dim", "dtype")}
-        settings |= {"window": 512, "num_blocks": 8}
+        settings |= {"window": 512, **asdict(OPTIONS)}
         path = folder / "selection_speed.json"
         write_json(path, environment=environment(device), settings=settings, cells=cells)
         return 0
     verdicts = Verdicts()
     verdicts.at_most(
-        "selection / adaptive attention forward+backward, 16k tokens", cells[0]["share"], 0.25
+        "selection / adaptive attention forward+backward, 16k tokens", cells[0]["share"], 0.30
     )
     whole = [cell["selection"] + cell["adaptive"] for cell in cells]
-    verdicts.at_most("time(64k) / time(16k), selection and attention", whole[1] / whole[0], 5.0)
+    verdicts.at_most("time(64k) / time(16k), selection and attention", whole[1] / whole[0], 4.6)
     return int(verdicts.failed)
 
 

@@ -18,8 +18,7 @@ from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.patterns.strided import Strided
-from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.pyramid import FAN_OUT
+from adaptive_longformer.selection.options import BLOCK_STEP, SelectionOptions
 
 # How peft's tables of default targets are named, one for each of its methods.
 _PEFT_TABLE = "TRANSFORMERS_MODELS_TO_"
@@ -63,11 +62,13 @@ _COUNTS = (
     "block_size",
     "query_block_size",
     "num_selected_blocks",
+    "selection_candidates",
 )
+# What a block of queries may choose where `num_selected_blocks` does not say.
+DEFAULT_SELECTED_KEYS = 512
 _FROM_ZERO = {
     "attention_seed": 2**63,
     "max_global_tokens": MAX_COUNT,
-    "selection_candidates": MAX_COUNT,
 }
 
 
@@ -97,28 +98,27 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             layer.
         attention_stride: stride of the patterns "strided" and "fixed", in tokens.
         num_random_blocks: blocks each query block draws in "random_blocks" and "big_bird".
-        block_size: tokens per block in "random_blocks" and "big_bird", and per block of keys in
-            "adaptive".
+        block_size: tokens per block in "random_blocks" and "big_bird" (whose checkpoints mostly
+            have 64), and per block of keys in "adaptive".
         attention_seed: seed of the blocks that "big_bird" draws anew for every layer and training
             step.
         query_block_size: tokens per block of queries in "adaptive"; it divides `block_size` or is a
             multiple of it.
-        num_selected_blocks: blocks of keys that each block of queries may choose.
+        num_selected_blocks: blocks of keys that each block of queries may choose; None: what
+            holds 512 keys, or all blocks of the longest document if it has fewer.
         selection_strength: from 0, chosen blocks are not read at all, to 1, they are read as the
             window is; 0 reproduces "longformer" bit for bit. Of a fresh layer: a checkpoint brings
             its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
         selection_candidates: about how many keys every query meets one by one when blocks are
-            chosen; a document of no more tokens is searched exactly, a longer one keeps so many by
-            summaries first. 0: summaries only.
+            chosen: all keys of a document that has no more, in a longer one those of the places
+            that weigh most by means of keys.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
-        residual_rank: rank of a learned score of pairs of blocks, which weighs the chosen blocks
-            and moves them up or down in the choice; 0: there is none. For encoders only.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
             that training should leave to a query, at least 2 keys; None: budgets and windows are
             not pressed.
         head_budgets: for every layer the number of blocks that each head may choose, as written by
-            `calibrate`; None: `num_selected_blocks`.
+            `calibrate`; None: as many as `num_selected_blocks` says.
         head_windows: for every layer the number of tokens to either side that each head may see, as
             written by `calibrate`; None: half of `attention_window`. Set it to None to widen the
             window of a calibrated model.
@@ -150,14 +150,13 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     attention_dilation: int | list[int] = 1
     attention_stride: int = 128
     num_random_blocks: int = 3
-    block_size: int = 64
+    block_size: int = 16
     attention_seed: int = 0
-    query_block_size: int = 64
-    num_selected_blocks: int = 8
+    query_block_size: int = 16
+    num_selected_blocks: int | None = None
     selection_strength: float | int = 0.0
-    selection_candidates: int = 0
+    selection_candidates: int = 4096
     num_learned_global_blocks: int = 0
-    residual_rank: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None
     head_windows: list[list[int]] | None = None
@@ -209,13 +208,21 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     @property
     def selection_options(self) -> SelectionOptions:
         """How "adaptive" layers choose blocks."""
+        num_blocks = self.num_selected_blocks
+        if num_blocks is None:
+            num_blocks = min(max(1, DEFAULT_SELECTED_KEYS // self.block_size), self._most_blocks)
         return SelectionOptions(
-            num_blocks=self.num_selected_blocks,
+            num_blocks=num_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
             num_global_blocks=self.num_learned_global_blocks,
             num_candidates=self.selection_candidates,
         )
+
+    @property
+    def _most_blocks(self) -> int:
+        """Blocks of the longest document."""
+        return -(-self.max_sequence_length // self.block_size)
 
     def pattern(self, layer_idx: int) -> Pattern:
         """The attention pattern of one layer, without its global tokens and without the blocks that
@@ -258,7 +265,7 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
                 )
         most = dict.fromkeys((*_COUNTS, *counts), MAX_COUNT) | dict.fromkeys(layers, MAX_LAYERS)
         for name, limit in most.items():
-            if not 1 <= (value := getattr(self, name)) <= limit:
+            if (value := getattr(self, name)) is not None and not 1 <= value <= limit:
                 raise ValueError(f"{name} is {value}, a whole number >= 1 is needed, up to {limit}")
         for name in probabilities:
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
@@ -301,12 +308,6 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
             )
-        head_dim = self.hidden_size // self.num_attention_heads
-        if not 0 <= self.residual_rank <= head_dim:
-            raise ValueError(
-                f"residual_rank is {self.residual_rank}, 0 to hidden_size / num_attention_heads = "
-                f"{head_dim} is allowed"
-            )
         known = {field.name for field in fields(self)}
         unknown = sorted(n for n in vars(self) if n.startswith("selection_") and n not in known)
         if unknown:
@@ -317,8 +318,9 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
         if self.attention_pattern in SELECTING_PATTERNS:
             self._check_adaptive_sizes()
         layers = range(self.num_hidden_layers)
-        budgets = [self.num_selected_blocks for _ in layers]
-        self._check_per_head("head_budgets", budgets, "num_selected_blocks")
+        if self.head_budgets is not None:
+            budgets = [self.selection_options.num_blocks for _ in layers]
+            self._check_per_head("head_budgets", budgets, "num_selected_blocks")
         radii = [_of_layer(self.attention_window, layer_idx) // 2 for layer_idx in layers]
         self._check_per_head("head_windows", radii, "half of attention_window")
 
@@ -341,10 +343,10 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     def _check_adaptive_sizes(self) -> None:
         for name in ("block_size", "query_block_size"):
             value = getattr(self, name)
-            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % FAN_OUT:
+            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % BLOCK_STEP:
                 raise ValueError(
                     f"{name} is {value}, attention_pattern {self.attention_pattern!r} needs a "
-                    f"multiple of {FAN_OUT} from "
+                    f"multiple of {BLOCK_STEP} from "
                     f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
                 )
         small, large = sorted((self.block_size, self.query_block_size))
@@ -353,15 +355,15 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
                 f"query_block_size is {self.query_block_size} and block_size {self.block_size}: "
                 "one must be a multiple of the other"
             )
-        num_blocks = -(-self.max_sequence_length // self.block_size)
-        if self.num_selected_blocks > num_blocks:
+        num_blocks, most = self.selection_options.num_blocks, self._most_blocks
+        if num_blocks > most:
             raise ValueError(
-                f"num_selected_blocks is {self.num_selected_blocks}, at most {num_blocks} is "
-                f"allowed: the longest document of {self.max_sequence_length} tokens has no more "
-                f"blocks of {self.block_size}"
+                f"num_selected_blocks is {num_blocks}, at most {most} is allowed: the longest "
+                f"document of {self.max_sequence_length} tokens has no more blocks of "
+                f"{self.block_size}"
             )
         narrowest = min(_of_layer(self.attention_window, i) for i in range(self.num_hidden_layers))
-        full_budget = self.num_selected_blocks * self.block_size + narrowest
+        full_budget = num_blocks * self.block_size + narrowest
         if self.target_density is not None and self.target_density * full_budget < 2:
             raise ValueError(
                 f"target_density is {self.target_density}, at least {2 / full_budget:.2g} can be "

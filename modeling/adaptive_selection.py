@@ -9,7 +9,6 @@ from transformers import initialization as init
 
 from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.join_gradients import JoinGradients
-from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.baselines.oracle_selection import oracle_selection
 from adaptive_longformer.baselines.random_selection import random_selection
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
@@ -21,7 +20,6 @@ from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.selection.lists import selection_layout
 from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.residual import ResidualScores, residual_scores
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 
@@ -52,7 +50,7 @@ class AdaptiveSelection(HeadBudgets):
 
     Blocks that a learned direction chooses for the whole document get the weight strength * gate_h
     * exp(direction . mean key). A learned window per head, `AttentionSpan`, narrows what the
-    pattern's window reads. Residual scores correct weights and ranks, see `selection.residual`.
+    pattern's window reads.
 
     Without strength nothing is computed here. All of it is saved, the buffers too, so that PEFT's
     `modules_to_save=["adaptive"]` stores what a task has learned. Under causality a block of
@@ -63,12 +61,9 @@ class AdaptiveSelection(HeadBudgets):
 
     Attributes:
         global_direction: [heads, head_dim], if `num_learned_global_blocks` is not 0.
-        residual_query, residual_key: [heads, residual_rank, head_dim], if `residual_rank` is not 0.
     """
 
     global_direction: nn.Parameter | None
-    residual_query: nn.Parameter | None
-    residual_key: nn.Parameter | None
 
     def __init__(
         self,
@@ -79,13 +74,9 @@ class AdaptiveSelection(HeadBudgets):
         super().__init__(config, layer_idx, is_causal)
         heads = config.num_attention_heads
         head_dim = config.hidden_size // heads
-        self.global_direction = self.residual_query = self.residual_key = None
+        self.global_direction = None
         if config.num_learned_global_blocks:
             self.global_direction = nn.Parameter(torch.zeros(heads, head_dim))
-        if config.residual_rank:
-            shape = (heads, config.residual_rank, head_dim)
-            self.residual_query = nn.Parameter(torch.zeros(shape))
-            self.residual_key = nn.Parameter(torch.zeros(shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,10 +84,6 @@ class AdaptiveSelection(HeadBudgets):
         super().reset_parameters()
         if self.global_direction is not None:
             init.zeros_(self.global_direction)
-        if self.residual_query is not None and self.residual_key is not None:
-            # One factor at 0 makes every score 0, and leaves the other one a gradient.
-            init.normal_(self.residual_query, std=self.residual_query.shape[-1] ** -0.5)
-            init.zeros_(self.residual_key)
 
     def forward(
         self,
@@ -140,7 +127,6 @@ class AdaptiveSelection(HeadBudgets):
                 key_block_size=self.options.block_size,
             )
             return query, Reads(narrow, span=span)
-        residual = self._residual_scores(query, key, attention_mask, global_mask)
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
@@ -149,7 +135,6 @@ class AdaptiveSelection(HeadBudgets):
                 attention_mask,
                 global_mask,
                 options,
-                None if residual is None else residual.detach(),
                 validate=state is not None and state.validate,
             )
             if state is not None:
@@ -159,7 +144,7 @@ class AdaptiveSelection(HeadBudgets):
         layout, slots = selection_layout(
             read, self.window, length, options, self.rank_limit(), reach
         )
-        return query, Reads(layout, self._entry_bias(selected, slots, residual), span)
+        return query, Reads(layout, self._entry_bias(selected, slots), span)
 
     def choose_next(
         self,
@@ -171,7 +156,7 @@ class AdaptiveSelection(HeadBudgets):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What one block of queries reads in cached decoding, best first.
 
-        Builds the pyramid of all keys anew: O(length) operations, once per block of queries.
+        Reads all keys for their means: O(length) operations, once per block of queries.
 
         Args:
             query: [batch, heads, query_block_size + 1, head_dim], those of the block before, and
@@ -188,9 +173,7 @@ class AdaptiveSelection(HeadBudgets):
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
-        selected = self._select(
-            query, key, attention_mask, global_mask, options, None, validate=validate
-        )
+        selected = self._select(query, key, attention_mask, global_mask, options, validate=validate)
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
     def _selection_options(self) -> SelectionOptions | None:
@@ -207,7 +190,6 @@ class AdaptiveSelection(HeadBudgets):
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
         options: SelectionOptions,
-        residual: ResidualScores | None,
         *,
         validate: bool,
     ) -> SelectedBlocks:
@@ -226,37 +208,13 @@ class AdaptiveSelection(HeadBudgets):
             max_global_tokens=self.config.max_global_tokens,
             is_causal=self.is_causal,
             global_directions=self.global_direction,
-            residual=residual,
             validate=validate,
         )
 
-    def _residual_scores(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
-    ) -> ResidualScores | None:
-        if self.residual_query is None or self.residual_key is None:
-            return None
-        return residual_scores(
-            query,
-            key,
-            self.residual_query,
-            self.residual_key,
-            query_block_size=self.options.query_block_size,
-            block_size=self.options.block_size,
-            members=ordinary_tokens(attention_mask, global_mask),
-        )
-
-    def _entry_bias(
-        self, selected: SelectedBlocks, slots: torch.Tensor, residual: ResidualScores | None
-    ) -> torch.Tensor:
+    def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
         """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
         batch, _, rows, num_ranked = selected.key_blocks.shape
         table = self.rank_bias(num_ranked)[:, None].expand(batch, -1, rows, -1)
-        if residual is not None:
-            table = table + residual.of_entries(selected.key_blocks)
         if self.global_direction is not None:
             direction = precise(self.global_direction)[:, None]
             scores = (selected.global_means * direction).sum(dim=-1)

@@ -81,15 +81,15 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
     With "adaptive" and a selection strength above 0 every block of queries also reads earlier
     blocks, chosen by the queries of the block before: its own would tell its first tokens about its
     last ones. The cache then keeps all keys and values, but a new token reads only the window, the
-    sinks and the list of its block. That list is made when the block begins, from a pyramid built
-    anew: O(length) operations, once in `config.query_block_size` tokens.
+    sinks and the list of its block. That list is made when the block begins, from all kept keys:
+    O(length) operations, once in `config.query_block_size` tokens.
 
     Args:
         config: the configuration; it is not changed.
 
     Raises:
-        ValueError: the pattern is none for a causal model, or has separate global projections,
-            learned global blocks or residual scores.
+        ValueError: the pattern is none for a causal model, or has separate global projections or
+            learned global blocks.
     """
 
     _can_record_outputs = {
@@ -113,11 +113,6 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             raise ValueError(
                 f"num_learned_global_blocks is {config.num_learned_global_blocks}, 0 is needed in "
                 "a causal model: blocks that all tokens read would tell the first about the last"
-            )
-        if config.attention_pattern == "adaptive" and config.residual_rank:
-            raise ValueError(
-                f"residual_rank is {config.residual_rank}, 0 is needed in a causal model: the "
-                "scores are for encoders"
             )
         super().__init__(config)
         self.embeddings = AdaptiveSparseEmbeddings(config)

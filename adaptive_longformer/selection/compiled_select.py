@@ -38,8 +38,7 @@ class _SelectArguments(ctypes.Structure):
 def can_select(call: ExactCall) -> bool:
     """Whether `compiled_choice` may take a call: on a CPU whose library "auto" may use."""
     return (
-        call.residual is None
-        and call.query.device.type == "cpu"
+        call.query.device.type == "cpu"
         and call.query.dtype in _ELEMENT_TYPES
         and cpp_is_automatic()
     )

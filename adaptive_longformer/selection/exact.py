@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
+from adaptive_longformer.selection.means import run_means
 
 # Keys of a place, at least, and the means that stand for them in the coarser stage.
 _KEYS_PER_PLACE, _MEANS_PER_PLACE = 64, 4
@@ -57,6 +58,32 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
     return torch_choice(call, with_dropped=with_dropped)
 
 
+def covered_blocks(call: ExactCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and last block that the window covers for all queries of each query block: int64
+    [batch or 1, 1, query_blocks, 1].
+    """
+    numbers = torch.arange(call.num_rows, device=call.query.device) + call.first_row
+    ends = torch.full((1,), call.length, device=numbers.device) if call.ends is None else call.ends
+    first, last = _covered_range(call, numbers, ends[:, None])
+    return first[:, None, :, None], last.expand_as(first)[:, None, :, None]
+
+
+def _covered_range(
+    call: ExactCall, numbers: torch.Tensor, end: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of query blocks by their numbers, in sequences that end somewhere."""
+    start = numbers * call.query_block_size
+    last_query = start + call.query_block_size - 1
+    if call.is_causal:
+        last = start // call.block_size - 1
+    else:
+        last_query = torch.minimum(last_query, end - 1)
+        reach = start + call.right
+        last = ((reach + 1) // call.block_size - 1).where(reach < end - 1, call.num_key_blocks - 1)
+    first = ((last_query - call.left).clamp(min=0) + call.block_size - 1) // call.block_size
+    return first, last
+
+
 def _blocks_of_lists(call: ExactCall, coarse: ExactCall) -> torch.Tensor:
     """How many blocks there are for the query blocks of the coarser stage: int64, broadcasts to
     [batch, heads, query_blocks].
@@ -77,19 +104,8 @@ def _coarser(
     """The call whose blocks are places and whose keys are means of keys."""
     keys = call.num_sequence_keys
     run = blocks_per_place * call.keys_per_block // _MEANS_PER_PLACE
-    key = call.key[:, :, :keys].to(call.dtype)
-    if call.key_counts is None:
-        counts = key.new_ones(1, keys)
-    else:
-        counts = call.key_counts[:, :keys].to(call.dtype)
-        key = key.masked_fill((counts == 0)[:, None, :, None], 0.0)
-        if call.tokens_per_key > 1:
-            key = key * counts[:, None, :, None]
-    filler = -keys % run
-    if filler:
-        key = F.pad(key, (0, 0, 0, filler))
-    counts = F.pad(counts, (0, filler)).unflatten(1, (-1, run)).sum(dim=-1)
-    means = key.unflatten(2, (-1, run)).sum(dim=3) / counts.clamp(min=1)[:, None, :, None]
+    counts = None if call.key_counts is None else call.key_counts[:, :keys]
+    means, counts = run_means(call.key[:, :, :keys], counts, run)
     global_keys = None
     if call.global_positions is not None:
         index = call.global_positions if call.global_keys is None else call.global_keys
@@ -111,7 +127,6 @@ def _coarser(
         value_norms=None,
         tokens_per_key=call.tokens_per_key * run,
         shared_blocks=None,
-        residual=None,
     )
 
 
@@ -139,7 +154,7 @@ class _Row:
         self.call, self.batch = call, batch
         self.shared_heads = call.query.shape[1] // call.key.shape[1]
         self.device = call.query.device
-        self.end = torch.tensor(call.length, device=self.device)
+        self.end = torch.full((), call.length, device=self.device)
         if call.ends is not None and not call.is_causal:
             self.end = call.ends[batch]
         size, num_keys = call.keys_per_block, call.num_sequence_keys
@@ -222,8 +237,6 @@ class _Row:
         rank = share
         if norms is not None:
             rank = (factor @ (weights * norms).sum(dim=-1))[:, :, 0]
-        if call.residual is not None:
-            rank = rank * self._residual_weights(blocks.expand_as(share), heads, rows)
         of_globals = (factor @ other_weights[..., :-1])[:, :, 0].sum(dim=-1)
 
         is_covered = self._covered(blocks, numbers, heads)
@@ -280,7 +293,7 @@ class _Row:
         index = torch.arange(rows.start, rows.stop, device=self.device) // step
         first_of_list = index * step + call.first_row
         last_of_list = (first_of_list + step - 1).clamp(max=call.first_row + call.num_rows - 1)
-        near, near_end = self._covered_range(first_of_list)[0], self._covered_range(last_of_list)[1]
+        near, near_end = self._reach(first_of_list)[0], self._reach(last_of_list)[1]
         near_end = near_end + 1
         if call.is_causal:
             # No place that the query block begins in was a choice.
@@ -357,35 +370,17 @@ class _Row:
         is_seen = is_seen & is_finite[:, None, None]
         return torch.cat([of_globals.masked_fill(~is_seen, -torch.inf), scores], dim=-1)
 
-    def _covered_range(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first and last block that the window covers for all queries of each query block."""
-        call, size = self.call, self.call.block_size
-        start = numbers * call.query_block_size
-        last_query = start + call.query_block_size - 1
-        if call.is_causal:
-            last = start // size - 1
-        else:
-            last_query = last_query.clamp(max=self.end - 1)
-            reach = start + call.right
-            last = ((reach + 1) // size - 1).where(reach < self.end - 1, call.num_key_blocks - 1)
-        return ((last_query - call.left).clamp(min=0) + size - 1) // size, last
+    def _reach(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _covered_range(self.call, numbers, self.end)
 
     def _covered(self, blocks: torch.Tensor, numbers: torch.Tensor, heads: slice) -> torch.Tensor:
         """Which blocks are read anyway: what the window covers, and shared ones."""
-        first, last = self._covered_range(numbers)
+        first, last = self._reach(numbers)
         is_covered = (blocks >= first[:, None]) & (blocks <= last[:, None])
         if self.call.shared_blocks is not None:
             shared = self.call.shared_blocks[self.batch, heads]
             is_covered = is_covered | (blocks[..., None] == shared[:, None, None]).any(dim=-1)
         return is_covered
-
-    def _residual_weights(self, blocks: torch.Tensor, heads: slice, rows: slice) -> torch.Tensor:
-        assert self.call.residual is not None
-        query, key = (
-            factor[self.batch, heads].to(self.call.dtype) for factor in self.call.residual
-        )
-        scores = F.pad(query[:, rows] @ key.mT, (0, 1))  # the last one for no block
-        return scores.gather(-1, blocks).exp()
 
     def _store_dropped(
         self, heads: slice, rows: slice, dropped: torch.Tensor, result: ExactChoice

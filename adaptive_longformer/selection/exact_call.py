@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from adaptive_longformer.selection.residual import ResidualScores
-
 
 class Places(NamedTuple):
     """What a coarser stage kept: places whose blocks are the candidates of some query blocks in a
@@ -61,8 +59,6 @@ class ExactCall:
         places: None: all blocks are candidates.
         shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
             anyway; -1 for none. None: there are none.
-        residual: scores of pairs of blocks, of which exp(score) weighs a block's rank; None: there
-            are none.
     """
 
     query: torch.Tensor
@@ -84,7 +80,6 @@ class ExactCall:
     tokens_per_key: int = 1
     places: Places | None = None
     shared_blocks: torch.Tensor | None = None
-    residual: ResidualScores | None = None
 
     @property
     def num_rows(self) -> int:

@@ -1,107 +1,114 @@
-"""The definition of the adaptive selection: one query block at a time, all blocks compared.
-
-`select_blocks` equals this file where a row has at most `start_nodes` blocks.
-"""
+"""The definition of the selection: one query block of one head, token by token."""
 
 import torch
 
-from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.pyramid import FAN_OUT
+from adaptive_longformer.selection.exact_call import ExactCall
 
 
-def reference_votes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    row: int,
-    window: SlidingWindow,
-    options: SelectionOptions,
-    *,
-    valid: torch.Tensor | None = None,
-    is_global: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> tuple[dict[int, float], float]:
-    """The soft mass of every block that a query block may choose, and of what it reads anyway.
+def reference_masses(
+    call: ExactCall, batch: int, head: int, row: int
+) -> tuple[dict[int, float], dict[int, float], float]:
+    """What a query block may choose, and what it reads anyway.
 
     Args:
-        query, key: [length, head_dim], one head of one sequence.
-        row: number of the query block.
-        window, options: as in `select_blocks`.
-        valid, is_global: bool [length], tokens that are not padding, and global tokens.
-        is_causal, scale: as in `select_blocks`.
+        call: in any type; computed in float64.
+        batch, head, row: of the query block, which is counted from the first of `call.query`.
+
+    Returns:
+        The mass of every block that may be chosen; what they are ranked by, the masses weighted
+        by the norms of the values if there are any; and the mass of all else.
     """
-    length, head_dim = query.shape
-    scale = float(head_dim**-0.5 if scale is None else scale)
-    nothing = torch.zeros(length, dtype=torch.bool)
-    is_global = nothing if is_global is None else is_global
-    valid = ~nothing if valid is None else valid
-    ordinary = valid & ~is_global
-    if not is_causal and valid.any():
-        length = int(valid.nonzero().max()) + 1
+    length = call.length
+    key_head = head // (call.query.shape[1] // call.key.shape[1])
+    query, key = call.query[batch, head].double(), call.key[batch, key_head].double()
+    is_voter = torch.ones(length, dtype=torch.bool)
+    if call.voters is not None:
+        is_voter = call.voters[batch]
+    counts = torch.ones(call.num_sequence_keys, dtype=torch.float64)
+    if call.key_counts is not None:
+        counts = call.key_counts[batch].double()
+    end = length if call.ends is None or call.is_causal else int(call.ends[batch])
 
-    start = row * options.query_block_size
-    first_query, last_query = start, start + options.query_block_size - 1
-    if not is_causal:
-        last_query = min(last_query, length - 1)
-    votes_from = start - options.query_block_size if is_causal else start
-    queries = query[:length] * scale
-    sub_queries = _sub_queries(queries, ordinary[:length], votes_from, options)
-
-    size = options.block_size
-    blocks, covered_blocks = [], []
-    for block in range(-(-length // size)):
-        first_key, last_key = block * size, (block + 1) * size - 1
-        if not is_causal:
-            last_key = min(last_key, length - 1)
-        elif last_key >= start:
+    number = call.first_row + row
+    first_query = number * call.query_block_size
+    last_query = first_query + call.query_block_size - 1
+    if not call.is_causal:
+        last_query = min(last_query, end - 1)
+    before = length - call.query.shape[2]
+    votes_from = first_query - call.query_block_size if call.is_causal else first_query
+    voters = [
+        token - before
+        for token in range(max(votes_from, before), min(votes_from + call.query_block_size, length))
+        if is_voter[token]
+    ]
+    choosable, anyway = {}, []  # keys of blocks, and of all else
+    for block in range(-(-end // call.block_size)):
+        first_key = block * call.block_size
+        last_key = first_key + call.block_size - 1
+        if call.is_causal and last_key >= first_query:
             continue
-        is_near = first_key >= last_query - window.left
-        if not is_causal:
-            assert window.right is not None
-            is_near = is_near and last_key <= first_query + window.right
-        (covered_blocks if is_near else blocks).append(block)
+        is_near = first_key >= last_query - call.left
+        if not call.is_causal:
+            is_near = is_near and min(last_key, end - 1) <= first_query + call.right
+        run = range(block * call.keys_per_block, (block + 1) * call.keys_per_block)
+        keys = [k for k in run if k < call.num_sequence_keys and counts[k] > 0]
+        if not is_near and not _is_candidate(call, batch, head, row, block):
+            continue
+        if not key[keys].isfinite().all():
+            continue
+        is_shared = call.shared_blocks is not None and block in call.shared_blocks[batch, head]
+        if is_near or is_shared:
+            anyway += keys
+        else:
+            choosable[block] = keys
+    limit = first_query if call.is_causal else length
+    if call.global_positions is not None:
+        positions = call.global_positions[batch]
+        keys = positions if call.global_keys is None else call.global_keys[batch]
+        counts = torch.cat([counts, torch.ones(len(key) - len(counts)).double()])
+        counts[keys[positions < limit]] = 1.0
+        anyway += keys[positions < limit].tolist()
 
-    def log_mass(block: int, sub_query: torch.Tensor) -> list[torch.Tensor]:
-        scores = []
-        sub_size = options.sub_block_size or size // FAN_OUT
-        for first in range(block * size, (block + 1) * size, sub_size):
-            inside = ordinary[first : first + sub_size]
-            if inside.any():
-                mean = key[first : first + sub_size][inside].mean(dim=0)
-                scores.append(sub_query @ mean + inside.sum().log())
-        return scores
-
-    share, covered = dict.fromkeys(blocks, 0.0), 0.0
-    for sub_query in sub_queries:
-        of_block = {block: log_mass(block, sub_query) for block in blocks}
-        anyway = [score for block in covered_blocks for score in log_mass(block, sub_query)]
-        seen = is_global & valid
-        if is_causal:
-            seen = seen & (torch.arange(len(seen)) < start)
-        anyway += list(key[seen] @ sub_query)
-        every = anyway + [score for scores in of_block.values() for score in scores]
-        total = torch.stack(every).logsumexp(dim=0) if every else torch.zeros(())
-        for block, scores in of_block.items():
-            for score in scores:
-                share[block] += float((score - total).exp()) / len(sub_queries)
-        covered += sum(float((score - total).exp()) for score in anyway) / len(sub_queries)
-    return share, covered
-
-
-def _sub_queries(
-    query: torch.Tensor, ordinary: torch.Tensor, start: int, options: SelectionOptions
-) -> list[torch.Tensor]:
-    """The means of the ordinary queries in every run of a query block that has any."""
-    means = []
-    for first in range(start, start + options.query_block_size, options.tokens_per_vote):
-        run = slice(first, first + options.tokens_per_vote)
-        if first >= 0 and ordinary[run].any():
-            means.append(query[run][ordinary[run]].mean(dim=0))
-    return means
+    mass, rank, covered = dict.fromkeys(choosable, 0.0), dict.fromkeys(choosable, 0.0), 0.0
+    if not query[voters].isfinite().all():
+        return mass, rank, covered
+    every = anyway + [k for keys in choosable.values() for k in keys]
+    scores = call.scale * query[voters] @ key.T + counts.log()  # [voters, keys]
+    log_total = scores[:, every].logsumexp(dim=1)
+    if call.places is not None and _place_count(call, batch, head, row) >= 0:
+        log_total = log_total.logaddexp(call.places.log_rest[batch, head, voters].double())
+    share = (scores - log_total[:, None]).exp().sum(dim=0) / max(len(voters), 1)
+    for block, keys in choosable.items():
+        mass[block] = float(share[keys].sum())
+        weights = 1.0 if call.value_norms is None else call.value_norms[batch, key_head, keys]
+        rank[block] = float((share[keys] * weights).sum())
+    covered = float(share[anyway].sum())
+    return mass, rank, covered
 
 
-def reference_choice(share: dict[int, float], num_blocks: int) -> list[int]:
-    """The blocks to read: the best, at most `num_blocks`, that have any soft mass."""
-    ranked = sorted(share, key=lambda block: -share[block])
-    return [block for block in ranked[:num_blocks] if share[block] > 0]
+def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:
+    assert call.places is not None
+    return int(call.places.counts[batch, head, row // call.places.rows_per_list])
+
+
+def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:
+    """Whether a coarser stage, if there was one, left a block."""
+    places = call.places
+    if places is None:
+        return True
+    place, list_number = block // places.blocks_per_place, row // places.rows_per_list
+    count = _place_count(call, batch, head, row)
+    if count < 0 or place in places.numbers[batch, head, list_number, :count].tolist():
+        return True
+    first_query = (call.first_row + row) * call.query_block_size
+    if call.is_causal:
+        return place == first_query // (call.block_size * places.blocks_per_place)
+    # Between the first and the last block that the window covers for query blocks of the list.
+    end = call.length if call.ends is None else int(call.ends[batch])
+    first_query = (call.first_row + list_number * places.rows_per_list) * call.query_block_size
+    last_row = min((list_number + 1) * places.rows_per_list, call.num_rows) - 1
+    start_of_last = (call.first_row + last_row) * call.query_block_size
+    last_query = min(first_query + call.query_block_size, end) - 1
+    starts_inside = block * call.block_size >= last_query - call.left
+    ends_inside = min((block + 1) * call.block_size, end) - 1 <= start_of_last + call.right
+    return starts_inside and ends_inside

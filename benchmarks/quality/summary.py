@@ -19,10 +19,11 @@ def write_summary(folder: Path, name: str, cells: list[dict]) -> str:
     """Writes `name`.md and the figures that the cells are enough for; returns the text."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     lines = [_head(cells)]
-    for part in ("patterns", "ablations", "keys"):
+    for part in ("patterns", "sizes", "ablations", "keys"):
         for task in tasks:
             of_task = [cell for cell in cells if cell["task"] == task]
             lines += _table([cell for cell in of_task if cell["part"] == part], _reference(of_task))
+    lines += _length_table([cell for cell in cells if "by_length" in cell])
     lines += _budget_table([cell for cell in cells if cell["part"] == "learned budgets"])
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text)
@@ -105,6 +106,30 @@ def _interval(differences: list[float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def _length_table(cells: list[dict]) -> list[str]:
+    """Accuracy on what is far in documents of other lengths."""
+    if not cells:
+        return []
+    lengths = list(cells[0]["by_length"])
+    lines = [
+        "",
+        "### Documents of other lengths",
+        "",
+        "Fine-tuned as above; accuracy on what is far, mean over seeds. Where documents have more "
+        "tokens than there are candidates, a coarser stage chooses the candidates.",
+        "",
+        "| task | | seeds | " + " | ".join(f"{int(length):,} tokens" for length in lengths) + " |",
+        "|---|---|---|" + "---|" * len(lengths),
+    ]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for cell in cells:
+        groups.setdefault((cell["task"], cell["variant"]), []).append(cell)
+    for (task, name), group in sorted(groups.items()):
+        values = [_mean([cell["by_length"][length]["far"] for cell in group]) for length in lengths]
+        lines.append(f"| {task} | {name} | {len(group)} | " + " | ".join(values) + " |")
+    return lines
+
+
 def _budget_table(cells: list[dict]) -> list[str]:
     if not cells:
         return []
@@ -183,7 +208,7 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
     for axes, task in zip(rows, tasks):
         of_task = [cell for cell in cells if cell["task"] == task]
         _by_keys(axes[0], [cell for cell in of_task if cell["part"] == "keys"])
-        studied = [cell for cell in of_task if "by_length" in cell]
+        studied = [c for c in of_task if "by_length" in c and c["part"] == "patterns"]
         _by_length(axes[1], studied)
         _by_strength(axes[2], [cell for cell in studied if "by_strength" in cell])
         _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])

@@ -14,6 +14,8 @@ at any length.
 - pairs: two documents, one after the other. All words of the first have the value 0, those of the
   second none. Runs of the second are asked about: 0 where the run stands in the first document as
   well, far away, 1 where it is new. Half of them are new.
+- table: all words with values stand in one run of 64, at a random place, and single words all over
+  the document ask for them: what every query needs is the same.
 - bytes: a real text, see source_code.py. Names in the source files of Python's standard library are
   to be completed; near and far are those that stand elsewhere too. It has a model of its own.
 
@@ -32,17 +34,17 @@ NUM_WORDS, FIRST_WORD = 4096, 8
 VOCAB_SIZE = FIRST_WORD + NUM_WORDS
 NUM_VALUES = 16
 TYPE_VOCAB_SIZE = NUM_VALUES + 1
-RUN_LENGTH = {"recall": 16, "needles": 1, "nearby": 16, "pairs": 16}
+RUN_LENGTH = {"recall": 16, "needles": 1, "nearby": 16, "pairs": 16, "table": 64}
 TASKS = (*RUN_LENGTH, "bytes")
 # What the models learn on short documents before they are converted, and for how many times the
 # steps that are asked for.
 PRETRAINING = {"words": ("recall", "needles"), "bytes": ("bytes",)}
 MORE_STEPS = {"words": 1, "bytes": 3}
 # How many of the questions are far, where nothing else is said.
-FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0}
+FAR_SHARE = {"recall": 0.5, "needles": 0.5, "nearby": 0.0, "pairs": 1.0, "table": 1.0}
 CHANCE = dict.fromkeys(RUN_LENGTH, 1 / NUM_VALUES) | {"pairs": 1 / 2, "bytes": 1 / 256}
 # One run that is asked about, and one that is not, for so many tokens.
-SPACING = {"recall": 128, "needles": 64, "nearby": 128, "pairs": 128}
+SPACING = {"recall": 128, "needles": 64, "nearby": 128, "pairs": 128, "table": 32}
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def make_batch(
         batch_size: number of documents.
         length: tokens per document, the first of which is the classification token.
         far_share: probability that a question is far; None: as `FAR_SHARE` says. With 0, needles
-            are eight times as dense. All of "pairs" is far. "bytes" is as it is, except that 0
-            asks for what is near only.
+            are eight times as dense. All of "pairs" and "table" is far. "bytes" is as it is, except
+            that 0 asks for what is near only.
         held_out: whether "bytes" comes from files that are not for training; other tasks draw
             something new every time.
         generator: where all randomness comes from.
@@ -108,9 +110,11 @@ def make_batch(
         if far_share == 0.0:
             labels = labels.where(is_near, -100)
         return Batch(_inputs(words, types), labels, is_near, is_far)
-    if far_share is None or task == "pairs":
+    if far_share is None or FAR_SHARE[task] == 1.0:
         far_share = FAR_SHARE[task]
     shortest = 2 * FAR if far_share else 4 * NEAR
+    if task == "table":  # in whose middle the table leaves room on either side
+        shortest = 4 * FAR
     if not shortest <= length <= NUM_WORDS:
         raise ValueError(f"length is {length}, {shortest} to {NUM_WORDS} is allowed")
     size = (batch_size, length)
@@ -128,6 +132,9 @@ def make_batch(
             types[row, 1 : length // 2] = 1
             for _ in range(length // spacing):
                 document.compare(is_shared=bool(torch.rand((), generator=generator) < 0.5))
+            continue
+        if task == "table":
+            document.ask_table(length // spacing)
             continue
         for _ in range(length // spacing):
             document.ask(far=bool(torch.rand((), generator=generator) < far_share))
@@ -179,6 +186,20 @@ class _Document:
             self._repeat(source, asked)
         self.taken[here] = True
         self.labels[here], self.is_far[here] = int(not is_shared), True
+
+    def ask_table(self, count: int) -> None:
+        """A run of words with values, and single ones of them far away, as often as asked."""
+        source = self._place()
+        values = self._give_values(source)
+        asked = 0
+        while asked < count:
+            place = self._integer(1, len(self.words))
+            is_apart = abs(place - source - self.run // 2) > FAR + self.run // 2
+            if is_apart and not self.taken[place]:
+                word = self._integer(0, self.run)
+                self.words[place], self.labels[place] = self.words[source + word], values[word]
+                self.taken[place] = self.is_far[place] = True
+                asked += 1
 
     def distract(self) -> None:
         """A run of words with values that nobody asks about, if there is room where it falls."""

@@ -1,7 +1,6 @@
 """Trains and measures one model."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +36,6 @@ def load_variant(folder: Path, variant: Variant, **overrides):
         folder, **variant.config, **overrides
     )
     for part in selections(model):
-        part.options = replace(part.options, **variant.options)
         if variant.zero_gate:
             torch.nn.init.zeros_(part.gate)
     if selects(model):

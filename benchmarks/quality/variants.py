@@ -1,6 +1,6 @@
 """What is compared: attention patterns at stated keys per query, and parts left out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from quality import source_code, tasks
@@ -40,29 +40,22 @@ class Variant:
 
     Attributes:
         config: fields of the configuration.
-        options: fields of the selection's options that no configuration has.
         zero_gate: gates start at 0 at full strength, in place of the ramp.
     """
 
     config: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
     zero_gate: bool = False
 
 
-def _selecting(
-    blocks: int, pattern: str = "adaptive", options: dict[str, int] | None = None, **config
-) -> Variant:
-    """A window of 128 and some blocks of 16, chosen by every 16 queries."""
-    sizes = {"block_size": 16, "query_block_size": 16}
-    where = {"attention_pattern": pattern, "num_selected_blocks": blocks}
-    return Variant({**sizes, **where, **config}, options or {})
+def _selecting(blocks: int, pattern: str = "adaptive", **config) -> Variant:
+    """A window of 128 and some blocks, of the default sizes if nothing is said."""
+    return Variant({"attention_pattern": pattern, "num_selected_blocks": blocks, **config})
 
 
 def _fixed(pattern: str, **config) -> Variant:
     return Variant({"attention_pattern": pattern, **config})
 
 
-BLOCKS_OF_64 = {"block_size": 64, "query_block_size": 64}
 # At 256 keys per query where a pattern has such a number; 128 in the window are the base model's.
 PATTERNS = {
     "full": _fixed("full"),
@@ -70,45 +63,39 @@ PATTERNS = {
     "adaptive": _selecting(8),
     "random_selection": _selecting(8, "random_selection"),
     "longformer": _fixed("longformer", attention_window=256),
-    "big_bird": _fixed("big_bird"),
-    "adaptive, 128 keys": _selecting(4, attention_window=64),
+    "big_bird": _fixed("big_bird", block_size=64),
     # A quarter of what "big_bird" reads.
     "adaptive, 100 keys": _selecting(2, attention_window=64),
-    "oracle, blocks of 64": _selecting(2, "oracle", **BLOCKS_OF_64),
-    "adaptive, blocks of 64": _selecting(2, **BLOCKS_OF_64),
-    "random_blocks": _fixed("random_blocks", num_random_blocks=2),
+    "random_blocks": _fixed("random_blocks", num_random_blocks=2, block_size=64),
     "sliding_window": _fixed("sliding_window", attention_window=256),
     "strided": _fixed("strided", attention_stride=64),
     "fixed": _fixed("fixed", attention_stride=128),
     "linear": _fixed("linear"),
     "window_linear": _fixed("window_linear"),
-    "lsh": _fixed("lsh"),
+    "lsh": _fixed("lsh", block_size=64),
 }
 # Those that the smallest preset runs.
 FEW_PATTERNS = tuple(PATTERNS)[:6]
 
-# Parts of "adaptive" changed or left out. A beam of few nodes makes short documents use the
-# pyramid, which otherwise starts at 256 blocks.
+# Blocks of other sizes at the same number of keys.
+SIZES = {
+    f"{queries} queries x {keys} keys": _selecting(
+        128 // keys, block_size=keys, query_block_size=queries
+    )
+    for queries, keys in (
+        (16, 16), (32, 16), (64, 16), (16, 32), (32, 32), (16, 64), (64, 64)
+    )
+}  # fmt: skip
+# Documents are longer than the number of candidates where it is smaller than theirs.
+CANDIDATES = {
+    f"{count} candidates": _selecting(8, selection_candidates=count)
+    for count in (512, 1024, 2048, 4096)
+}
+# Parts of "adaptive" added or left out.
 ABLATIONS = {
-    "blocks of 16, flat": PATTERNS["adaptive"],
-    "pyramid from 16 nodes, beam 16": _selecting(8, options={"start_nodes": 16, "beam_width": 16}),
-    "pyramid from 16 nodes, beam 8": _selecting(8, options={"start_nodes": 16, "beam_width": 8}),
-    "pyramid from 16 nodes, beam 4": _selecting(8, options={"start_nodes": 16, "beam_width": 4}),
-    "every query votes": _selecting(8, options={"tokens_per_vote": 1}),
-    "one mean query": _selecting(8, options={"tokens_per_vote": 16}),
-    "blocks of 32": _selecting(4, block_size=32, query_block_size=32),
-    "blocks of 64": PATTERNS["adaptive, blocks of 64"],
-    "blocks of 64, sub-blocks of 8": _selecting(2, options={"sub_block_size": 8}, **BLOCKS_OF_64),
-    "blocks of 64, sub-blocks of 4": _selecting(2, options={"sub_block_size": 4}, **BLOCKS_OF_64),
-    "blocks of 64, sub-blocks of 8, every query": _selecting(
-        2, options={"tokens_per_vote": 1, "sub_block_size": 8}, **BLOCKS_OF_64
-    ),
-    "blocks of 64, every query and key": _selecting(
-        2, options={"tokens_per_vote": 1, "sub_block_size": 1}, **BLOCKS_OF_64
-    ),
+    "as it is": PATTERNS["adaptive"],
     "learned zero gate, no ramp": Variant(PATTERNS["adaptive"].config, zero_gate=True),
-    "with 2 learned global blocks": _selecting(8, num_learned_global_blocks=2),
-    "residual scores": _selecting(8, residual_rank=8),
+    "6 chosen and 2 learned global blocks": _selecting(6, num_learned_global_blocks=2),
 }
 
 # Quality by keys per query: a window of 128 and 64, 128 or 256 keys in blocks, or a window as wide.

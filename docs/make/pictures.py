@@ -189,40 +189,29 @@ def one_block_reads() -> str:
     return drawing.svg()
 
 
-def pyramid() -> str:
-    """Summaries of keys, and the way of the search through them."""
-    drawing = Drawing(780, 316, "How blocks are found")
-    levels = [(4, 1, {1, 2}), (16, 2, {5, 7, 9}), (64, 3, {21, 29, 37})]
-    names = ("groups of 4 blocks", "blocks of 64 keys", "sub-blocks of 16 keys")
+def two_stages() -> str:
+    """Candidates by means of keys, then the choice among their keys."""
+    drawing = Drawing(780, 292, "How blocks are found")
     left, width = 190, 560
-    for number, (count, _, found) in enumerate(levels):
-        y = 62 + 62 * number
-        size = width / count
-        drawing.text(left - 14, y + 22, names[number], 12, "end")
-        for node in range(count):
-            color = CHOSEN if number < 2 and node in found else SOFT
-            if number == 2 and node // 4 in {5, 7, 9}:
-                color = "#edb9c0"
-            drawing.box(left + node * size, y, size - 2, 34, color)
-    for parent, children in ((1, (4, 7)), (2, (8, 11))):
-        x = left + parent * 140 + 69
-        for child in (children[0], children[1]):
-            drawing.line(x, 96, left + child * 35 + 17, 124, OTHER)
-    drawing.text(
-        left,
-        30,
-        "A node keeps the number and the mean of its keys. The queries' votes open the best nodes,",
-        12,
+    rows = [
+        ("means of 16 keys", 64, {9, 10, 11, 21, 29, 37, 38, 52}, "#edb9c0"),
+        ("keys of candidates", 16, {2, 5, 7, 9, 13}, "#edb9c0"),
+        ("blocks that are read", 64, {10, 22, 29, 38}, CHOSEN),
+    ]
+    lines = (
+        "Longer documents only: every query meets the means, and keeps the places that weigh most.",
+        "Every query meets every key there. A block's mass: the share of their attention it gets.",
+        "The blocks with the largest mass are read exactly, with window and global tokens.",
     )
-    drawing.text(left, 46, "level by level; a node is judged by the means one level below it.", 12)
-    drawing.text(left - 14, 268, "the document", 12, "end")
-    for block in range(16):
-        color = CHOSEN if block in {5, 7, 9} else SOFT
-        drawing.box(left + block * 35, 250, 33, 26, color)
-    for block in (5, 7, 9):
-        x = left + block * 35 + 16
-        drawing.line(x, 222, x, 247, CHOSEN, arrow=True)
-    drawing.text(left, 300, "What is chosen is read key by key; the summaries only choose.", 12)
+    for number, ((name, count, found, color), line) in enumerate(zip(rows, lines, strict=True)):
+        y = 40 + 86 * number
+        drawing.text(left, y - 10, line, 12)
+        drawing.text(left - 14, y + 22, name, 12, "end")
+        size = width / count
+        for node in range(count):
+            drawing.box(left + node * size, y, size - 2, 34, color if node in found else SOFT)
+        if number < 2:
+            drawing.line(left + 275, y + 38, left + 275, y + 58, OTHER, arrow=True)
     return drawing.svg()
 
 
@@ -348,7 +337,7 @@ def quality() -> str:
 ALL = {
     "who-reads-whom": who_reads_whom,
     "one-block-reads": one_block_reads,
-    "pyramid": pyramid,
+    "two-stages": two_stages,
     "rooms": rooms,
     "speed": speed,
     "quality": quality,

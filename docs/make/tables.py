@@ -185,15 +185,20 @@ def fidelity() -> str:
 
 
 def recall() -> str:
-    result = read("router_recall.json")
-    cells = [cell for cell in result["cells"] if cell["search"] == "beam"]
+    result = read("selection_recall.json")
+    cells = [cell for cell in result["cells"] if cell["candidates"] < cell["length"]]
+    names = ("recall", "target", "missed_mass")
     rows = []
-    for keys, length in dict.fromkeys((cell["keys"], cell["length"]) for cell in cells):
-        found = [cell for cell in cells if (cell["keys"], cell["length"]) == (keys, length)]
-        means = [statistics.mean(cell[name] for cell in found) for name in ("recall", "target")]
-        rows.append([keys, f"{length:,}", str(len(found)), *(f"{mean:.3f}" for mean in means)])
-    head = ("keys", "tokens", "seeds", "recall of the exact search", "targets found")
-    return f"{markdown(head, rows)}\n\n{source('router_recall.json', result['environment'])}"
+    for keys, length, most in dict.fromkeys(
+        (cell["keys"], cell["length"], cell["candidates"]) for cell in cells
+    ):
+        where = {"keys": keys, "length": length, "candidates": most}
+        found = [cell for cell in cells if where.items() <= cell.items()]
+        means = [statistics.mean(cell[name] for cell in found) for name in names]
+        numbers = [f"{length:,}", f"{most:,}", str(len(found))]
+        rows.append([keys, *numbers, *(f"{mean:.3f}" for mean in means)])
+    head = ("keys", "tokens", "candidates", "seeds", "recall", "targets found", "missed mass")
+    return f"{markdown(head, rows)}\n\n{source('selection_recall.json', result['environment'])}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

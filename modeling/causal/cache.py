@@ -342,7 +342,9 @@ def causal_cache(config: AdaptiveSparseConfig, is_selecting: bool | None = None)
         pattern = config.pattern(layer_idx)
         if is_selecting:
             layers.append(
-                SelectionLayer(config.query_block_size, config.num_selected_blocks, num_sinks)
+                SelectionLayer(
+                    config.query_block_size, config.selection_options.num_blocks, num_sinks
+                )
             )
         elif isinstance(pattern, SlidingWindow):
             assert isinstance(pattern.dilation, int)

@@ -64,9 +64,9 @@ class AdaptiveSparseOptions:
 
     attention_window: int = 512
     num_global_tokens: int = 1
-    num_selected_blocks: int = 8
-    block_size: int = 64
-    query_block_size: int = 64
+    num_selected_blocks: int = 32
+    block_size: int = 16
+    query_block_size: int = 16
 
     def __post_init__(self) -> None:
         for name, least in (("attention_window", 2), ("num_global_tokens", 0),

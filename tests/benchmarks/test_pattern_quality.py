@@ -54,6 +54,20 @@ def test_a_pair_of_documents_asks_what_both_have_and_what_only_one_has(tasks):
     assert min(counts.values()) > 300
 
 
+def test_all_questions_about_a_table_have_their_answer_in_one_run(tasks):
+    batch = tasks.make_batch("table", 4, 1024, generator=torch.Generator().manual_seed(0))
+    words, types = batch.inputs["input_ids"], batch.inputs["token_type_ids"]
+    for row in range(4):
+        table = types[row].nonzero().flatten()
+        assert len(table) == 64 and table[-1] - table[0] == 63
+        asked = (batch.labels[row] >= 0).nonzero().flatten().tolist()
+        assert len(asked) == 1024 // 32
+        for place in asked:
+            (source,) = [int(t) for t in table if words[row, t] == words[row, place]]
+            assert types[row, source] == batch.labels[row, place] + 1
+            assert bool(batch.is_far[row, place]) and abs(source - place) > tasks.FAR
+
+
 def test_what_is_nearby_has_no_far_questions(tasks):
     batch = tasks.make_batch("nearby", 2, 1024, generator=torch.Generator().manual_seed(0))
     assert bool((batch.labels >= 0).any()) and not bool(batch.is_far.any())

@@ -151,16 +151,15 @@ def adaptive(**fields):
         ({"target_density": 1.5}, "target_density is 1.5, a number above 0 and up to 1"),
         ({"target_density": 0.001}, "target_density is 0.001, at least 0.002 can be reached"),
         ({"num_selected_blocks": 0}, "num_selected_blocks is 0, a whole number >= 1"),
-        ({"num_selected_blocks": 65}, "num_selected_blocks is 65, at most 64 is allowed"),
+        ({"num_selected_blocks": 257}, "num_selected_blocks is 257, at most 256 is allowed"),
+        ({"selection_candidates": 0}, "selection_candidates is 0, a whole number >= 1"),
         ({"num_learned_global_blocks": 5}, "num_learned_global_blocks is 5, 0 to 4"),
-        ({"residual_rank": -1}, "residual_rank is -1, 0 to hidden_size / num_attention_heads = 8"),
-        ({"residual_rank": 9}, "residual_rank is 9, 0 to hidden_size / num_attention_heads = 8"),
         ({"block_size": 30}, "block_size is 30, attention_pattern 'adaptive' needs a multiple"),
         ({"query_block_size": 256}, "query_block_size is 256, attention_pattern 'adaptive'"),
-        ({"query_block_size": 48}, "query_block_size is 48 and block_size 64: one must be"),
+        ({"query_block_size": 24}, "query_block_size is 24 and block_size 16: one must be"),
         ({"attention_dilation": [1, 2]}, r"attention_dilation is \[1, 2\].*needs 1"),
         ({"head_budgets": [[8, 8, 8, 8]]}, r"head_budgets is .*num_hidden_layers = 2 lists"),
-        ({"head_budgets": [[9, 8, 8, 8], [0, 0, 0, 0]]}, r"numbers from 0 to .* = 8"),
+        ({"head_budgets": [[33, 8, 8, 8], [0, 0, 0, 0]]}, r"numbers from 0 to .* = 32"),
         ({"head_windows": [[8, 8, 8, 8]]}, r"head_windows is .*num_hidden_layers = 2 lists"),
         ({"head_windows": [[8, 8, 8], [8, 8, 8]]}, r"num_attention_heads = 4 numbers from 0"),
         ({"head_windows": [[257, 8, 8, 8], [0, 0, 0, 0]]}, r"half of attention_window = 256"),
@@ -176,13 +175,30 @@ def test_a_selection_that_makes_no_sense_is_refused(fields, message):
         adaptive(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "num_blocks"),
+    [
+        ({}, 32),
+        ({"block_size": 64}, 8),
+        ({"num_selected_blocks": 3, "block_size": 64}, 3),
+        ({"max_position_embeddings": 130}, 8),  # 128 tokens
+        ({"max_position_embeddings": 3}, 1),
+    ],
+)
+def test_by_default_a_block_chooses_512_keys_or_what_there_is(fields, num_blocks, tmp_path):
+    config = adaptive(**fields)
+    assert config.selection_options.num_blocks == num_blocks
+    config.save_pretrained(tmp_path)
+    loaded = AdaptiveSparseConfig.from_pretrained(tmp_path, attention_window=8)
+    assert loaded.selection_options == config.selection_options
+
+
 def test_selection_fields_reach_the_search_and_are_saved(tmp_path):
     config = adaptive(
         num_selected_blocks=5, block_size=32, query_block_size=16,
         num_learned_global_blocks=2, selection_strength=0.5,
         target_density=0.7, head_budgets=[[5, 0, 1, 2], [3, 3, 3, 3]],
         head_windows=[[256, 0, 1, 2], [3, 3, 3, 3]],
-        residual_rank=8,
     )  # fmt: skip
     options = config.selection_options
     assert (options.num_blocks, options.block_size, options.query_block_size) == (5, 32, 16)

@@ -61,7 +61,6 @@ def test_lengths_are_those_of_the_position_tables():
         ({"init_std": float("inf")}, "init_std is inf, a number >= 0"),
         ({"decoder_layers": 10**7}, "decoder_layers is 10000000, .*up to 10000"),
         ({"decoder_ffn_dim": 2**30}, "decoder_ffn_dim = 1073741824, .* weights, up to"),
-        ({"residual_rank": 65}, "residual_rank is 65, 0 to hidden_size / num_attention_heads = 64"),
     ],
 )
 def test_values_out_of_range_are_named(fields, message):

@@ -21,8 +21,8 @@ from adaptive_longformer.modeling import attention_layer
 from adaptive_longformer.modeling import padding as model_masks
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.patterns import SlidingWindow, block_layout
+from adaptive_longformer.selection import exact
 from adaptive_longformer.selection import select_blocks as selection
-from adaptive_longformer.selection import vote as voting
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.testing import randomize_all_parameters
 
@@ -117,16 +117,17 @@ def capture(step):
 
 
 def adaptive_layer(**options):
-    """A layer that chooses, narrows its windows, and has residual scores, in bfloat16."""
+    """A layer that chooses, narrows its windows, and has a block for all, in bfloat16."""
     config = AdaptiveSparseConfig(
         **{
             "hidden_size": 32,
             "num_attention_heads": 1,
             "attention_window": 20,
             "attention_pattern": "adaptive",
+            "block_size": 64,
+            "query_block_size": 64,
             "num_selected_blocks": 2,
             "num_learned_global_blocks": 1,
-            "residual_rank": 2,
             "selection_strength": 1.0,
             "max_global_tokens": 3,
             **options,
@@ -154,7 +155,7 @@ def on_a_gpu(monkeypatch, max_global_tokens):
     monkeypatch.setattr(global_keys, "_may_read", lambda tensor: False)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
     monkeypatch.setattr(selection, "_READ_BACK", ())
-    monkeypatch.setattr(voting, "can_vote", lambda scores: False)
+    monkeypatch.setattr(exact, "can_select", lambda call: False)
     monkeypatch.setattr(model_masks, "can_read_values", lambda tensor, validate: validate)
     monkeypatch.setattr(torch.Tensor, "tolist", no_list)
 
@@ -191,13 +192,13 @@ def test_an_adaptive_layer_does_not_wait_for_the_device(emulator, monkeypatch, m
     assert chosen[1].counts.sum() > 0 and chosen[1].global_open.any()
 
 
-@pytest.mark.parametrize("start_nodes", [256, 3])
-def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, start_nodes):
+@pytest.mark.parametrize("num_candidates", [4096, 64])
+def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, num_candidates):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 400, 8, generator=generator)
-    options = SelectionOptions(2, 16, 16, start_nodes=start_nodes, beam_width=2)
+    options = SelectionOptions(2, 16, 16, num_candidates=num_candidates)
     monkeypatch.setattr(selection, "_READ_BACK", ())
-    monkeypatch.setattr(voting, "can_vote", lambda scores: False)
+    monkeypatch.setattr(exact, "can_select", lambda call: False)
     global_mask = torch.arange(400)[None] < 2
     with NoWaiting():
         selected = selection.select_blocks(

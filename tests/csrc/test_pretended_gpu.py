@@ -31,6 +31,8 @@ SIZES = {
 }
 ADAPTIVE = {
     "attention_pattern": "adaptive",
+    "block_size": 64,
+    "query_block_size": 64,
     "selection_strength": 1.0,
     "num_selected_blocks": 2,
 }

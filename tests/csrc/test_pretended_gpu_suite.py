@@ -31,6 +31,8 @@ from adaptive_longformer.training.small_longformer import train_byte_level_token
 from adaptive_longformer_command_line import main
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+# The kernels on a GPU take no smaller ones.
+BLOCKS_OF_64 = {"block_size": 64, "query_block_size": 64}
 TEXT = "The cat sat on the mat. The dog ran after the bird. " * 4
 
 
@@ -49,7 +51,7 @@ def checkpoints(tmp_path_factory):
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
         decoder_ffn_dim=64, attention_window=64, max_encoder_position_embeddings=200,
     )  # fmt: skip
-    adaptive = {"attention_pattern": "adaptive", "num_selected_blocks": 1}
+    adaptive = {"attention_pattern": "adaptive", "num_selected_blocks": 1, **BLOCKS_OF_64}
     models = {
         "answer": AdaptiveSparseForQuestionAnswering(AdaptiveSparseConfig(**sizes)),
         "summarize": AdaptiveSparseForConditionalGeneration(seq2seq),

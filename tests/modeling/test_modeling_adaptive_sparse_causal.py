@@ -389,7 +389,7 @@ def test_separate_global_projections_are_refused():
 
 
 def test_a_negative_number_of_sinks_is_refused():
-    with pytest.raises(ValueError, match="num_sink_tokens is -1, >= 0 is needed"):
+    with pytest.raises(ValueError, match="num_sink_tokens is -1, a number >= 0"):
         tiny_config(num_sink_tokens=-1)
 
 

@@ -14,9 +14,8 @@ from adaptive_longformer.patterns import SlidingWindow
 from adaptive_longformer.selection.compiled_select import compiled_choice
 from adaptive_longformer.selection.exact import exact_choice, torch_choice
 from adaptive_longformer.selection.exact_call import ExactCall
-from adaptive_longformer.selection.exact_reference import reference_masses
 from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.residual import ResidualScores
+from adaptive_longformer.selection.reference import reference_masses
 from adaptive_longformer.selection.select_blocks import select_blocks
 from adaptive_longformer.testing import use_library
 
@@ -299,7 +298,7 @@ def test_select_blocks_asks_for_what_its_masks_say(num_candidates, is_causal):
         assert torch.equal(getattr(selected, name), getattr(expected, name)), name
 
 
-def test_blocks_for_all_queries_and_residual_scores_move_the_choice():
+def test_blocks_for_all_queries_are_not_chosen_again():
     call = make_call({"length": 300, "window": (8, 8)})
     options = SelectionOptions(3, 16, 16, num_candidates=4096, num_global_blocks=2)
     directions = call.key[0, :1, 100].expand(4, -1) * 10
@@ -309,15 +308,6 @@ def test_blocks_for_all_queries_and_residual_scores_move_the_choice():
     shared = selected.global_blocks[:, :, None, None]  # [batch, heads, 1, 1, shared]
     is_used = torch.arange(3) < selected.counts[..., None]
     assert not ((selected.key_blocks[..., None] == shared).any(dim=-1) & is_used).any()
-    plain = replace(options, num_global_blocks=0)
-    # A score that lifts block 5 above all others.
-    residual = ResidualScores(torch.ones(2, 4, 19, 1), torch.zeros(2, 4, 19, 1))
-    residual.key[:, :, 5] = 20.0
-    moved = select_blocks(call.query, call.key, window, plain, residual=residual)
-    before = select_blocks(call.query, call.key, window, plain)
-    is_near = (torch.arange(19) - 5).abs() <= 1
-    assert (moved.key_blocks[:, :, ~is_near, 0] == 5).all()
-    assert not (before.key_blocks[:, :, ~is_near, 0] == 5).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from adaptive_longformer.modeling import modeling_adaptive_sparse as modeling
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
@@ -62,44 +61,6 @@ def test_strength_rises_over_the_first_quarter_and_is_saved(tmp_path):
     assert resumed.seen[1:] == [5 / 8, 6 / 8, 7 / 8, 1.0]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_log_tells_the_task_from_the_density(tmp_path, accumulation):
-    model = tiny_adaptive_model(
-        AdaptiveSparseForSequenceClassification, target_density=0.5, classifier_dropout=0.0,
-        hidden_dropout_prob=0.0,
-    )  # fmt: skip
-    trainer = trainer_of(
-        adapted(model), tmp_path, SelectionRampCallback(ramp_ratio=0.5), 2, logging_steps=1,
-        gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", seed=3,
-    )  # fmt: skip
-    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer.train()
-    first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert (first["selection_strength"], second["selection_strength"]) == (1.0, 1.0)
-    with torch.no_grad():
-        density = torch.stack([part.density() for part in selections(model)]).mean().item()
-    assert second["selection_density"] == pytest.approx(density)
-    # The price starts at 0 and rises by 1 % of the excess with every batch.
-    expected = (density - 0.5) ** 2
-    assert first["loss"] - first["task_loss"] == pytest.approx(expected, rel=0.02)
-    assert second["loss"] - second["task_loss"] == pytest.approx(expected, rel=0.04)
-    assert second["task_loss"] > 0.5  # about log 2
-
-
-def test_training_that_selects_nothing_warns_once(monkeypatch):
-    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, selection_strength=0.0)
-    inputs = tiny_inputs(model, with_labels=True)
-    warned = []
-    monkeypatch.setattr(modeling.logger, "warning_once", warned.append)
-    model(**inputs)
-    assert warned == []
-    model.train()(**inputs)
-    assert warned == [modeling.NOTHING_IS_SELECTED]
-    set_selection_strength(model, 0.5)
-    model(**inputs)
-    assert len(warned) == 1
-
-
 @pytest.mark.parametrize(
     "options", [{"ramp_ratio": 1.5}, {"final_strength": 0.0}, {"final_strength": 2.0}]
 )
@@ -116,7 +77,7 @@ def test_smoothed_labels_are_refused_where_the_model_adds_to_the_loss(tmp_path):
 
 
 def test_adaptive_parameters_learn_faster_and_do_not_decay():
-    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, residual_rank=2)
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification)
     groups = adaptive_parameter_groups(model, 1e-4, weight_decay=0.1, multiplier=30)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
     assert groups[2]["lr"] == pytest.approx(3e-3)
@@ -129,7 +90,7 @@ def test_adaptive_parameters_learn_faster_and_do_not_decay():
         adaptive_parameter_groups(tiny_model(), 1e-4)
 
 
-EVERYTHING = {"num_learned_global_blocks": 1, "residual_rank": 2}
+EVERYTHING = {"num_learned_global_blocks": 1}
 
 
 def adapted(base, **options):
@@ -140,7 +101,7 @@ def adapted(base, **options):
     )
 
 
-@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "residual scores"])
+@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "global blocks"])
 def test_an_adapter_brings_its_selection_to_a_fresh_base(fields, tmp_path):
     pytest.importorskip("peft")
     from peft import PeftModel
@@ -195,7 +156,7 @@ def test_an_adapter_says_what_its_base_lacks(tmp_path):
 STEPS = {
     "without strength": (0.0, [(100, 100), (100, 20)], {}),
     "documents shorter than the window": (1.0, [(100, 10), (10, 10)], {}),
-    "residual scores": (1.0, [(100, 10), (10, 100)], EVERYTHING),
+    "global blocks": (1.0, [(100, 10), (10, 100)], EVERYTHING),
 }
 
 

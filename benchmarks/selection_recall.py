@@ -1,24 +1,27 @@
-"""Does the search through the pyramid find what an exact search would, and at what cost?
+"""How many candidates does the selection need to find what a choice of all keys would?
 
-    python benchmarks/router_recall.py --preset quick
-    python benchmarks/router_recall.py --preset full      # to 131072 tokens
+    python benchmarks/selection_recall.py --preset quick
+    python benchmarks/selection_recall.py --preset full      # to 131072 tokens
 
 Keys are made up. "coherent" ones share topics with their neighbours at four scales, as those of a
 text do; every query block looks for four far blocks (its targets), each with a few of its phrases
 of four tokens. "adversarial" ones hide the targets: a block and its three siblings add up to
-nothing, so that the means above say nothing, and whole regions elsewhere look a little like it.
+nothing, so that means of several blocks say nothing, and whole regions elsewhere look a little like
+it. "needles" share nothing with their neighbours, and every phrase looks for a single key.
 
-recall: share of the exact search's blocks that a search finds. target: share of the targets in the
+recall: share of the blocks that a choice among all keys finds. target: share of the targets in the
 lists. missed mass: attention of the asking tokens, exact per token, outside window and list.
 """
 
 import argparse
 import math
 import sys
+import time
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from side_by_side.measure import environment, seconds
+from side_by_side.measure import environment
 from side_by_side.report import write_json
 from side_by_side.results import add_results_arguments, results_folder
 
@@ -26,10 +29,12 @@ from adaptive_longformer.patterns import SlidingWindow
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
-BLOCK, HEADS, HEAD_DIM = 64, 2, 64
+BLOCK, HEADS, HEAD_DIM = 16, 2, 64
 SCALES = (64, 256, 1024, 4096)
 WINDOW = SlidingWindow(256)
+DEFAULT = SelectionOptions()
 EVERYTHING = 2**30
+CANDIDATES = (1024, 2048, 4096, 8192, EVERYTHING)
 PRESETS = {
     "quick": {"lengths": [4096, 16384, 32768], "seeds": 1},
     "full": {"lengths": [4096, 16384, 32768, 65536, 131072], "seeds": 3},
@@ -67,12 +72,20 @@ def adversarial(length: int, generator: torch.Generator) -> Document:
 
 
 def _document(
-    topic: torch.Tensor, generator: torch.Generator, aims: torch.Tensor | None = None
+    topic: torch.Tensor,
+    generator: torch.Generator,
+    aims: torch.Tensor | None = None,
+    is_single: bool = False,
 ) -> Document:
-    """Half of the phrases of a block ask for its targets, the others for nothing."""
+    """Half of the phrases of a block ask for its targets, or for the first key of each, the others
+    for nothing.
+    """
     length = topic.shape[1]
     num_blocks, phrases = length // BLOCK, length // PHRASE
-    key = topic + 0.5 * torch.randn(HEADS, length, HEAD_DIM, generator=generator)
+    noise = 1.0 if is_single else 0.5
+    key = topic + noise * torch.randn(HEADS, length, HEAD_DIM, generator=generator)
+    if is_single:
+        aims = key[:, ::BLOCK]
     reach = WINDOW.left // BLOCK + 2
     offset = torch.randint(
         reach, num_blocks - reach, (HEADS, num_blocks, TARGETS), generator=generator
@@ -90,7 +103,11 @@ def _document(
     return Document(query[None], key[None], wanted, asks.repeat_interleave(PHRASE, dim=1))
 
 
-KEYS = {"coherent": coherent, "adversarial": adversarial}
+def needles(length: int, generator: torch.Generator) -> Document:
+    return _document(torch.zeros(HEADS, length, HEAD_DIM), generator, is_single=True)
+
+
+KEYS = {"coherent": coherent, "adversarial": adversarial, "needles": needles}
 
 
 def recall(found: SelectedBlocks, exact: SelectedBlocks) -> float:
@@ -128,92 +145,84 @@ def missed_mass(document: Document, found: SelectedBlocks) -> float:
 
 
 def measure(kind: str, length: int, seed: int) -> list[dict]:
-    """The exact search, the beam, and variants, on one draw of queries and keys."""
-    generator = torch.Generator().manual_seed(seed)
-    document = KEYS[kind](length, generator)
-    variants = {
-        "exact": SelectionOptions(start_nodes=EVERYTHING),
-        "beam": SelectionOptions(),
-        "one mean query": SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=BLOCK),
-        "beam of 16": SelectionOptions(beam_width=16),
-    }
-    if length <= 16384:
-        variants["every query"] = SelectionOptions(start_nodes=EVERYTHING, tokens_per_vote=1)
+    """The choice among all keys, and among fewer, on one draw of queries and keys."""
+    document = KEYS[kind](length, torch.Generator().manual_seed(seed))
     cells, exact = [], None
-    for name, options in variants.items():
-        choices: list[SelectedBlocks] = []
-
-        def choose(options=options, choices=choices):
-            choices.append(select_blocks(document.query, document.key, WINDOW, options))
-
-        time = seconds(choose, torch.device("cpu"))
-        exact = exact or choices[0]
+    for candidates in reversed(CANDIDATES):
+        options = SelectionOptions(num_candidates=candidates)
+        begin = time.process_time()
+        choice = select_blocks(document.query, document.key, WINDOW, options)
+        used = time.process_time() - begin
+        exact = exact or choice
         cells.append(
             {
                 "keys": kind,
                 "length": length,
                 "seed": seed,
-                "search": name,
-                "recall": recall(choices[0], exact),
-                "target": found_targets(choices[0], document.wanted),
-                "missed_mass": missed_mass(document, choices[0]),
-                "visited_nodes": options.visited_nodes(length // BLOCK),
-                "seconds": time,
+                "candidates": min(candidates, length),
+                "recall": recall(choice, exact),
+                "target": found_targets(choice, document.wanted),
+                "missed_mass": missed_mass(document, choice),
+                "seconds": used,
             }
         )
-    return cells
+    return [cell for cell in cells if cell["candidates"] < length or cell is cells[0]]
 
 
 def table(cells: list[dict]) -> str:
     """Means over the seeds."""
     lines = [
-        f"{'keys':<12}{'search':<16}{'length':>8}{'recall':>8}{'target':>8}{'missed':>8}"
-        f"{'visited':>9}{'seconds':>9}"
+        f"{'keys':<12}{'tokens':>8}{'candidates':>12}{'recall':>8}{'target':>8}{'missed':>8}"
+        f"{'seconds':>9}"
     ]
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
-        groups.setdefault((cell["keys"], cell["search"], cell["length"]), []).append(cell)
-    for (kind, search, length), group in sorted(groups.items()):
+        groups.setdefault((cell["keys"], cell["length"], cell["candidates"]), []).append(cell)
+    for (kind, length, candidates), group in sorted(groups.items()):
         mean = {
             name: sum(cell[name] for cell in group) / len(group)
-            for name in ("recall", "target", "missed_mass", "visited_nodes", "seconds")
+            for name in ("recall", "target", "missed_mass", "seconds")
         }
         lines.append(
-            f"{kind:<12}{search:<16}{length:>8}{mean['recall']:>8.3f}{mean['target']:>8.3f}"
-            f"{mean['missed_mass']:>8.3f}{mean['visited_nodes']:>9.0f}{mean['seconds']:>9.2f}"
+            f"{kind:<12}{length:>8}{candidates:>12}{mean['recall']:>8.3f}{mean['target']:>8.3f}"
+            f"{mean['missed_mass']:>8.3f}{mean['seconds']:>9.2f}"
         )
     return "\n".join(lines)
 
 
 def growth(cells: list[dict]) -> list[dict]:
-    """Exponents of nodes visited and time per document, between the longest and 16384 tokens."""
+    """Exponents of the processor time between the longest and 16384 tokens."""
     results = []
-    for search in ("exact", "beam"):
-        points = [cell for cell in cells if cell["search"] == search and cell["length"] >= 16384]
-        low, high = (pick(cell["length"] for cell in points) for pick in (min, max))
+    for candidates in (DEFAULT.num_candidates, EVERYTHING):
+        points = [
+            cell
+            for cell in cells
+            if cell["length"] >= 16384 and cell["candidates"] == min(candidates, cell["length"])
+        ]
+        low, high = (pick((cell["length"] for cell in points), default=0) for pick in (min, max))
         if low == high:
             continue
-        exponents = {}
-        for name in ("visited_nodes", "seconds"):
-            sums = [sum(c[name] for c in points if c["length"] == n) for n in (low, high)]
-            per_document = math.log(sums[1] / sums[0]) / math.log(high / low)
-            exponents[name] = per_document + (1 if name == "visited_nodes" else 0)
-        results.append({"search": search, "from": low, "to": high, **exponents})
+        sums = [sum(c["seconds"] for c in points if c["length"] == n) for n in (low, high)]
+        exponent = math.log(sums[1] / sums[0]) / math.log(high / low)
+        name = "all" if candidates == EVERYTHING else candidates
+        results.append({"candidates": name, "from": low, "to": high, "exponent": exponent})
     return results
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument("--lengths", type=int, nargs="+", help=f"multiples of {16 * BLOCK}")
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"multiples of {64 * BLOCK}")
     parser.add_argument("--seeds", type=int)
     add_results_arguments(parser)
-    parser.add_argument("--check", action="store_true", help="fail if the beam's recall is < 0.95")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if recall on coherent keys is < 0.95"
+    )
     args = parser.parse_args()
     args.lengths = args.lengths or PRESETS[args.preset]["lengths"]
     args.seeds = args.seeds or PRESETS[args.preset]["seeds"]
-    if any(length < 2048 or length % (16 * BLOCK) for length in args.lengths):
-        parser.error(f"--lengths is {args.lengths}, multiples of {16 * BLOCK} from 2048 are needed")
+    if any(length < 2048 or length % (64 * BLOCK) for length in args.lengths):
+        parser.error(f"--lengths is {args.lengths}, multiples of {64 * BLOCK} from 2048 are needed")
     return args
 
 
@@ -230,20 +239,20 @@ def main() -> int:
     exponents = growth(cells)
     for line in exponents:
         print(
-            f"{line['search']}: from {line['from']} to {line['to']} tokens the nodes visited grow "
-            f"as n^{line['visited_nodes']:.2f}, the time as n^{line['seconds']:.2f}"
+            f"{line['candidates']} candidates: from {line['from']} to {line['to']} tokens the time "
+            f"grows as n^{line['exponent']:.2f}"
         )
     if folder is not None:
         about = environment(torch.device("cpu"))
         settings = {"heads": HEADS, "head_dim": HEAD_DIM, "window": 2 * WINDOW.left}
-        settings["num_blocks"] = 8
+        settings |= asdict(DEFAULT)
         write_json(
-            folder / "router_recall.json",
+            folder / "selection_recall.json",
             environment=about, settings=settings, cells=cells, growth=exponents,
         )  # fmt: skip
-    low = [c for c in cells if c["keys"] == "coherent" and c["search"] == "beam"]
-    worst = min(cell["recall"] for cell in low)
-    print(f"lowest recall of the beam on coherent keys: {worst:.3f}")
+    usual = [c for c in cells if c["candidates"] == min(DEFAULT.num_candidates, c["length"])]
+    worst = min(cell["recall"] for cell in usual if cell["keys"] == "coherent")
+    print(f"lowest recall of {DEFAULT.num_candidates} candidates on coherent keys: {worst:.3f}")
     return int(args.check and worst < 0.95)
 
 

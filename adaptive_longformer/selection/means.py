@@ -1,0 +1,33 @@
+"""Means of keys over runs of tokens: what coarser stages and learned directions see."""
+
+import torch
+from torch.nn import functional as F
+
+
+def run_means(
+    tensor: torch.Tensor, counts: torch.Tensor | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over every `size` rows; the last run may be shorter.
+
+    Args:
+        tensor: [batch, heads, rows, head_dim]; may hold anything, NaN too, where a count is 0.
+        counts: [batch, rows], what a row counts: bool, or of tokens whose mean it is; None: 1.
+        size: rows per run.
+
+    Returns:
+        The means [batch, heads, runs, head_dim], zeros where nothing counts, and the sums of the
+        counts [batch or 1, runs]; in float32, or float64 for a tensor in it.
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    rows = tensor.shape[2]
+    tensor = tensor.to(dtype)
+    if counts is None:
+        counts = tensor.new_ones(1, rows)
+    else:
+        counts = counts.to(dtype)
+        weights = counts[:, None, :, None]
+        tensor = (tensor * weights).masked_fill(weights == 0, 0.0)
+    filler = -rows % size
+    sums = F.pad(tensor, (0, 0, 0, filler)).unflatten(2, (-1, size)).sum(dim=3)
+    counts = F.pad(counts, (0, filler)).unflatten(1, (-1, size)).sum(dim=-1)
+    return sums / counts.clamp(min=1.0)[:, None, :, None], counts
