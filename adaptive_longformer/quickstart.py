@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -23,6 +24,7 @@ from sklearn.metrics import balanced_accuracy_score
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -37,7 +39,6 @@ from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.source import check_family, locate
 from adaptive_longformer.conversion.target import ENCODER
 from adaptive_longformer.gpu import has_bfloat16_gpu
-from adaptive_longformer.training.collator import GlobalAttentionCollator
 from adaptive_longformer.training.labelled_documents import (
     load_labelled_documents,
     stratified_split,
@@ -90,11 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _take_all_steps(
-    args: argparse.Namespace,
-    data: Dataset | None,
-    source: Path | None,
-    output: Path,
-    say: "_Steps",
+    args: argparse.Namespace, data: Dataset | None, source: Path | None, output: Path, say: "_Steps"
 ) -> int:
     documents, tokenizer = _documents(args, data, source, say)
     if source is None:
@@ -134,7 +131,7 @@ def _take_all_steps(
     fine_tuned = output / "fine-tuned"
     trainer.save_model(str(fine_tuned))
     tokenizer.save_pretrained(fine_tuned)
-    difference = reload_difference(trainer, fine_tuned, documents, tokenizer)
+    difference = reload_difference(trainer, fine_tuned)
     say(f"saved to {fine_tuned}, reloaded: logits differ by {difference:.1e}")
 
     print(_table(report, timing, documents, baseline, before, after, difference, say.total()))
@@ -300,9 +297,8 @@ def time_both(
     """Time the source and the converted model on the longest held-out documents, in turns.
 
     BERT and RoBERTa are timed on as many tokens as they can read; on a GPU both by autocast to
-    bfloat16, if it computes in it. The median of the repeats counts,
-    after one run of each to warm up, on which the memory is measured (only where the system can
-    tell, that is on Linux).
+    bfloat16, if it computes in it. The median of the repeats counts, after one run of each to warm
+    up, on which the memory is measured (where the system can tell: Linux, and GPUs).
     """
     device = _device()
     models = {
@@ -315,23 +311,21 @@ def time_both(
     max_length = min(_max_length(model) for model in models.values())
     longest = sorted(documents.test, key=lambda document: -len(document.input_ids))
     examples = _encode(longest[:TIMED_DOCUMENTS], tokenizer, max_length)
-    batch = GlobalAttentionCollator(tokenizer)(examples)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    del batch["global_attention_mask"]  # Both models set the first token themselves.
+    padded = DataCollatorWithPadding(tokenizer)(examples)
+    batch = {name: tensor.to(device) for name, tensor in padded.items()}
 
     seconds: dict[str, list[float]] = {}
     memory = {}
     torch.manual_seed(seed)
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            forward = _seconds(lambda model=model: _forward(model, batch), device)
-            with _PeakMemory(device) as peak:
-                step = _seconds(lambda model=model: _training_step(model, batch), device)
+            forward, step = partial(_forward, model, batch), partial(_training_step, model, batch)
             if repeat == 0:
-                memory[name] = peak.bytes
+                forward()
+                memory[name] = _peak_memory(step, device)
             else:
-                seconds.setdefault(f"{name} forward", []).append(forward)
-                seconds.setdefault(f"{name} step", []).append(step)
+                seconds.setdefault(f"{name} forward", []).append(_seconds(forward, device))
+                seconds.setdefault(f"{name} step", []).append(_seconds(step, device))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     length = max(len(example["input_ids"]) for example in examples)
     measured = all(memory.values())
@@ -392,48 +386,26 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-class _PeakMemory:
-    """The most memory that is used inside, above what was used before; None where it cannot be
-    told."""
-
-    bytes: int | None = None
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: int | None = None
-
-    def __enter__(self) -> "_PeakMemory":
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            self._before = _reset_peak_resident_memory()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is None:
-            return
-        if self._device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated() - self._before
-        else:
-            self.bytes = _resident_memory("VmHWM") - self._before
-
-
-def _reset_peak_resident_memory() -> int | None:
-    """Start a new peak and return the memory in use; None where the system has no such thing."""
+def _peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
+    """The bytes that a call uses above what was used before; None where it cannot be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident_memory("VmRSS")
-    except (OSError, ValueError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux starts a new peak
+    except OSError:
         return None
+    before = _resident_memory("VmRSS")
+    call()
+    return _resident_memory("VmHWM") - before
 
 
 def _resident_memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no field {field}")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def bag_of_words_accuracy(documents: LabelledDocuments) -> float:
@@ -492,12 +464,7 @@ def fine_tune(
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
-        data_collator=GlobalAttentionCollator(
-            tokenizer,
-            vocab_size=model.config.vocab_size,
-            num_labels=len(names),
-            max_length=max_length,
-        ),
+        data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=Dataset.from_list(_encode(documents.train, tokenizer, max_length)),
         eval_dataset=Dataset.from_list(_encode(documents.test, tokenizer, max_length)),
         compute_metrics=classification_metrics,
@@ -508,25 +475,15 @@ def fine_tune(
     return before, after, trainer
 
 
-def reload_difference(
-    trainer: Trainer, folder: Path, documents: LabelledDocuments, tokenizer: PreTrainedTokenizerBase
-) -> float:
+def reload_difference(trainer: Trainer, folder: Path) -> float:
     """Largest difference of the logits of a trained model and of the same model read back from a
     folder."""
-    device = _device()
-    model = trainer.model
-    assert isinstance(model, PreTrainedModel)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
-    examples = _encode(documents.test[:4], tokenizer, model.config.max_sequence_length)
-    batch = {
-        name: tensor.to(device)
-        for name, tensor in GlobalAttentionCollator(tokenizer)(examples).items()
-    }
-    # A model that was trained in bfloat16 keeps its autocast.
-    with torch.no_grad(), _autocast():
-        model.eval()
-        difference = model(**batch).logits - reloaded(**batch).logits
-    return float(difference.abs().max())
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    other = Trainer(reloaded, trainer.args, trainer.data_collator)
+    documents: Any = trainer.eval_dataset
+    documents = documents.select(range(min(4, len(documents))))
+    logits: Any = trainer.predict(documents).predictions
+    return float(abs(logits - other.predict(documents).predictions).max())
 
 
 def _table(

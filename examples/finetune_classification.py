@@ -7,7 +7,8 @@ r"""Fine-tune a long-document classifier with the Trainer.
 
 The data file (csv, json, jsonl or parquet) has a text and a label column; a fifth of it,
 stratified, is held out. A Longformer, RoBERTa or BERT is converted on the fly, to as many positions
-as `--max-length` asks for.
+as `--max-length` asks for. Which tokens are global is left to the model's configuration, so that a
+pipeline on the result scores as the training does.
 """
 
 import argparse
@@ -24,15 +25,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training import (
-    GlobalAttentionCollator,
     classification_metrics,
     load_labelled_documents,
     stratified_split,
 )
+from adaptive_longformer.training.resume import last_complete_checkpoint
 from adaptive_longformer.training.take_over import take_over_checkpoint
 
 
@@ -91,9 +91,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     documents = load_documents(args)
     names = documents["train"].features["label"].names
     config = AutoConfig.from_pretrained(model_path)
-    max_length = min(args.max_length, config.max_sequence_length)
+    # Saved with the model: a pipeline with truncation=True reads what is read here.
+    tokenizer.model_max_length = min(args.max_length, config.max_sequence_length)
     encoded = documents.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
+        lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
         remove_columns="text",
     )
@@ -134,16 +135,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=GlobalAttentionCollator(
-            tokenizer, vocab_size=config.vocab_size, num_labels=len(names), max_length=max_length
-        ),
         train_dataset=encoded["train"],
         eval_dataset=encoded["test"],
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
     )
-    last_checkpoint = get_last_checkpoint(str(output)) if args.resume and output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output) if args.resume else None)
     metrics = trainer.evaluate()
     trainer.save_model()
     result = {

@@ -27,12 +27,12 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.training.document_pairs import DocumentPair, load_document_pairs
+from adaptive_longformer.training.resume import last_complete_checkpoint
 from adaptive_longformer.training.take_over import take_over_checkpoint
-from adaptive_longformer.training.text_metrics import answer_metrics
+from adaptive_longformer.training.text_metrics import AnswerMetric
 from adaptive_longformer.training.text_to_text_collator import TextToTextCollator
 
 
@@ -124,13 +124,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         tokenizer,
         max_length=min(args.max_length, config.max_sequence_length),
         max_target_length=args.max_target_length,
-        vocab_size=config.vocab_size,
     )
     print(f"{collator.coverage(held_out):.1%} of the documents' tokens are read", flush=True)
 
     # Model
     set_seed(args.seed)
-    model = AutoModelForSeq2SeqLM.from_pretrained(model_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(model_path, default_global_tokens="question")
+    # Saved with the model: `adaptive-longformer answer` writes as it is evaluated here.
+    model.generation_config.update(num_beams=args.num_beams, max_length=args.max_target_length)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -148,8 +149,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         save_total_limit=1,
         logging_steps=10,
         predict_with_generate=True,
-        generation_max_length=args.max_target_length,
-        generation_num_beams=args.num_beams,
         remove_unused_columns=False,
         report_to="none",
         seed=args.seed,
@@ -158,12 +157,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # Trainer
+    metric = AnswerMetric()
+
     def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
         token_ids = np.where(
             prediction.predictions < 0, tokenizer.pad_token_id, prediction.predictions
         )
         texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return answer_metrics(texts, [pair["targets"] for pair in held_out])
+        return metric.compute(predictions=texts, references=[pair["targets"] for pair in held_out])
 
     trainer = Seq2SeqTrainer(
         model=model,
@@ -174,8 +175,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=metrics_of,
     )
-    last_checkpoint = get_last_checkpoint(str(output)) if args.resume and output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output) if args.resume else None)
     metrics = trainer.evaluate()
     trainer.save_model()
     names = ("loss", "exact_match", "f1")

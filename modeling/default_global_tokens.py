@@ -106,9 +106,10 @@ def default_global_mask(
 
     Args:
         strategy: "none"; "first": the first valid token; "question": the tokens before the first
-            separator, or, if the tokenizer has no separator, those of token type 0 where both types
-            occur; "after_separator": the tokens after the first separator and, if the next token is
-            a separator too, after that (RoBERTa puts two between a pair).
+            separator where something follows it (a document alone is no question), or, if the
+            tokenizer has no separator, those of token type 0 where both types occur;
+            "after_separator": the tokens after the first separator and, if the next token is a
+            separator too, after that (RoBERTa puts two between a pair).
         valid: bool [batch, length], True where a token is not padding.
         input_ids: [batch, length], needed to find separators.
         token_type_ids: [batch, length], taken for "question" where there are no separators.
@@ -131,10 +132,11 @@ def default_global_mask(
         start = _through_first(separators)
         if strategy == "question":
             chosen = start & ~separators
+            found = (~start & valid).any(dim=1, keepdim=True)
         else:
             follower = F.pad((start & separators)[:, :-1], (1, 0)) & separators
             chosen = ~start & ~follower
-        found = separators.any(dim=1, keepdim=True)
+            found = separators.any(dim=1, keepdim=True)
     elif strategy == "question" and token_type_ids is not None:
         chosen = token_type_ids == 0
         found = ((token_type_ids != 0) & valid).any(dim=1, keepdim=True)

@@ -91,6 +91,7 @@ class HeadBudgets(nn.Module):
         self.register_buffer("head_windows", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("price", torch.zeros(()))
         self._known: dict[str, tuple[torch.Tensor, int | None, Any]] = {}
+        self._losses: torch.Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Everything as in a fresh layer, except what a checkpoint brought."""
@@ -156,6 +157,17 @@ class HeadBudgets(nn.Module):
         ramp = WINDOW_RAMP / radius
         window_left = ((self.span + ramp) / (1.0 + ramp)).clamp(min=1.0 / (radius + WINDOW_RAMP))
         return ((blocks_left * blocks + window_left * window) / (blocks + window)).mean()
+
+    def record_losses(self, task: torch.Tensor, total: torch.Tensor) -> None:
+        """Notes a loss without and with the density's share, for `share_of_task`."""
+        if not torch.compiler.is_compiling():
+            losses = torch.stack([task.detach(), total.detach()])
+            self._losses = losses if self._losses is None else self._losses + losses
+
+    def share_of_task(self) -> float | None:
+        """The task's share of the losses since the last call; None if none was noted."""
+        losses, self._losses = self._losses, None
+        return None if losses is None else float(losses[0] / losses[1])
 
     def _rank_weight(self, num_blocks: int) -> torch.Tensor:
         """The budget's weight of the best, second best, ... block: [heads, num_blocks]."""

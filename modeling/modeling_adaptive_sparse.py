@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import TypedDict, Unpack
@@ -60,6 +61,13 @@ from adaptive_longformer.modeling.losses import (
 )
 from adaptive_longformer.modeling.padding import first_valid_token
 
+logger = logging.get_logger(__name__)
+
+NOTHING_IS_SELECTED = (
+    "a model that can select blocks is trained with a selection_strength of 0: it selects none and "
+    "learns nothing about them. Give the Trainer a SelectionRampCallback, or call "
+    "model.set_selection_strength(1.0)"
+)
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -319,9 +327,14 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         config = self.config
         if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
             return loss
-        if config.target_density is not None:
-            loss = loss + density_loss(selections(self), config.target_density)
-        return loss
+        parts = selections(self)
+        if not torch.compiler.is_compiling() and not parts[0].is_active:
+            logger.warning_once(NOTHING_IS_SELECTED)
+        if config.target_density is None:
+            return loss
+        total = loss + density_loss(parts, config.target_density)
+        parts[0].record_losses(loss, total)
+        return total
 
     def head_loss(
         self, loss: Callable[..., torch.Tensor], logits: torch.Tensor, labels, *more: Any

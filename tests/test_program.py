@@ -265,7 +265,7 @@ def test_an_interrupted_replacement_leaves_what_was_there(run_interrupted, sourc
 @pytest.mark.parametrize(
     "function",
     [
-        "training.labelled_documents:with_class_labels",
+        "training.labelled_documents:read_rows",
         "quickstart:convert_checkpoint",
         "conversion.convert:_verify",
         "quickstart:time_both",

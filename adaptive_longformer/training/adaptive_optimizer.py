@@ -6,11 +6,7 @@ from torch import nn
 
 
 def adaptive_parameter_groups(
-    model: nn.Module,
-    learning_rate: float,
-    *,
-    weight_decay: float = 0.0,
-    multiplier: float = 20.0,
+    model: nn.Module, learning_rate: float, *, weight_decay: float = 0.0, multiplier: float = 20.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: matrices, biases and norms, and the adaptive parameters.
 

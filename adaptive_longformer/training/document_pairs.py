@@ -1,9 +1,10 @@
 """Long documents with texts to write about them: summaries, or questions and their answers."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from adaptive_longformer.training.data_files import read_rows
 
 
 class DocumentPair(TypedDict):
@@ -23,9 +24,9 @@ class DocumentPair(TypedDict):
 def load_document_pairs(
     path: str | Path, *, document_column: str = "document", target_column: str = "summary"
 ) -> list[DocumentPair]:
-    """Read a JSON lines file, one document per line.
+    """Read a data file, one document per row, as a line of a jsonl file.
 
-    A line has a target (a text or a list of texts) and possibly a "query", or "queries", a list of
+    A row has a target (a text or a list of texts) and possibly a "query", or "queries", a list of
     {"query", "answer"}. The pairs of one document share its text.
 
     Args:
@@ -35,39 +36,27 @@ def load_document_pairs(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not as described, or there is none; the message names the line.
+        ValueError: a row is not as described, or there is none; the message names it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give a JSON lines file")
-    with path.open(encoding="utf-8") as lines:
-        pairs = [
-            pair
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-            for pair in _pairs(f"{path}, line {number}", line, document_column, target_column)
-        ]
-    if not pairs:
-        raise ValueError(f"{path} is empty, at least one document is needed")
-    return pairs
+    return [
+        pair
+        for place, row in read_rows(path)
+        for pair in _pairs(place, row, document_column, target_column)
+    ]
 
 
 def _pairs(
-    place: str, line: str, document_column: str, target_column: str
+    place: str, row: dict[str, Any], document_column: str, target_column: str
 ) -> Iterator[DocumentPair]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is no JSON object")
     document = row.get(document_column)
     if not isinstance(document, str) or not document.strip():
         raise ValueError(f"{place} has no text in {document_column!r}; it has {', '.join(row)}")
     if target_column in row:
-        found = [(row.get("query", ""), row[target_column])]
-    elif isinstance(row.get("queries"), list):
-        found = [(entry.get("query"), entry.get("answer")) for entry in row["queries"]]
+        found = [(row.get("query") or "", row[target_column])]
+    elif isinstance(queries := row.get("queries"), list) and all(
+        isinstance(entry, dict) for entry in queries
+    ):
+        found = [(entry.get("query"), entry.get("answer")) for entry in queries]
     else:
         raise ValueError(
             f"{place} has neither {target_column!r} nor 'queries'; it has {', '.join(row)}"

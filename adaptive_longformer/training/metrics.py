@@ -32,11 +32,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if not labels.size:
         raise ValueError("prediction holds no label, at least one other than -100 is needed")
     # Scikit-learn's types allow only text for zero_division, its documentation 0 and 1 as well.
-    options: dict[str, Any] = {
-        "labels": np.unique(labels),
-        "average": "macro",
-        "zero_division": 0,
-    }
+    options: dict[str, Any] = {"labels": np.unique(labels), "average": "macro", "zero_division": 0}
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "balanced_accuracy": float(recall_score(labels, predicted, **options)),

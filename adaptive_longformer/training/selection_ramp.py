@@ -15,6 +15,11 @@ class SelectionRampCallback(TrainerCallback):
     Before step s of the ramp's `steps` the strength is set to final_strength * s / steps, in the
     model and in its configuration. A resumed training goes on where it was.
 
+    Beside every logged loss it logs `selection_strength`, `selection_density` (about the share of
+    keys that is still read) and, with `config.target_density`, `task_loss`: the loss without the
+    density's share. They are in `state.log_history`, in what is printed, and in the logs of
+    callbacks behind this one.
+
     Args:
         ramp_ratio: share of the training over which the strength rises.
         final_strength: from above 0 to 1.
@@ -37,22 +42,14 @@ class SelectionRampCallback(TrainerCallback):
         self._last: float | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last = None
         self._check_label_smoothing(args, kwargs["model"])
         self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
         steps = max(1, math.ceil(self.ramp_ratio * state.max_steps))
@@ -60,6 +57,24 @@ class SelectionRampCallback(TrainerCallback):
         if strength != self._last:
             set_selection_strength(model, strength)
             self._last = strength
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        parts = selections(kwargs["model"])
+        density = sum(part.density().item() for part in parts) / len(parts)
+        more = {"selection_strength": parts[0].strength.item(), "selection_density": density}
+        if (share := parts[0].share_of_task()) is not None:
+            more["task_loss"] = logs["loss"] * share
+        logs.update(more)
+        state.log_history[-1].update(more)  # a copy of the logs
 
     def _check_label_smoothing(self, args: TrainingArguments, model: nn.Module) -> None:
         parts = selections(model)

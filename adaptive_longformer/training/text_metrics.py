@@ -1,9 +1,13 @@
-"""Metrics of generated text, computed here and with rouge_score: nothing is downloaded."""
+"""Metrics of generated text, for evaluate: nothing is downloaded or stored."""
 
 import re
 import string
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+
+from datasets import Features, List, Value
+from evaluate import Metric, MetricInfo
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -12,65 +16,73 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def answer_metrics(
-    predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """Exact match and F1 over words as SQuAD defines them, the best over each question's
-    references.
+class _TextMetric(Metric):
+    """Means over texts, from 0 to 100; of each the best over its references counts.
+
+    `compute(predictions=..., references=...)` takes one text and one list of right texts each, and
+    raises ValueError where there are none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        return ""  # in which evaluate would make folders, even for what is kept in memory
+
+    def _info(self) -> MetricInfo:
+        columns = {"predictions": Value("string"), "references": List(Value("string"))}
+        description = self.__doc__ or ""
+        return MetricInfo(description, citation="", features=Features(columns))
+
+    def _compute(
+        self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        if not predictions or not all(references):
+            raise ValueError("a prediction, and at least one reference for each one, is needed")
+        scores = [self.best(*pair) for pair in zip(predictions, references, strict=True)]
+        return {name: 100 * sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+
+    @abstractmethod
+    def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
+        """The scores of one text, from 0 to 1."""
+
+
+class AnswerMetric(_TextMetric):
+    """Exact match and F1 over words as SQuAD defines them.
 
     Case, punctuation, articles and runs of white space do not count. Source: Rajpurkar et al. 2016,
     section 6.1.
-
-    Args:
-        predictions: one answer per question.
-        references: for each question at least one right answer.
-
-    Returns:
-        "exact_match" and "f1", means over the questions, from 0 to 100.
-
-    Raises:
-        ValueError: there are no questions, their numbers differ, or a question has no reference.
     """
-    _check(predictions, references)
-    exact = f1 = 0.0
-    for prediction, answers in zip(predictions, references):
-        exact += max(_normalized(prediction) == _normalized(answer) for answer in answers)
-        f1 += max(_word_f1(prediction, answer) for answer in answers)
-    return {"exact_match": 100 * exact / len(predictions), "f1": 100 * f1 / len(predictions)}
+
+    def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
+        return {
+            "exact_match": max(_normalized(prediction) == _normalized(r) for r in references),
+            "f1": max(_word_f1(prediction, reference) for reference in references),
+        }
 
 
-def rouge_metrics(
-    predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """ROUGE-1, -2, -L and -Lsum (F measures with stemming), the best over each text's references.
+class RougeMetric(_TextMetric):
+    """ROUGE-1, -2, -L and -Lsum (F measures with stemming).
 
     For Lsum sentences are told apart by their marks, without a downloaded model. Source: Lin 2004,
     as implemented by rouge_score.
 
-    Args:
-        predictions: one text per document.
-        references: for each document at least one summary.
-
-    Returns:
-        "rouge1", "rouge2", "rougeL" and "rougeLsum", means over the documents, from 0 to 100.
-
     Raises:
-        ValueError: there are no texts, their numbers differ, or a text has no reference.
         ImportError: rouge_score is not installed.
     """
-    _check(predictions, references)
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError("ROUGE needs rouge_score: pip install rouge_score") from error
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
-    totals = dict.fromkeys(ROUGE, 0.0)
-    for prediction, summaries in zip(predictions, references):
-        targets = [_one_per_line(summary) for summary in summaries]
-        best = scorer.score_multi(targets, _one_per_line(prediction))
-        for name in ROUGE:
-            totals[name] += best[name].fmeasure
-    return {name: 100 * total / len(predictions) for name, total in totals.items()}
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise ImportError("ROUGE needs rouge_score: pip install rouge_score") from error
+        self._scorer = RougeScorer(ROUGE, use_stemmer=True)
+
+    def best(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
+        targets = [_one_per_line(summary) for summary in references]
+        scores = self._scorer.score_multi(targets, _one_per_line(prediction))
+        return {name: scores[name].fmeasure for name in ROUGE}
 
 
 def split_sentences(text: str) -> list[str]:
@@ -94,14 +106,3 @@ def _word_f1(prediction: str, reference: str) -> float:
         return float(found == expected)
     common = sum((Counter(found) & Counter(expected)).values())
     return 2 * common / (len(found) + len(expected))
-
-
-def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"there are {len(predictions)} predictions and {len(references)} lists of references; "
-            "the same number, at least one, is needed"
-        )
-    for index, answers in enumerate(references):
-        if isinstance(answers, str) or not answers:
-            raise ValueError(f"references[{index}] is {answers!r}, a list of texts is needed")

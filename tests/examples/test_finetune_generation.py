@@ -5,9 +5,18 @@ import runpy
 from pathlib import Path
 
 import pytest
-from transformers import LEDConfig, LEDForConditionalGeneration, set_seed
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    set_seed,
+)
 
+from adaptive_longformer.inference import summarize
+from adaptive_longformer.training.document_pairs import load_document_pairs
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
+from adaptive_longformer.training.text_metrics import RougeMetric
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -72,6 +81,38 @@ def test_an_led_is_converted_fine_tuned_and_resumed(script, metrics, files, tmp_
     assert state["epoch"] == 3 and state["log_history"][0]["epoch"] <= 1
     assert second["loss"] < first["loss"]
     assert json.loads((tmp_path / "result.json").read_text()) == second
+
+
+def summaries(folder, pairs):
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [summarize(model, tokenizer, pair["document"]).text for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    "script, metric, use",
+    [
+        ("finetune_summarization.py", RougeMetric, summaries),
+    ],
+)
+def test_what_is_trained_scores_the_same_where_it_is_used(script, metric, use, files, tmp_path):
+    example = runpy.run_path(str(EXAMPLES / script))
+    settings = arguments(files, tmp_path, "--epochs", "8", "--num-beams", "2")
+    settings += ["--learning-rate", "2e-2"]
+    if use is summaries:
+        for name in ("train", "validation"):
+            pairs = load_document_pairs(files / f"{name}.jsonl")
+            rows = [{"document": p["document"], "summary": p["targets"]} for p in pairs[1::2]]
+            text = "\n".join(json.dumps(row) for row in rows)
+            settings[settings.index(str(files / f"{name}.jsonl"))] = str(tmp_path / f"{name}.jsonl")
+            (tmp_path / f"{name}.jsonl").write_text(text)
+    result = example["main"](settings)
+    pairs = load_document_pairs(settings[settings.index("--eval-file") + 1])
+    found = metric().compute(
+        predictions=use(tmp_path, pairs), references=[pair["targets"] for pair in pairs]
+    )
+    assert found == pytest.approx({name: result[name] for name in found})
+    assert max(found.values()) > 0  # something was learned that can differ
 
 
 def narrative_rows():

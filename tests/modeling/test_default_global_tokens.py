@@ -42,6 +42,8 @@ def test_first_is_the_first_valid_token(ids, expected):
         ([CLS, 9, 8, SEP, SEP, 7, SEP], [1, 1, 1, 0, 0, 0, 0]),  # RoBERTa's pair
         ([CLS, 9, 8, SEP, 7, 7, SEP], [1, 1, 1, 0, 0, 0, 0]),  # BERT's pair
         ([CLS, 9, 8, SEP, 7, 7, 7], [1, 1, 1, 0, 0, 0, 0]),  # truncated: one separator
+        ([CLS, 9, 8, 7, 7, 7, SEP], [1, 0, 0, 0, 0, 0, 0]),  # a document alone
+        ([CLS, 9, 8, SEP, PAD, PAD, PAD], [1, 0, 0, 0, 0, 0, 0]),
         ([CLS, 9, 8, 7, 7, 7, 7], [1, 0, 0, 0, 0, 0, 0]),  # none
         ([SEP, 9, 8, 7, 7, 7, 7], [1, 0, 0, 0, 0, 0, 0]),  # nothing before it
         ([PAD, PAD, CLS, 9, SEP, 7, SEP], [0, 0, 1, 1, 0, 0, 0]),

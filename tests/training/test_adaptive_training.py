@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from adaptive_longformer.modeling import modeling_adaptive_sparse as modeling
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForSequenceClassification,
@@ -59,6 +60,44 @@ def test_strength_rises_over_the_first_quarter_and_is_saved(tmp_path):
     resumed = Recorder(ramp_ratio=1.0)
     trainer_of(model, tmp_path, resumed, 8).train(str(tmp_path / "checkpoint-4"))
     assert resumed.seen[1:] == [5 / 8, 6 / 8, 7 / 8, 1.0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_log_tells_the_task_from_the_density(tmp_path, accumulation):
+    model = tiny_adaptive_model(
+        AdaptiveSparseForSequenceClassification, target_density=0.5, classifier_dropout=0.0,
+        hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    trainer = trainer_of(
+        adapted(model), tmp_path, SelectionRampCallback(ramp_ratio=0.5), 2, logging_steps=1,
+        gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", seed=3,
+    )  # fmt: skip
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer.train()
+    first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert (first["selection_strength"], second["selection_strength"]) == (1.0, 1.0)
+    with torch.no_grad():
+        density = torch.stack([part.density() for part in selections(model)]).mean().item()
+    assert second["selection_density"] == pytest.approx(density)
+    # The price starts at 0 and rises by 1 % of the excess with every batch.
+    expected = (density - 0.5) ** 2
+    assert first["loss"] - first["task_loss"] == pytest.approx(expected, rel=0.02)
+    assert second["loss"] - second["task_loss"] == pytest.approx(expected, rel=0.04)
+    assert second["task_loss"] > 0.5  # about log 2
+
+
+def test_training_that_selects_nothing_warns_once(monkeypatch):
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, selection_strength=0.0)
+    inputs = tiny_inputs(model, with_labels=True)
+    warned = []
+    monkeypatch.setattr(modeling.logger, "warning_once", warned.append)
+    model(**inputs)
+    assert warned == []
+    model.train()(**inputs)
+    assert warned == [modeling.NOTHING_IS_SELECTED]
+    set_selection_strength(model, 0.5)
+    model(**inputs)
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(

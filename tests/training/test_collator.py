@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
 
 from adaptive_longformer.testing import tiny_model
 from adaptive_longformer.training.collator import GlobalAttentionCollator
@@ -53,6 +54,57 @@ def test_a_mask_and_labels_of_every_token_are_kept_and_padded(tokenizer):
     assert batch["labels"].tolist() == [[1, 0, 1, -100]]
 
 
+WHOLE = {
+    "regression": (0.25, torch.float32),
+    "multi-label": ([1.0, 0.0, 1.0], torch.float32),
+    "multi-label in whole numbers": ([1, 0], torch.int64),
+}
+
+
+@pytest.mark.parametrize("label, dtype", WHOLE.values(), ids=WHOLE)
+def test_labels_of_every_kind(tokenizer, label, dtype):
+    examples = [{"input_ids": [0, 7, 2], "labels": label}, {"input_ids": [0, 2], "labels": label}]
+    batch = GlobalAttentionCollator(tokenizer)(examples)
+    assert batch["labels"].tolist() == [label, label] and batch["labels"].dtype == dtype
+    assert batch["global_attention_mask"].tolist() == [[1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_multiple_choice(tokenizer, with_labels):
+    choices = [[0, 7, 2, 2, 8, 2], [0, 7, 2, 2, 9, 9, 2]]
+    example = {"input_ids": choices, "attention_mask": [[1] * 6, [1] * 7]}
+    if with_labels:
+        example["label"] = 1
+    collator = GlobalAttentionCollator(tokenizer, global_tokens="after_separator")
+    batch = collator([example, {**example, "input_ids": choices[::-1],
+                                "attention_mask": [[1] * 7, [1] * 6]}])  # fmt: skip
+    assert batch["input_ids"].shape == (2, 2, 7)
+    assert batch["input_ids"][1, 1].tolist() == [0, 7, 2, 2, 8, 2, 1]
+    assert batch["global_attention_mask"][0].tolist() == [[0, 0, 0, 0, 1, 1, 0], [0] * 4 + [1] * 3]
+    assert batch["labels"].tolist() == [1, 1] if with_labels else "labels" not in batch
+    with pytest.raises(ValueError, match="example 0 has the value -1"):
+        collator([{**example, "input_ids": [[0, 7], [-1, 2]], "attention_mask": [[1, 1]] * 2}])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collators_of_transformers_are_taken(tokenizer, monkeypatch, side):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    tokens = [
+        {"input_ids": [0, 7, 2], "labels": [5, 6, 5]},
+        {"input_ids": [0, 2], "labels": [6, 6]},
+    ]
+    pad = DataCollatorForTokenClassification(tokenizer)
+    batch = GlobalAttentionCollator(tokenizer, pad)(tokens)
+    for name, expected in pad(tokens).items():
+        assert torch.equal(batch[name], expected), name
+    assert batch["global_attention_mask"].sum().item() == 2
+    # The same without it.
+    assert GlobalAttentionCollator(tokenizer)(tokens)["labels"].equal(batch["labels"])
+    with torch.random.fork_rng():
+        masked = GlobalAttentionCollator(tokenizer, DataCollatorForLanguageModeling(tokenizer))
+        assert masked([{"input_ids": [0, 7, 2]}])["labels"].shape == (1, 3)
+
+
 @pytest.mark.parametrize("side, moved", [("right", 0), ("left", 3)])
 def test_the_slots_of_answers_move_with_their_tokens(tokenizer, monkeypatch, side, moved):
     monkeypatch.setattr(tokenizer, "padding_side", side)
@@ -63,7 +115,9 @@ def test_the_slots_of_answers_move_with_their_tokens(tokenizer, monkeypatch, sid
     assert batch["start_positions"].tolist() == [3 + moved, 3]
     assert batch["end_positions"].tolist() == [3 + moved, 5]
     assert int(batch["input_ids"][0, 3 + moved]) == 9
-    with pytest.raises(ValueError, match=r"end_positions of example 1 is 7, .* < its 7 tokens"):
+    with pytest.raises(
+        ValueError, match="end_positions of example 1 has the value 7, 0 <= value < its tokens = 7"
+    ):
         collator([short, {**long, "end_positions": 7}])
 
 
@@ -71,13 +125,22 @@ def test_the_slots_of_answers_move_with_their_tokens(tokenizer, monkeypatch, sid
     ("examples", "message"),
     [
         ([], "the batch is empty"),
-        ([{"input_ids": []}], "input_ids of example 0 is empty"),
-        ([{"input_ids": [0]}, {"input_ids": [0, 300]}], "example 1 has the token id 300"),
-        ([{"input_ids": [-1]}], "token id -1, 0 <= id < vocab_size = "),
-        ([{"input_ids": [0] * 9}], "has 9 tokens, at most max_length = 8"),
-        ([{"input_ids": [0], "label": 2}], "label of example 0 is 2, 0 <= label < num_labels = 2"),
-        ([{"input_ids": [0], "label": -1}], "label of example 0 is -1"),
-        ([{"input_ids": [0], "attention_mask": [1, 1]}], "attention_mask of an example has 2"),
+        ([{"input_ids": []}], "input_ids of example 0 has 0 tokens, 1 to max_length = 8"),
+        ([{"input_ids": [0]}, {"input_ids": [0, 300]}], "example 1 has the value 300"),
+        ([{"input_ids": [-1]}], "the value -1, 0 <= value < vocab_size = "),
+        ([{"input_ids": [0] * 9}], "has 9 tokens, 1 to max_length = 8"),
+        (
+            [{"input_ids": [0], "label": 2}],
+            "label of example 0 has the value 2, 0 <= value < num_labels = 2",
+        ),
+        ([{"input_ids": [0], "label": -1}], "label of example 0 has the value -1"),
+        (
+            [
+                {"input_ids": [0, 5], "attention_mask": [1]},
+                {"input_ids": [0], "attention_mask": [1]},
+            ],
+            "Unable to create tensor",
+        ),
     ],
 )
 def test_bad_examples_are_named(tokenizer, examples, message):
@@ -86,7 +149,7 @@ def test_bad_examples_are_named(tokenizer, examples, message):
         {**e, "input_ids": [vocab_size if i == 300 else i for i in e["input_ids"]]}
         for e in examples
     ]
-    message = message.replace("id 300", f"id {vocab_size}")
+    message = message.replace("300", str(vocab_size))
     with pytest.raises(ValueError, match=message):
         GlobalAttentionCollator(tokenizer, num_labels=2, max_length=8)(examples)
 

@@ -1,10 +1,19 @@
+import evaluate
 import pytest
 
 from adaptive_longformer.training.text_metrics import (
-    answer_metrics,
-    rouge_metrics,
+    AnswerMetric,
+    RougeMetric,
     split_sentences,
 )
+
+
+def answer_metrics(predictions, references):
+    return AnswerMetric().compute(predictions=predictions, references=references)
+
+
+def rouge_metrics(predictions, references):
+    return RougeMetric().compute(predictions=predictions, references=references)
 
 
 def test_answers_are_compared_without_case_articles_and_punctuation():
@@ -51,13 +60,26 @@ def test_sentences_end_at_marks_and_lines():
 @pytest.mark.parametrize(
     "predictions, references, word",
     [
-        ([], [], "0 predictions"),
-        (["a"], [["a"], ["b"]], "2 lists"),
-        (["a"], [[]], r"references\[0\]"),
-        (["a"], ["a"], r"references\[0\]"),
+        ([], [], "a prediction"),
+        (["a"], [["a"], ["b"]], "Mismatch in the number of predictions"),
+        (["a"], [[]], "at least one reference"),
     ],
 )
 @pytest.mark.parametrize("metrics", [answer_metrics, rouge_metrics])
 def test_bad_arguments_are_named(metrics, predictions, references, word):
     with pytest.raises(ValueError, match=word):
         metrics(predictions, references)
+
+
+def test_batches_are_gathered_and_nothing_is_stored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "cache"))
+    metric = AnswerMetric()
+    metric.add_batch(predictions=["yes"], references=[["yes", "yeah"]])
+    metric.add(prediction="no", reference=["yes"])
+    assert metric.compute() == {"exact_match": 50.0, "f1": 50.0}
+    assert evaluate.combine([metric]).compute(predictions=["yes"], references=[["yes"]]) == {
+        "exact_match": 100.0,
+        "f1": 100.0,
+    }
+    assert list(tmp_path.iterdir()) == []
