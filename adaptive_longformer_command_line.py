@@ -60,7 +60,10 @@ def _answer(parser: argparse.ArgumentParser) -> None:
     _add_document(parser)
     parser.add_argument("--answers", type=int, default=1, metavar="N", help="how many to print")
     parser.add_argument(
-        "--max-answer-tokens", type=int, default=30, metavar="N", help="longest answer"
+        "--max-answer-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: 30, or the model's own setting if it writes answers)",
     )
     _add_cpu(parser)
 

@@ -68,8 +68,9 @@ def load_model(model_class: Any, name: str, *, use_gpu: bool = True, **options: 
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
-            f"{name} has no weights for {', '.join(missing[:4])}{more}, they would be random: "
-            "fine-tune the model for this task first"
+            f"{name}, saved as {', '.join(model.config.architectures or ['another model'])}, has "
+            f"no weights for {', '.join(missing[:4])}{more}, they would be random: fine-tune the "
+            "model for this task first (the scripts in examples/ do)"
         )
     if use_gpu and (device := move_to_gpu(model)) is not None:
         sys.stderr.write(f"on {device}\n")

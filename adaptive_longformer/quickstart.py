@@ -261,16 +261,9 @@ def _encode(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict]:
     """What the collator takes: token ids with the special tokens around them, and labels."""
-    size = max_length - 2
+    first, last, size = tokenizer.cls_token_id, tokenizer.sep_token_id, max_length - 2
     return [
-        {
-            "input_ids": [
-                tokenizer.cls_token_id,
-                *document.input_ids[:size],
-                tokenizer.sep_token_id,
-            ],
-            "label": document.label,
-        }
+        {"input_ids": [first, *document.input_ids[:size], last], "label": document.label}
         for document in documents
     ]
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
 
 from adaptive_longformer.command_inputs import (
     load_model,
@@ -20,7 +20,10 @@ def run(args: argparse.Namespace) -> int:
     silence_transformers()
     document = read_document(args.file)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(AutoModelForQuestionAnswering, args.model, use_gpu=not args.cpu)
+    saved_as = AutoConfig.from_pretrained(args.model).architectures or []
+    is_writing = any(name.endswith("ForConditionalGeneration") for name in saved_as)
+    model_class = AutoModelForSeq2SeqLM if is_writing else AutoModelForQuestionAnswering
+    model = load_model(model_class, args.model, use_gpu=not args.cpu)
     with ProgressLine() as progress:
         answers = answer_question(
             model,

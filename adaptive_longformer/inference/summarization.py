@@ -46,7 +46,7 @@ def summarize(
     *,
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
-    **generation_options: Any,
+    **given: Any,
 ) -> Summary:
     """Write a summary of one document.
 
@@ -64,7 +64,7 @@ def summarize(
             settings say, or else 256; never more than the decoder can write.
         progress: called with what is being done ("reading", "writing"), how much of it is done, and
             how much there is at most.
-        generation_options: of `model.generate`; what is not given is as the checkpoint's generation
+        given: options of `model.generate`; what is not given is as the checkpoint's generation
             settings say, or else 4 beams, no repeated three tokens and a length penalty of 2.
 
     Returns:
@@ -85,14 +85,13 @@ def summarize(
     if not text.strip():
         raise ValueError("text is empty, a document to summarise is needed")
     report_progress = progress or _no_progress
-    options = _generation_options(model, max_new_tokens, generation_options)
+    options = generation_options(model, max_new_tokens, given, DEFAULTS)
     longest = options["max_new_tokens"]
 
-    token_ids = tokenizer(text, verbose=False)["input_ids"]
-    num_tokens = len(token_ids)
-    special = set(tokenizer.all_special_ids)
-    token_ids = _cut(token_ids, model.config.max_sequence_length, special)
-    if special.issuperset(token_ids):
+    num_tokens = len(tokenizer(text, verbose=False)["input_ids"])
+    capacity = model.config.max_sequence_length
+    token_ids = tokenizer(text, truncation=True, max_length=capacity)["input_ids"]
+    if set(tokenizer.all_special_ids).issuperset(token_ids):
         raise ValueError("text has no token the tokenizer knows, a document is needed")
     inputs = {"input_ids": torch.tensor([token_ids], device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -117,17 +116,6 @@ def summarize(
     )
 
 
-def _cut(token_ids: list[int], length: int, special: set[int]) -> list[int]:
-    """The first tokens of a document that is too long, and the special tokens at its end."""
-    if len(token_ids) <= length:
-        return token_ids
-    start = len(token_ids)
-    while start > 0 and token_ids[start - 1] in special:
-        start -= 1
-    end = token_ids[start:][-length:]
-    return token_ids[: length - len(end)] + end
-
-
 class _Report(StoppingCriteria):
     """Stops nothing, reports every token that is written."""
 
@@ -147,25 +135,26 @@ class _Report(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-def _generation_options(
+def generation_options(
     model: AdaptiveSparseForConditionalGeneration,
     max_new_tokens: int | None,
     given: dict[str, Any],
+    defaults: dict[str, Any],
+    limit: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
-    """The caller's options, completed by defaults where the checkpoint has no settings."""
+    """The caller's options; by the defaults and the limit where the checkpoint has no settings."""
     settings, plain = model.generation_config, GenerationConfig()
 
     def is_set(name: str) -> bool:
         return getattr(settings, name, None) not in (None, getattr(plain, name))
 
-    options = {name: value for name, value in DEFAULTS.items() if not is_set(name)} | given
+    options = {name: value for name, value in defaults.items() if not is_set(name)} | given
     num_beams = options.get("num_beams", settings.num_beams)
     if num_beams == 1 and "length_penalty" not in given:
         options.pop("length_penalty", None)  # it compares the ends of beams
     # The start token takes one place; the last token is not read again and needs none.
     room = model.config.max_decoder_position_embeddings
     if max_new_tokens is None:
-        limit = MAX_NEW_TOKENS
         if is_set("max_new_tokens"):
             limit = cast(int, settings.max_new_tokens)
         elif is_set("max_length"):

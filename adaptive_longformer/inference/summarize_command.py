@@ -28,12 +28,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     with ProgressLine() as progress:
         summary = summarize(
-            model,
-            tokenizer,
-            text,
-            max_new_tokens=args.max_new_tokens,
-            progress=progress,
-            **options,
+            model, tokenizer, text, max_new_tokens=args.max_new_tokens, progress=progress, **options
         )
     if not summary.is_of_the_whole_document:
         sys.stderr.write(

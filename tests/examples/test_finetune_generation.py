@@ -1,5 +1,7 @@
 """The examples for summarisation and question answering, on a small LED made on the spot."""
 
+import contextlib
+import io
 import json
 import runpy
 from pathlib import Path
@@ -16,7 +18,8 @@ from transformers import (
 from adaptive_longformer.inference import summarize
 from adaptive_longformer.training.document_pairs import load_document_pairs
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
-from adaptive_longformer.training.text_metrics import RougeMetric
+from adaptive_longformer.training.text_metrics import AnswerMetric, RougeMetric
+from adaptive_longformer_command_line import main
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -89,10 +92,22 @@ def summaries(folder, pairs):
     return [summarize(model, tokenizer, pair["document"]).text for pair in pairs]
 
 
+def answers(folder, pairs):
+    found = []
+    for pair in pairs:
+        (folder / "document.txt").write_text(pair["document"])
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(["answer", str(folder), pair["query"], str(folder / "document.txt")]) == 0
+        found.append(out.getvalue().removesuffix("\n").split("\t")[2])
+    return found
+
+
 @pytest.mark.parametrize(
     "script, metric, use",
     [
         ("finetune_summarization.py", RougeMetric, summaries),
+        ("finetune_question_answering.py", AnswerMetric, answers),
     ],
 )
 def test_what_is_trained_scores_the_same_where_it_is_used(script, metric, use, files, tmp_path):

@@ -80,7 +80,7 @@ def test_a_model_without_weights_for_answers_is_refused(checkpoint, tmp_path, ca
     assert main(["answer", *arguments]) == 2
     output, error = capsys.readouterr()
     assert output == "" and error.count("\n") == 1
-    assert "no weights for qa_outputs.bias, qa_outputs.weight" in error
+    assert "saved as AdaptiveSparseForMaskedLM, has no weights for qa_outputs.bias, qa" in error
     assert "fine-tune the model" in error
 
 

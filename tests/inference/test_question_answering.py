@@ -6,11 +6,13 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from adaptive_longformer import (
     AdaptiveSparseConfig,
+    AdaptiveSparseForConditionalGeneration,
+    AdaptiveSparseForMaskedLM,
     AdaptiveSparseForQuestionAnswering,
     AdaptiveSparseSeq2SeqForQuestionAnswering,
 )
 from adaptive_longformer.inference.question_answering import answer_question
-from adaptive_longformer.testing import randomize_all_parameters, tiny_seq2seq_model
+from adaptive_longformer.testing import randomize_all_parameters, tiny_model, tiny_seq2seq_model
 from adaptive_longformer.training.small_longformer import train_byte_level_tokenizer
 
 WORDS = [f"w{i}" for i in range(300)]
@@ -134,6 +136,62 @@ def test_an_encoder_decoder_reads_pieces_that_fit_into_its_decoder(tokenizer):
         progress=lambda done, total: seen.append(total),
     )  # fmt: skip
     assert seen[-1] > 10 and len(answers) == 3
+
+
+@pytest.mark.parametrize("words", [10, 38, 42])
+def test_every_piece_of_a_long_question_brings_something_new(model, tokenizer, words):
+    """However little of a piece the question leaves; much too little is refused."""
+    question = " ".join(WORDS[:words])
+    tokens = [len(tokenizer(text, add_special_tokens=False)["input_ids"])
+              for text in (question, DOCUMENT)]  # fmt: skip
+    room = 96 - 4 - tokens[0]
+    if room < 12:
+        with pytest.raises(ValueError, match=r"at least 12 of 96 must be left for the document"):
+            answer_question(model, tokenizer, question, DOCUMENT)
+        return
+    seen = []
+    answer_question(
+        model, tokenizer, question, DOCUMENT, progress=lambda done, total: seen.append(total)
+    )
+    assert tokens[1] / room < seen[0] <= 2 * tokens[1] / room + 1
+
+
+def writing_model(tokenizer, **settings):
+    sizes = {"vocab_size": len(tokenizer), "max_encoder_position_embeddings": 96}
+    model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration, **sizes)
+    model.generation_config.update(**settings)
+    return model
+
+
+def test_an_encoder_decoder_writes_what_it_generates(tokenizer):
+    model = writing_model(tokenizer, num_beams=2, max_length=6, eos_token_id=None)
+    document = " ".join(WORDS[:9])
+    [answer] = answer_question(model, tokenizer, "where is it", document)
+    inputs = tokenizer("where is it", document, return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**inputs)
+    assert written.shape == (1, 6)
+    assert answer.text == tokenizer.decode(written[0], skip_special_tokens=True).strip() != ""
+    assert document[answer.start : answer.end] == document
+    with torch.no_grad():
+        labels = written[:, 1:]
+        loss = model(**inputs, decoder_input_ids=written[:, :-1], labels=labels).loss
+    assert answer.score == pytest.approx(-loss.item(), abs=1e-4)
+
+
+def test_an_encoder_decoder_reads_all_of_a_long_document(tokenizer):
+    model = writing_model(tokenizer)
+    answers = answer_question(
+        model, tokenizer, "where is it", DOCUMENT, num_answers=3, max_answer_tokens=4
+    )
+    assert len({answer.text for answer in answers}) == 3
+    assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
+    assert all(0 < answer.end - answer.start < len(DOCUMENT) for answer in answers)
+
+
+def test_a_model_with_another_head_is_refused(tokenizer):
+    model = tiny_model(AdaptiveSparseForMaskedLM, vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="is a AdaptiveSparseForMaskedLM, which answers no"):
+        answer_question(model, tokenizer, "where", DOCUMENT)
 
 
 def test_a_model_of_another_family_is_refused_with_the_command_that_converts_it(tokenizer):
