@@ -188,8 +188,8 @@ class Command:
 COMMANDS = {
     "convert": Command(
         "adaptive_longformer.conversion.command",
-        "take over a Longformer, LED, BigBird, BigBird-Pegasus, RoBERTa or BERT checkpoint, or "
-        "give it back",
+        "take over a Longformer, LED, BigBird, BigBird-Pegasus, RoBERTa, XLM-RoBERTa, CamemBERT or "
+        "BERT checkpoint, or give it back",
         _convert,
         "The logits are equal.",
     ),

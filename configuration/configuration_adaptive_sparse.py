@@ -114,36 +114,23 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
                 "head_style": ("roberta", "bert", "big_bird"),
             },
             counts=(
-                "hidden_size",
-                "num_attention_heads",
-                "intermediate_size",
-                "max_position_embeddings",
-                "type_vocab_size",
+                "hidden_size", "num_attention_heads", "intermediate_size",
+                "max_position_embeddings", "type_vocab_size",
             ),
             layers=("num_hidden_layers",),
             probabilities=(
-                "hidden_dropout_prob",
-                "attention_probs_dropout_prob",
-                "classifier_dropout",
+                "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
             ),
             from_zero={
-                "initializer_range": math.inf,
-                "layer_norm_eps": math.inf,
+                "initializer_range": math.inf, "layer_norm_eps": math.inf,
                 "num_sink_tokens": MAX_COUNT,
             },
             weights=rows * self.hidden_size + self.num_hidden_layers * layer,
-        )
+        )  # fmt: skip
         self._check_heads("hidden_size", "num_attention_heads")
         if self.position_style == "roberta":
-            if self.pad_token_id is None:
-                raise ValueError(
-                    "pad_token_id is None, position_style 'roberta' counts positions from it "
-                    "and needs a token id"
-                )
-            if self.max_sequence_length < 1:
-                raise ValueError(
-                    f"max_position_embeddings is {self.max_position_embeddings}, "
-                    f"position_style 'roberta' needs at least "
-                    f"pad_token_id + 2 = {self.pad_token_id + 2}"
-                )
+            what = "position_style 'roberta' counts positions from it and needs a token id"
+            self._need(self.pad_token_id is not None, "pad_token_id", what)
+            what = f"position_style 'roberta' needs at least {self.position_offset + 1}"
+            self._need(self.max_sequence_length >= 1, "max_position_embeddings", what)
         self._check_selection()

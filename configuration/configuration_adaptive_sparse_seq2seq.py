@@ -82,31 +82,23 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
 
     def validate_adaptive_sparse_seq2seq(self) -> None:
         """Raises ValueError unless all values make sense together."""
-        layer = 4 * self.d_model**2  # of attention; the decoder's have two
-        rows = self.vocab_size + self.max_encoder_position_embeddings
-        rows += self.max_decoder_position_embeddings
-        rows += 2 * self.encoder_layers * self.encoder_ffn_dim
-        rows += 2 * self.decoder_layers * self.decoder_ffn_dim
+        positions = self.max_encoder_position_embeddings + self.max_decoder_position_embeddings
+        width, inner = 4 * self.d_model, 2 * self.encoder_ffn_dim  # per row of an encoder's layer
+        rows = self.vocab_size + positions + self.encoder_layers * (width + inner)
+        rows += self.decoder_layers * (2 * width + 2 * self.decoder_ffn_dim)
         self._check_values(
             choices={"activation_function": tuple(ACT2FN), "norm_style": ("post", "pre")},
             counts=(
-                "d_model",
-                "encoder_attention_heads",
-                "encoder_ffn_dim",
-                "decoder_attention_heads",
-                "decoder_ffn_dim",
-                "max_encoder_position_embeddings",
+                "d_model", "encoder_attention_heads", "encoder_ffn_dim", "decoder_attention_heads",
+                "decoder_ffn_dim", "max_encoder_position_embeddings",
                 "max_decoder_position_embeddings",
             ),
             layers=("encoder_layers", "decoder_layers"),
             probabilities=(
-                "dropout",
-                "attention_dropout",
-                "activation_dropout",
-                "classifier_dropout",
+                "dropout", "attention_dropout", "activation_dropout", "classifier_dropout",
             ),
             from_zero={"init_std": math.inf, "decoder_start_token_id": self.vocab_size},
-            weights=rows * self.d_model + (self.encoder_layers + 2 * self.decoder_layers) * layer,
-        )
+            weights=rows * self.d_model,
+        )  # fmt: skip
         self._check_heads("d_model", "encoder_attention_heads", "decoder_attention_heads")
         self._check_selection()

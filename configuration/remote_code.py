@@ -13,9 +13,6 @@ _HEADS = (
     "ForTokenClassification",
 )
 
-# Where a class is if not in modeling_{model_type}.
-_MODULES = {"AdaptiveSparseForCausalLM": "modeling_adaptive_sparse_causal"}
-
 # Model type -> configuration class, and Auto class -> model class.
 _CLASSES = {
     "adaptive_sparse": (
@@ -57,19 +54,10 @@ def remote_code_files(model_type: str) -> dict[str, str]:
     Imports only: a copy of the classes would be a second class with the same name.
     """
     configuration, models = _CLASSES[model_type]
-    module = f"modeling_{model_type}"
-    imported: dict[str, list[str]] = {}
-    for model in models.values():
-        imported.setdefault(_MODULES.get(model, module), []).append(model)
+    names = {"configuration": configuration, "modeling": ", ".join(models.values())}
     return {
-        f"configuration_{model_type}.py": (
-            f"from adaptive_longformer.configuration.configuration_{model_type} "
-            f"import {configuration}\n"
-        ),
-        f"{module}.py": "".join(
-            f"from adaptive_longformer.modeling.{name} import {', '.join(names)}\n"
-            for name, names in imported.items()
-        ),
+        f"{part}_{model_type}.py": f"from adaptive_longformer import {name}\n"
+        for part, name in names.items()
     }
 
 

@@ -36,34 +36,17 @@ MAX_LABELS = 2**20
 _CHOICES = {
     "attention_backend": ("auto", *BACKENDS),
     "attention_pattern": (
-        "longformer",
-        "sliding_window",
-        "full",
-        "strided",
-        "fixed",
-        "random_blocks",
-        "big_bird",
-        *SELECTING_PATTERNS,
-        *BASELINE_PATTERNS,
+        "longformer", "sliding_window", "full", "strided", "fixed", "random_blocks", "big_bird",
+        *SELECTING_PATTERNS, *BASELINE_PATTERNS,
     ),
     "default_global_tokens": (
-        "auto",
-        "longformer",
-        "none",
-        "first",
-        "question",
-        "after_separator",
+        "auto", "longformer", "none", "first", "question", "after_separator",
     ),
-}
+}  # fmt: skip
 _COUNTS = (
-    "vocab_size",
-    "attention_stride",
-    "num_random_blocks",
-    "block_size",
-    "query_block_size",
-    "num_selected_blocks",
-    "selection_candidates",
-)
+    "vocab_size", "attention_stride", "num_random_blocks", "block_size", "query_block_size",
+    "num_selected_blocks", "selection_candidates",
+)  # fmt: skip
 # What a block of queries may choose where `num_selected_blocks` does not say.
 DEFAULT_SELECTED_KEYS = 512
 _FROM_ZERO = {
@@ -167,8 +150,7 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     zero_padded_rows: bool = True
 
     def __post_init__(self, **kwargs) -> None:
-        if isinstance(num := kwargs.get("num_labels"), int) and num > MAX_LABELS:
-            raise ValueError(f"num_labels is {num}, at most {MAX_LABELS} are allowed")
+        check_num_labels(kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -259,20 +241,18 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             weights: how many weights the sizes make.
         """
         for name, allowed in {**_CHOICES, **choices}.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}"
-                )
+            words = ", ".join(map(repr, allowed))
+            self._need(getattr(self, name) in allowed, name, f"allowed are {words}")
         most = dict.fromkeys((*_COUNTS, *counts), MAX_COUNT) | dict.fromkeys(layers, MAX_LAYERS)
         for name, limit in most.items():
-            if (value := getattr(self, name)) is not None and not 1 <= value <= limit:
-                raise ValueError(f"{name} is {value}, a whole number >= 1 is needed, up to {limit}")
+            is_allowed = (value := getattr(self, name)) is None or 1 <= value <= limit
+            self._need(is_allowed, name, f"a whole number >= 1 and <= {limit} is needed")
         for name in probabilities:
-            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}, a probability 0 <= p < 1 is needed")
+            is_allowed = (value := getattr(self, name)) is None or 0 <= value < 1
+            self._need(is_allowed, name, "a probability 0 <= p < 1 is needed")
         for name, limit in {**_FROM_ZERO, **from_zero}.items():
-            if (value := getattr(self, name)) is not None and not 0 <= value < limit:
-                raise ValueError(f"{name} is {value}, a number >= 0 and < {limit} is needed")
+            is_allowed = (value := getattr(self, name)) is None or 0 <= value < limit
+            self._need(is_allowed, name, f"a number >= 0 and < {limit} is needed")
         if weights > MAX_WEIGHTS:
             sizes = [f"{name} = {getattr(self, name)}" for name in ("vocab_size", *counts, *layers)]
             raise ValueError(
@@ -282,32 +262,28 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             BigBird(self.block_size, self.num_random_blocks)
         self._check_per_layer("attention_window", "an even number >= 2", 2)
         self._check_per_layer("attention_dilation", "a whole number >= 1", 1)
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id is {self.pad_token_id}, "
-                f"None or 0 <= id < vocab_size = {self.vocab_size} is needed"
-            )
+        is_allowed = self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size
+        needed = f"None or 0 <= id < vocab_size = {self.vocab_size} is needed"
+        self._need(is_allowed, "pad_token_id", needed)
+
+    def _need(self, is_allowed: bool, name: str, what: str) -> None:
+        if not is_allowed:
+            raise ValueError(f"{name} is {getattr(self, name)!r:.200}, {what}")
 
     def _check_heads(self, width: str, *heads: str) -> None:
         for name in heads:
-            if getattr(self, width) % getattr(self, name):
-                raise ValueError(
-                    f"{width} is {getattr(self, width)}, "
-                    f"a multiple of {name} = {getattr(self, name)} is needed"
-                )
+            number = getattr(self, name)
+            is_allowed = getattr(self, width) % number == 0
+            self._need(is_allowed, width, f"a multiple of {name} = {number} is needed")
 
     def _check_selection(self) -> None:
-        if not 0 <= self.selection_strength <= 1:
-            raise ValueError(
-                f"selection_strength is {self.selection_strength}, a number from 0 to 1 is needed"
-            )
-        density = self.target_density
-        if density is not None and not 0 < density <= 1:
-            raise ValueError(f"target_density is {density}, a number above 0 and up to 1 is needed")
-        if not 0 <= self.num_learned_global_blocks <= 4:
-            raise ValueError(
-                f"num_learned_global_blocks is {self.num_learned_global_blocks}, 0 to 4 is allowed"
-            )
+        need, density = self._need, self.target_density
+        is_allowed = 0 <= self.selection_strength <= 1
+        need(is_allowed, "selection_strength", "a number from 0 to 1 is needed")
+        is_allowed = density is None or 0 < density <= 1
+        need(is_allowed, "target_density", "a number above 0 and up to 1 is needed")
+        is_allowed = 0 <= self.num_learned_global_blocks <= 4
+        need(is_allowed, "num_learned_global_blocks", "0 to 4 is allowed")
         known = {field.name for field in fields(self)}
         unknown = sorted(n for n in vars(self) if n.startswith("selection_") and n not in known)
         if unknown:
@@ -321,40 +297,34 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
         if self.head_budgets is not None:
             budgets = [self.selection_options.num_blocks for _ in layers]
             self._check_per_head("head_budgets", budgets, "num_selected_blocks")
-        radii = [_of_layer(self.attention_window, layer_idx) // 2 for layer_idx in layers]
-        self._check_per_head("head_windows", radii, "half of attention_window")
+        if self.head_windows is not None:
+            radii = [_of_layer(self.attention_window, layer_idx) // 2 for layer_idx in layers]
+            self._check_per_head("head_windows", radii, "half of attention_window")
 
     def _check_per_head(self, name: str, most: list[int], meaning: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
+        value, num_heads = getattr(self, name), self.num_attention_heads
         is_allowed = len(value) == self.num_hidden_layers and all(
-            len(heads) == self.num_attention_heads and all(0 <= n <= limit for n in heads)
+            len(heads) == num_heads and all(0 <= n <= limit for n in heads)
             for heads, limit in zip(value, most, strict=True)
         )
-        if not is_allowed:
-            limits = most[0] if len(set(most)) == 1 else most
-            raise ValueError(
-                f"{name} is {value}, num_hidden_layers = {self.num_hidden_layers} lists of "
-                f"num_attention_heads = {self.num_attention_heads} numbers from 0 to {meaning} = "
-                f"{limits} are needed"
-            )
+        limits = most[0] if len(set(most)) == 1 else most
+        self._need(
+            is_allowed,
+            name,
+            f"num_hidden_layers = {self.num_hidden_layers} lists of num_attention_heads = "
+            f"{num_heads} numbers from 0 to {meaning} = {limits} are needed",
+        )
 
     def _check_adaptive_sizes(self) -> None:
+        pattern = f"attention_pattern {self.attention_pattern!r} needs"
+        sizes = f"{pattern} a multiple of {BLOCK_STEP} from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
         for name in ("block_size", "query_block_size"):
             value = getattr(self, name)
-            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE or value % BLOCK_STEP:
-                raise ValueError(
-                    f"{name} is {value}, attention_pattern {self.attention_pattern!r} needs a "
-                    f"multiple of {BLOCK_STEP} from "
-                    f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
-                )
+            is_allowed = MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE and value % BLOCK_STEP == 0
+            self._need(is_allowed, name, sizes)
         small, large = sorted((self.block_size, self.query_block_size))
-        if large % small:
-            raise ValueError(
-                f"query_block_size is {self.query_block_size} and block_size {self.block_size}: "
-                "one must be a multiple of the other"
-            )
+        what = f"a divisor or a multiple of block_size = {self.block_size} is needed"
+        self._need(large % small == 0, "query_block_size", what)
         num_blocks, most = self.selection_options.num_blocks, self._most_blocks
         if num_blocks > most:
             raise ValueError(
@@ -364,17 +334,15 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             )
         narrowest = min(_of_layer(self.attention_window, i) for i in range(self.num_hidden_layers))
         full_budget = num_blocks * self.block_size + narrowest
-        if self.target_density is not None and self.target_density * full_budget < 2:
-            raise ValueError(
-                f"target_density is {self.target_density}, at least {2 / full_budget:.2g} can be "
-                f"reached: 2 of the {full_budget} keys of the full budget"
-            )
-        dilations = self.attention_dilation
-        if any(d != 1 for d in (dilations if isinstance(dilations, list) else [dilations])):
-            raise ValueError(
-                f"attention_dilation is {dilations}, "
-                f"attention_pattern {self.attention_pattern!r} needs 1"
-            )
+        self._need(
+            self.target_density is None or self.target_density * full_budget >= 2,
+            "target_density",
+            f"at least {2 / full_budget:.2g} can be reached: 2 of the {full_budget} keys of the "
+            "full budget",
+        )
+        dilation = self.attention_dilation
+        is_one = all(d == 1 for d in (dilation if isinstance(dilation, list) else [dilation]))
+        self._need(is_one, "attention_dilation", f"{pattern} 1")
 
     def _check_per_layer(self, name: str, needed: str, step: int) -> None:
         value = getattr(self, name)
@@ -383,9 +351,15 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
                 f"{name} has {len(value)} values, one number or "
                 f"num_hidden_layers = {self.num_hidden_layers} values are needed"
             )
-        for number in value if isinstance(value, list) else [value]:
-            if not step <= number <= MAX_COUNT or number % step:
-                raise ValueError(f"{name} is {value}, {needed} is needed (for every layer)")
+        numbers = value if isinstance(value, list) else [value]
+        is_allowed = all(step <= n <= MAX_COUNT and n % step == 0 for n in numbers)
+        self._need(is_allowed, name, f"{needed} is needed (for every layer)")
+
+
+def check_num_labels(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for more labels than can be named: Transformers names them all at once."""
+    if isinstance(num := fields.get("num_labels"), int) and num > MAX_LABELS:
+        raise ValueError(f"num_labels is {num}, at most {MAX_LABELS} are allowed")
 
 
 def _of_layer(value: int | list[int], layer_idx: int) -> int:

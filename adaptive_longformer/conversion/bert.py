@@ -17,7 +17,6 @@ BERT = Family(
         "zero_padded_rows": False,
     },
     default_global_tokens="auto",
-    tokenizer_class="BertTokenizer",
     # Pre-training checkpoints hold the masked-language head and next-sentence prediction.
     other_heads={"ForPreTraining": "ForMaskedLM"},
 )

@@ -8,22 +8,31 @@ from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import BERT_BODY, BERT_LM_HEAD, Table
 
 
-class BigBirdFamily(Family):
-    """BigBird attends by blocks or, as its configuration says, to everything."""
+class BlockSparseFamily(Family):
+    """A family that attends by blocks or, as its configuration says, to everything."""
 
     def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
-        """Return the fields of the AdaptiveSparseConfig that equals a source configuration."""
+        """Return the fields of our configuration that equals a source configuration."""
         fields = super().target_fields(config, head)
         is_sparse = config.attention_type == "block_sparse"
         fields["attention_pattern"] = "big_bird" if is_sparse else "full"
         fields["zero_padded_rows"] = is_sparse
         # As many keys as its blocks are, for the day the pattern is set to "longformer".
         window = (5 + config.num_random_blocks) * config.block_size
-        if head == "ForCausalLM" and is_sparse:
+        fields["attention_window"] = window + window % 2
+        return fields
+
+
+class BigBirdFamily(BlockSparseFamily):
+    """BigBird: an encoder, or a causal model that attends to what came before."""
+
+    def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
+        """Return the fields of the AdaptiveSparseConfig that equals a source configuration."""
+        fields = super().target_fields(config, head)
+        if head == "ForCausalLM" and fields["attention_pattern"] == "big_bird":
             fields["attention_pattern"] = "longformer"
             fields["num_sink_tokens"] = config.block_size
-            window = 2 * self.dense_length(config)
-        fields["attention_window"] = window + window % 2
+            fields["attention_window"] = 2 * self.dense_length(config)
         return fields
 
     def dense_length(self, config: PreTrainedConfig) -> int:
@@ -87,7 +96,6 @@ BIG_BIRD = BigBirdFamily(
         "position_style": "bert",
     },
     default_global_tokens="none",
-    tokenizer_class="BigBirdTokenizer",
     heads=(*HEADS, "ForCausalLM"),
     is_dense=False,
     # Pre-training checkpoints hold the masked-language head and next-sentence prediction.

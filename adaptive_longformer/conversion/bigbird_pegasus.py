@@ -1,9 +1,6 @@
 """BigBird-Pegasus (google/bigbird-pegasus-large-arxiv and its fine-tuned children)."""
 
-from typing import Any
-
-from transformers import PreTrainedConfig
-
+from adaptive_longformer.conversion.big_bird import BlockSparseFamily
 from adaptive_longformer.conversion.family import SEQ2SEQ_FIELDS, BartFamily
 from adaptive_longformer.conversion.tables import BART_BODY, BART_HEADS, Table
 from adaptive_longformer.conversion.target import SEQ2SEQ
@@ -12,19 +9,8 @@ _SOURCE_ATTENTION = "encoder.layers.{layer}.self_attn."
 _TARGET_ATTENTION = "encoder.layers.{layer}.attention."
 
 
-class BigBirdPegasusFamily(BartFamily):
-    """The encoder attends by blocks or, as its configuration says, to everything."""
-
-    def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
-        """Return the fields of the AdaptiveSparseSeq2SeqConfig that equals a source's."""
-        fields = super().target_fields(config, head)
-        is_sparse = config.attention_type == "block_sparse"
-        fields["attention_pattern"] = "big_bird" if is_sparse else "full"
-        fields["zero_padded_rows"] = is_sparse
-        # As many keys as its blocks are, for the day the pattern is set to "longformer".
-        window = (5 + config.num_random_blocks) * config.block_size
-        fields["attention_window"] = window + window % 2
-        return fields
+class BigBirdPegasusFamily(BlockSparseFamily, BartFamily):
+    """BART's layers around BigBird's attention."""
 
 
 BIGBIRD_PEGASUS = BigBirdPegasusFamily(
@@ -58,7 +44,6 @@ BIGBIRD_PEGASUS = BigBirdPegasusFamily(
     },
     constants={"separate_global_projections": False, "norm_style": "pre"},
     default_global_tokens="none",
-    tokenizer_class="PegasusTokenizer",
     heads=tuple(SEQ2SEQ.classes),
     is_dense=False,
 )

@@ -1,7 +1,6 @@
 """Taking over a checkpoint of another family, and giving it back."""
 
 import errno
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +13,31 @@ from adaptive_longformer.conversion.checkpoint import (
     Checkpoint,
     check_room,
     disk_full,
-    read_json,
     save_tensors,
     write_json,
     write_weights,
+)
+from adaptive_longformer.conversion.companions import (
+    companion_files,
+    copy_companions,
+    has_tokenizer,
+    module_folders,
+    set_max_length,
 )
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
-from adaptive_longformer.conversion.source import companion_files, has_tokenizer, locate
-from adaptive_longformer.conversion.staging import check_target, staged_folder
+from adaptive_longformer.conversion.source import locate
+from adaptive_longformer.conversion.staging import check_target, left_behind, staged_folder
 from adaptive_longformer.conversion.target import SEQ2SEQ, TARGETS
 from adaptive_longformer.conversion.to_adaptive_sparse import plan_conversion
-from adaptive_longformer.conversion.verify import TOLERANCE, check_finite, measure_agreement
+from adaptive_longformer.conversion.verify import (
+    TOLERANCE,
+    check_finite,
+    different_texts,
+    measure_agreement,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -86,7 +96,7 @@ def convert_checkpoint(
             number or one per layer. None: Longformer's own; for RoBERTa and BERT twice their
             longest input, which makes the logits equal. BigBird attends by blocks: not allowed.
         verify: run both models on random token ids and refuse a result whose logits differ by more
-            than 1e-5 * max(1, max|logit|).
+            than 1e-5 * max(1, max|logit|), or whose generated text differs.
         reverse: the source is one of our checkpoints and goes back to the family it came from.
         drop_adaptive: with reverse, leave out a selection of blocks that is in use; the logits
             then differ.
@@ -114,6 +124,7 @@ def convert_checkpoint(
         check_finite(Checkpoint(folder))
     progress = progress or _no_progress
     difference = None
+    plan.notes += left_behind(target_folder)
     with staged_folder(target_folder) as staging:
         _write(plan, folder, staging, progress)
         if verify:
@@ -127,7 +138,7 @@ def convert_checkpoint(
                 difference=difference,
             )
             (staging / "README.md").write_text(card, encoding="utf-8")
-        size = sum(file.stat().st_size for file in staging.iterdir())
+        size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     return ConversionReport(
         source=str(source),
         target=str(target_folder),
@@ -162,32 +173,36 @@ def _check_arguments(
 def _write(plan: Plan, folder: Path, staging: Path, progress: Progress) -> None:
     """Write everything but the model card; raise OSError if the disk has no room for it."""
     companions = companion_files(folder)
-    if not has_tokenizer(companions):
+    if not has_tokenizer(folder):
         plan.notes.append(
             "the source has no tokenizer, so that the target has none either: "
             "tokenizer.save_pretrained puts one there"
         )
+    if modules := module_folders(folder):
+        plan.notes.append(
+            f"kept for sentence-transformers: {', '.join(modules)}; import adaptive_longformer "
+            "before SentenceTransformer loads the target"
+        )
     needed = plan.num_bytes + sum(file.stat().st_size for file in companions) + _SMALL_FILES
     check_room(staging, needed)
     try:
-        _write_files(plan, staging, companions, progress)
+        _write_files(plan, folder, staging, companions, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC and "bytes needed" not in str(error):
             raise disk_full(staging, needed) from error
         raise
 
 
-def _write_files(plan: Plan, staging: Path, companions: list[Path], progress: Progress) -> None:
+def _write_files(
+    plan: Plan, folder: Path, staging: Path, companions: list[Path], progress: Progress
+) -> None:
     write_weights(staging, plan.tensors, plan.load, progress)
     write_json(staging / "config.json", plan.config)
-    for file in companions:
-        shutil.copyfile(file, staging / file.name)
-    tokenizer_config = staging / "tokenizer_config.json"
-    if plan.model_max_length is not None and tokenizer_config.is_file():
-        content = read_json(tokenizer_config)
-        if "model_max_length" in content:
-            content["model_max_length"] = plan.model_max_length
-            write_json(tokenizer_config, content)
+    copy_companions(folder, companions, staging)
+    if plan.generation and not (staging / "generation_config.json").is_file():
+        write_json(staging / "generation_config.json", plan.generation)
+    if plan.model_max_length is not None and has_tokenizer(staging):
+        plan.notes += set_max_length(staging, plan.model_max_length, plan.is_resized)
     if plan.config["model_type"] in TARGETS:
         write_remote_code(staging, plan.config["model_type"])
         write_json(staging / NAMES_FILE, plan.names or {})
@@ -233,6 +248,12 @@ def _verify(
             f"verify: the logits differ by {agreement.difference:.3g} at most, allowed is "
             f"{TOLERANCE * max(1.0, agreement.largest):.3g}; nothing was written"
         )
+    if head == "ForConditionalGeneration" and (
+        different := different_texts(
+            source, converted, family.takes_global_attention_mask, min(usable, target_length or 0)
+        )
+    ):
+        raise ValueError(f"verify: other {different}; nothing was written")
     return agreement.difference
 
 

@@ -1,5 +1,6 @@
 """The families that can be converted, and the class of theirs that holds a head."""
 
+import torch
 import transformers
 
 from adaptive_longformer.conversion.bert import BERT
@@ -8,11 +9,20 @@ from adaptive_longformer.conversion.bigbird_pegasus import BIGBIRD_PEGASUS
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.led import LED
 from adaptive_longformer.conversion.longformer import LONGFORMER
-from adaptive_longformer.conversion.roberta import ROBERTA
+from adaptive_longformer.conversion.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LONGFORMER, LED, BIG_BIRD, BIGBIRD_PEGASUS, ROBERTA, BERT)
+    for family in (
+        LONGFORMER,
+        LED,
+        BIG_BIRD,
+        BIGBIRD_PEGASUS,
+        ROBERTA,
+        XLM_ROBERTA,
+        CAMEMBERT,
+        BERT,
+    )
 }
 
 
@@ -27,34 +37,27 @@ def source_class(family: Family, head: str) -> type:
     return getattr(transformers, family.class_prefix + head)
 
 
-def head_of(family: Family, architecture: str) -> str:
-    """Return the head that the name of a source's class stands for.
-
-    Raises:
-        ValueError: the class has a head that its family has not, or we have not.
-    """
-    prefix = family.class_prefix
-    head = architecture.removeprefix(prefix)
+def head_of(family: Family, architecture: str) -> str | None:
+    """Return the head that the name of a source's class stands for; None for an unknown class."""
+    head = architecture.removeprefix(family.class_prefix)
     head = family.other_heads.get(head, head)
-    if not architecture.startswith(prefix) or head not in family.heads:
-        allowed = ", ".join(prefix + head for head in (*family.heads, *family.other_heads))
-        raise ValueError(
-            f"source: architecture {architecture!r} cannot be converted; supported are {allowed}"
-        )
-    return head
+    return head if architecture.startswith(family.class_prefix) and head in family.heads else None
 
 
-def head_from_tensors(names: set[str]) -> str:
-    """Guess a head from (our) names of a checkpoint's tensors, if its configuration names none."""
-    if names & {"qa_outputs.weight", "qa_outputs.out_proj.weight"}:
+def head_from_tensors(family: Family, tensors: dict[str, torch.Tensor], is_decoder: bool) -> str:
+    """Guess a head from (our) names and shapes of a checkpoint's tensors."""
+    if tensors.keys() & {"qa_outputs.weight", "qa_outputs.out_proj.weight"}:
         return "ForQuestionAnswering"
-    if "classifier.out_proj.weight" in names:
+    if "classifier.out_proj.weight" in tensors:
         return "ForSequenceClassification"
-    if "classifier.weight" in names:
-        pooled = "model.pooler.dense.weight" in names
-        return "ForSequenceClassification" if pooled else "ForTokenClassification"
-    if "lm_head.dense.weight" in names:
-        return "ForMaskedLM"
-    if "lm_head.weight" in names or "final_logits_bias" in names:
+    if "classifier.weight" in tensors:
+        is_pooled = "model.pooler.dense.weight" in tensors
+        if family.constants.get("head_style") == "bert" and is_pooled:
+            return "ForSequenceClassification"
+        has_choices = is_pooled and tensors["classifier.weight"].shape[0] == 1
+        return "ForMultipleChoice" if has_choices else "ForTokenClassification"
+    if "lm_head.dense.weight" in tensors:
+        return "ForCausalLM" if is_decoder else "ForMaskedLM"
+    if "lm_head.weight" in tensors or "final_logits_bias" in tensors:
         return "ForConditionalGeneration"
     return "Model"

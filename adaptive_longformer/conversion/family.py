@@ -10,64 +10,27 @@ from adaptive_longformer.conversion.target import ENCODER, Target
 
 # Of the encoders.
 HEADS = (
-    "Model",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
+    "Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification",
+    "ForQuestionAnswering", "ForMultipleChoice",
+)  # fmt: skip
 
 # Configuration fields that have the same name and meaning in every family and in ours.
 SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "initializer_range",
-    "layer_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings",
+    "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "id2label", "label2id", "problem_type",
+)  # fmt: skip
 
 
 # The same for encoder-decoders of the BART family.
 SEQ2SEQ_FIELDS = (
-    "vocab_size",
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_layers",
-    "decoder_attention_heads",
-    "decoder_ffn_dim",
-    "activation_function",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "classifier_dropout",
-    "init_std",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "tie_word_embeddings",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
+    "vocab_size", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
+    "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
+    "dropout", "attention_dropout", "activation_dropout", "classifier_dropout", "init_std",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "tie_word_embeddings",
+    "use_cache", "id2label", "label2id", "problem_type",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +45,6 @@ class Family:
         fields: configuration fields that are copied, in both directions.
         constants: fields of our configuration that make our model compute what the source does.
         default_global_tokens: what the source does when the user gives no global mask.
-        tokenizer_class: the tokenizer of a checkpoint that does not name one.
         target: the kind of our models that the family becomes.
         takes_global_attention_mask: whether the source's forward has that argument.
         heads: which heads the source has and we too.
@@ -98,7 +60,6 @@ class Family:
     fields: tuple[str, ...]
     constants: dict[str, Any]
     default_global_tokens: str
-    tokenizer_class: str
     target: Target = ENCODER
     takes_global_attention_mask: bool = False
     heads: tuple[str, ...] = HEADS

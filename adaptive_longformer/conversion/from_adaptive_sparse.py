@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
-from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
+from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json, readable
 from adaptive_longformer.conversion.families import FAMILIES, source_class
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import (
@@ -17,6 +17,7 @@ from adaptive_longformer.conversion.plan import (
     NAMES_FILE,
     Plan,
     check_against_model,
+    check_layers,
 )
 from adaptive_longformer.conversion.positions import is_tiled
 from adaptive_longformer.conversion.source import check_family
@@ -101,6 +102,7 @@ def plan_reversal(folder: Path, drop_adaptive: bool = False) -> Plan:
         complete=not any(_is_read(name, ours) for name in missing),
         exact_length=exact_length,
         model_max_length=max_length if is_cut else None,
+        is_resized=is_cut,
         notes=ours.notes,
     )
 
@@ -122,6 +124,9 @@ def _read(folder: Path) -> _Ours:
     raw = read_json(folder / "config.json")
     check_family(raw.get("model_type"), TARGETS)
     target = TARGETS[raw["model_type"]]
+    for name in ("source_config", "conversion_overrides"):
+        if not isinstance(value := raw.get(name) or {}, dict):
+            raise ValueError(f"source: {name} is {value!r:.80} in config.json, a dict is needed")
     config = read_config(target.config_class, raw)
     family = _family(config)
     base_model = target.classes["Model"].__name__
@@ -131,7 +136,9 @@ def _read(folder: Path) -> _Ours:
             f"source: {target.classes[head].__name__} has no counterpart in the family "
             f"{family.model_type!r}"
         )
-    return _Ours(folder, family, head, config, Checkpoint(folder), [])
+    checkpoint = Checkpoint(folder)
+    check_layers(config, len(checkpoint.tensors))
+    return _Ours(folder, family, head, config, checkpoint, [])
 
 
 def _family(config: Any) -> Family:
@@ -177,8 +184,9 @@ def _name_tensors(ours: _Ours) -> tuple[dict[str, str], Checkpoint | None]:
         record = read_json(ours.folder / NAMES_FILE)
         # A record of another head or family was left behind by something else.
         if record.get("architecture") == target.classes[ours.head].__name__:
-            for source_name, our_name in record["tensors"].items():
-                recorded.setdefault(our_name, []).append(source_name)
+            with readable(ours.folder / NAMES_FILE):
+                for source_name, our_name in record["tensors"].items():
+                    recorded.setdefault(our_name, []).append(source_name)
             if (ours.folder / EXTRA_FILE).is_file():
                 extra = Checkpoint(ours.folder, [ours.folder / EXTRA_FILE])
     found, dropped = {}, []

@@ -45,7 +45,6 @@ LED = BartFamily(
     },
     # Tokens are global only when the user says so.
     default_global_tokens="none",
-    tokenizer_class="LEDTokenizer",
     takes_global_attention_mask=True,
     heads=_HEADS,
     is_dense=False,

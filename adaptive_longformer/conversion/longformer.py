@@ -31,7 +31,6 @@ LONGFORMER = Family(
         "zero_padded_rows": True,
     },
     default_global_tokens="longformer",
-    tokenizer_class="RobertaTokenizer",
     takes_global_attention_mask=True,
     is_dense=False,
 )

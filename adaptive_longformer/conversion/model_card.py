@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 from adaptive_longformer.configuration.remote_code import auto_class
+from adaptive_longformer.conversion.checkpoint import inside
 from adaptive_longformer.conversion.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -87,8 +88,7 @@ def _license(folder: Path) -> str:
     card = folder / "README.md"
     if not card.is_file():
         return ""
-    front_matter = re.match(
-        r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S
-    )
-    line = front_matter and re.search(r"^license: *\S.*$", front_matter[1], re.M)
+    text = inside(card).read_text(encoding="utf-8", errors="replace")
+    front_matter = re.match(r"---\n(.*?)\n---", text, re.S)
+    line = front_matter and re.search(r"^license: *[\w.-]+$", front_matter[1], re.M)
     return f"{line[0]}\n" if line else ""

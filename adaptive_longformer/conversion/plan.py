@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adaptive_longformer.conversion.checkpoint import size_in_bytes
+from adaptive_longformer.conversion.checkpoint import readable, size_in_bytes
 
 # Beside the weights of a converted folder: how its source named its tensors, and the tensors that
 # have no place in our model. Both only serve an exact way back.
@@ -30,7 +30,9 @@ class Plan:
         names: the source's tensor names and ours, for the way back; None if there is none.
         exact_length: up to how many tokens both models see the same; None: for any length.
         complete: whether the source has all the weights of its head.
-        model_max_length: the new length limit for the tokenizer, None to leave it alone.
+        model_max_length: the length limit for the tokenizer, None to leave it alone.
+        is_resized: whether it is another one than the source's.
+        generation: the content of generation_config.json, if the source has none.
         notes: what the user should know.
     """
 
@@ -47,6 +49,8 @@ class Plan:
     exact_length: int | None = None
     complete: bool = True
     model_max_length: int | None = None
+    is_resized: bool = False
+    generation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,6 +62,15 @@ class Plan:
     def num_parameters(self) -> int:
         """How many numbers the weights are."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def check_layers(config: Any, num_tensors: int) -> None:
+    """Raise ValueError before a model of a million layers is built, which takes minutes."""
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
+        if (number := getattr(config, name, 0)) > num_tensors:
+            raise ValueError(
+                f"source: {name} is {number} in config.json, too many for {num_tensors} tensors"
+            )
 
 
 def check_against_model(
@@ -76,7 +89,7 @@ def check_against_model(
     Raises:
         ValueError: a tensor has another shape than config.json says, or the encoder is incomplete.
     """
-    with torch.device("meta"):
+    with readable("config.json"), torch.device("meta"):
         model = model_class(config)
     is_base = model.base_model is model
     missing = []

@@ -1,4 +1,8 @@
-"""RoBERTa, read with a sliding window and, if asked, longer position tables."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT, read with a sliding window and, if asked, longer position
+tables: the same layers under three names.
+"""
+
+from dataclasses import replace
 
 from adaptive_longformer.conversion.family import SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import BERT_BODY, ROBERTA_HEADS, Table
@@ -17,5 +21,9 @@ ROBERTA = Family(
         "zero_padded_rows": False,
     },
     default_global_tokens="auto",
-    tokenizer_class="RobertaTokenizer",
 )
+
+XLM_ROBERTA = replace(
+    ROBERTA, name="XLM-RoBERTa", model_type="xlm-roberta", class_prefix="XLMRoberta"
+)
+CAMEMBERT = replace(ROBERTA, name="CamemBERT", model_type="camembert", class_prefix="Camembert")

@@ -12,49 +12,18 @@ from adaptive_longformer.conversion.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
     read_json,
+    shard_names,
 )
-
-# Files beside the weights that go with a model: tokenizer and generation.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map*",
-    "added_tokens*",
-    "sentencepiece*",
-    "*.model",
-    "generation_config.json",
-    "chat_template*",
-)
+from adaptive_longformer.conversion.companions import module_folders
 
 _HUB_COMPANIONS = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "generation_config.json",
-    "chat_template.jinja",
-    "README.md",
-)
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "sentencepiece.bpe.model",
+    "spiece.model", "generation_config.json", "chat_template.jinja", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "README.md",
+)  # fmt: skip
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """Return the tokenizer and generation files of a checkpoint folder."""
-    files = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(files)
-
-
-def has_tokenizer(companions: Collection[Path]) -> bool:
-    """Tell whether a tokenizer can be made of some of these files."""
-    return any(file.stem != "generation_config" for file in companions)
 
 
 def locate(source: str | Path, supported: Collection[str]) -> Path:
@@ -68,7 +37,9 @@ def locate(source: str | Path, supported: Collection[str]) -> Path:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        _check_no_adapter(folder)
         if not (folder / "config.json").is_file():
+            module_folders(folder)  # may know where the model is
             raise FileNotFoundError(f"source: {folder} holds no config.json")
         return folder
     if folder.exists():
@@ -77,6 +48,8 @@ def locate(source: str | Path, supported: Collection[str]) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"source: the folder {name} does not exist")
     config = _fetch(name, "config.json")
+    if config is None and (adapter := _fetch(name, "adapter_config.json")):
+        _check_no_adapter(adapter.parent)
     if config is None:
         raise FileNotFoundError(
             f"source: {name} is no folder here, and no model of that name was found on the hub "
@@ -90,23 +63,37 @@ def locate(source: str | Path, supported: Collection[str]) -> Path:
     if weights is None:
         raise FileNotFoundError(f"source: the hub model {name} has no weights that can be fetched")
     if weights.name.endswith(".index.json"):
-        for shard in sorted(set(read_json(weights).get("weight_map", {}).values())):
+        for shard in shard_names(weights):
             _fetch(name, shard)
     for file in _HUB_COMPANIONS:
         _fetch(name, file)
+    for part in module_folders(config.parent):
+        for file in ("config.json", WEIGHTS, TORCH_WEIGHTS):
+            _fetch(name, f"{part}/{file}")
     return config.parent
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Raise ValueError if a folder holds an adapter of PEFT and no model."""
+    names = (WEIGHTS, WEIGHTS_INDEX, TORCH_WEIGHTS, TORCH_WEIGHTS_INDEX)
+    has_weights = any((folder / name).is_file() for name in names)
+    if (folder / "adapter_config.json").is_file() and not has_weights:
+        raise ValueError(
+            f"source: {folder} holds an adapter of PEFT, no model: load it with an AutoPeftModel "
+            "class, merge it by merge_and_unload(), save that, and convert what was saved"
+        )
 
 
 def check_family(model_type: object, supported: Collection[str]) -> None:
     """Raise ValueError if a model type is none of the supported ones."""
-    if model_type not in supported:
+    if not isinstance(model_type, str) or model_type not in supported:
         if str(model_type).startswith("adaptive_sparse"):
             raise ValueError(
                 f"source: model_type {model_type!r} is ours already; "
                 "--reverse (reverse=True) converts it back"
             )
         raise ValueError(
-            f"source: model_type {model_type!r} cannot be converted; "
+            f"source: model_type {model_type!r:.80} cannot be converted; "
             f"supported are {', '.join(sorted(supported))}"
         )
 

@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -39,29 +40,46 @@ def check_target(target: str | Path, source: Path, overwrite: bool) -> Path:
     return folder
 
 
+def left_behind(target: Path) -> list[str]:
+    """Return notes on what conversions to a target that were killed have left beside it."""
+    name = glob.escape(target.name)
+    found = {
+        *target.parent.glob(f".{name}.converting-*"),
+        *target.parent.glob(f"{name}.replaced-*"),
+    }
+    return [
+        f"{folder} is left of a conversion that was killed"
+        + (": what was at the target before it" if ".replaced-" in folder.name else "")
+        for folder in sorted(found)
+    ]
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target` that is moved to its place at the end.
 
     If anything goes wrong inside, the temporary folder is removed and the target is as before. A
-    killed process may leave a folder named `.<target>.converting-*`, which can be deleted; one that
-    ends in `-replaced` holds what was at the target.
+    killed process may leave a folder named `.<target>.converting-*`, which can be deleted. What is
+    at the target is named `<target>.replaced-*` for the moment in which the new folder takes its
+    place, and deleted afterwards: one of both is always at the target or beside it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.converting-{secrets.token_hex(4)}")
-    with taken_back_if_interrupted(partial(_discard, folder, target)):
+    token = secrets.token_hex(4)
+    folder = target.with_name(f".{target.name}.converting-{token}")
+    replaced = target.with_name(f"{target.name}.replaced-{token}")
+    with taken_back_if_interrupted(partial(_discard, folder, replaced, target)):
         try:
             folder.mkdir()
             yield folder
-            _move(folder, target)
+            _move(folder, replaced, target)
         finally:
-            _discard(folder, target)
+            _discard(folder, replaced, target)
 
 
-def _move(folder: Path, target: Path) -> None:
+def _move(folder: Path, replaced: Path, target: Path) -> None:
     """Move a folder to its place, after what is there was moved away."""
     if target.exists():
-        os.replace(target, _replaced(folder))
+        os.replace(target, replaced)
     try:
         os.replace(folder, target)
     except OSError as error:
@@ -70,15 +88,10 @@ def _move(folder: Path, target: Path) -> None:
         raise
 
 
-def _discard(folder: Path, target: Path) -> None:
+def _discard(folder: Path, replaced: Path, target: Path) -> None:
     """Remove what is left of a folder, and what it has replaced, which goes back if it has not."""
-    replaced = _replaced(folder)
     if not folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
     elif replaced.exists() and not target.exists():
         os.replace(replaced, target)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}-replaced")

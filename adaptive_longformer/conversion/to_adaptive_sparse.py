@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from adaptive_longformer.configuration.remote_code import auto_map
-from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json
+from adaptive_longformer.configuration.shared_config import check_num_labels
+from adaptive_longformer.conversion.checkpoint import Checkpoint, inside, read_json, readable
+from adaptive_longformer.conversion.companions import FOREIGN_CODE
 from adaptive_longformer.conversion.families import (
     FAMILIES,
     head_from_tensors,
@@ -19,11 +21,11 @@ from adaptive_longformer.conversion.families import (
     source_class,
 )
 from adaptive_longformer.conversion.family import Family
-from adaptive_longformer.conversion.plan import Plan, check_against_model
+from adaptive_longformer.conversion.plan import Plan, check_against_model, check_layers
 from adaptive_longformer.conversion.positions import MAX_POSITIONS, tile_positions
 from adaptive_longformer.conversion.source import check_family
 from adaptive_longformer.conversion.tables import TARGET_PREFIX
-from adaptive_longformer.conversion.target import Target
+from adaptive_longformer.conversion.target import SEQ2SEQ, Target
 
 
 @dataclass
@@ -58,7 +60,8 @@ def plan_conversion(
     family, target = source.family, source.target
     fields, overrides, exact_length = _target_fields(source, max_positions, attention_window)
     chosen, extra = _choose_tensors(source, overrides)
-    target_config = _target_config(source, fields, overrides, chosen)
+    with readable("config.json"):
+        target_config = _target_config(source, fields, overrides, chosen)
 
     tensors = {name: source.checkpoint.tensors[theirs] for name, theirs in chosen.items()}
     offset = family.position_offset(source.config)
@@ -112,7 +115,9 @@ def plan_conversion(
         },
         exact_length=exact_length,
         complete=not missing,
-        model_max_length=target_config.max_sequence_length if num_rows != source_rows else None,
+        model_max_length=target_config.max_sequence_length,
+        is_resized=num_rows != source_rows,
+        generation=_generation(source),
         notes=source.notes,
     )
 
@@ -124,10 +129,9 @@ def read_source_config(raw: dict[str, Any]) -> PreTrainedConfig:
 
 def read_config(config_class: type[Any], raw: dict[str, Any]) -> Any:
     """Return a configuration; raise ValueError if config.json is damaged."""
-    try:
+    with readable("config.json"):
+        check_num_labels(raw)
         return config_class.from_dict(copy.deepcopy(raw))
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"source: config.json is damaged: {error}") from error
 
 
 def _read(folder: Path) -> _Source:
@@ -135,18 +139,24 @@ def _read(folder: Path) -> _Source:
     raw = read_json(folder / "config.json")
     check_family(raw.get("model_type"), FAMILIES)
     family = FAMILIES[raw["model_type"]]
+    notes = [f"config.json {FOREIGN_CODE}"] if raw.pop("auto_map", None) else []
     config = read_source_config(raw)
     _check_attention(raw)
     checkpoint = Checkpoint(folder)
-    notes: list[str] = []
+    check_layers(config, len(checkpoint.tensors))
     names = {name: family.table.to_target(name) for name in checkpoint.tensors}
-    if architectures := raw.get("architectures"):
-        head = head_of(family, architectures[0])
-    else:
-        head = head_from_tensors({name for name in names.values() if name})
+    stated = raw.get("architectures") or ["no class"]
+    if not isinstance(stated, list) or not isinstance(stated[0], str):
+        raise ValueError(
+            f"source: architectures is {stated!r:.80} in config.json, a list of names is needed"
+        )
+    head = head_of(family, stated[0])
+    if head is None:
+        found = {ours: checkpoint.tensors[name] for name, ours in names.items() if ours}
+        head = head_from_tensors(family, found, bool(getattr(config, "is_decoder", False)))
         notes.append(
-            "config.json names no architecture; its tensors are those of "
-            f"{family.class_prefix}{head}"
+            f"config.json names {stated[0]!r:.80}, which is none that converts; the tensors are "
+            f"those of {family.class_prefix}{head}"
         )
     _check_is_causal(config, head)
     return _Source(folder, raw, family, config, checkpoint, names, head, notes)
@@ -168,13 +178,24 @@ def _target_config(
             **overrides,
             "architectures": [target.classes[source.head].__name__],
             "auto_map": auto_map(target.config_class.model_type),
-            "tokenizer_class": raw.get("tokenizer_class") or source.family.tokenizer_class,
+            "tokenizer_class": raw.get("tokenizer_class")
+            or TOKENIZER_MAPPING_NAMES[source.family.model_type],
             "dtype": str(dtype).removeprefix("torch."),
             # For the way back: the source's configuration, and what was decided differently.
             "source_config": copy.deepcopy(raw),
             "conversion_overrides": overrides,
         }
     )
+
+
+def _generation(source: _Source) -> dict[str, Any] | None:
+    """The generation settings that old checkpoints keep in config.json, as Transformers reads."""
+    if source.family.target is not SEQ2SEQ and source.head != "ForCausalLM":
+        return None
+    with readable("config.json"):
+        settings = GenerationConfig.from_model_config(copy.deepcopy(source.raw)).to_diff_dict()
+    settings.pop("_from_model_config", None)
+    return settings
 
 
 def _check_is_causal(config: PreTrainedConfig, head: str) -> None:
@@ -224,6 +245,11 @@ def _target_fields(
                 f"the position table was extended from {usable} to {max_positions} tokens by "
                 "repeating it: fine-tune before trusting inputs longer than the source's"
             )
+            if family.is_dense:
+                notes.append(
+                    "an adaptive selection (attention_pattern 'adaptive') follows the repeated "
+                    "positions instead of the content until this model is fine-tuned"
+                )
     if attention_window is not None:
         overrides["attention_window"] = attention_window
         equal_length = _equal_length(fields, attention_window, config.num_hidden_layers)
@@ -291,12 +317,15 @@ def _special_tokens(source: _Source) -> dict[str, Any]:
 
 def _special_token_ids(folder: Path) -> dict[str, int]:
     """Return token -> id of a BERT tokenizer, as far as its files tell."""
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    vocabulary, tokenizer = folder / "vocab.txt", folder / "tokenizer.json"
+    if vocabulary.is_file():
+        with readable(vocabulary):
+            lines = inside(vocabulary).read_text(encoding="utf-8").splitlines()
         return {token: index for index, token in enumerate(lines) if token.startswith("[")}
-    if (folder / "tokenizer.json").is_file():
-        added = read_json(folder / "tokenizer.json").get("added_tokens") or []
-        return {token["content"]: token["id"] for token in added}
+    if tokenizer.is_file():
+        with readable(tokenizer):
+            added = read_json(tokenizer).get("added_tokens") or []
+            return {token["content"]: token["id"] for token in added}
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,27 @@ def measure_agreement(
                 largest = max(largest, agreement.largest)
         progress("verifying", step + 1, len(lengths))
     return Agreement(worst, largest)
+
+
+def different_texts(
+    source: Any, converted: Any, takes_global_attention_mask: bool, max_length: int
+) -> str | None:
+    """Return in what two encoder-decoders write other texts, or would by their settings."""
+    settings = [model.generation_config.to_diff_dict() for model in (source, converted)]
+    for name in sorted({*settings[0], *settings[1]} - {"transformers_version"}):
+        values = [setting.get(name) for setting in settings]
+        if not name.startswith("_") and values[0] != values[1]:
+            return f"{name} in the generation settings, {values[1]!r} instead of {values[0]!r}"
+    options = {"do_sample": False, "num_return_sequences": 1, "min_length": 0}
+    options["max_new_tokens"] = min(10, max_length - 1)
+    for inputs in _inputs(source.config, "", min(17, max_length), takes_global_attention_mask):
+        for num_beams in (1, 4):
+            texts = [
+                m.generate(**inputs, **options, num_beams=num_beams) for m in (source, converted)
+            ]
+            if not torch.equal(*texts):
+                return f"text with {num_beams} beam(s)"
+    return None
 
 
 def compare_outputs(expected: torch.Tensor, found: torch.Tensor) -> Agreement:

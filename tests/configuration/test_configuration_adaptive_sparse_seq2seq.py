@@ -59,7 +59,7 @@ def test_lengths_are_those_of_the_position_tables():
         ({"max_global_tokens": -1}, "max_global_tokens is -1"),
         ({"head_windows": [[64] * 12] * 5}, "head_windows is .*num_hidden_layers = 6 lists"),
         ({"init_std": float("inf")}, "init_std is inf, a number >= 0"),
-        ({"decoder_layers": 10**7}, "decoder_layers is 10000000, .*up to 10000"),
+        ({"decoder_layers": 10**7}, "decoder_layers is 10000000, .*<= 10000"),
         ({"decoder_ffn_dim": 2**30}, "decoder_ffn_dim = 1073741824, .* weights, up to"),
     ],
 )

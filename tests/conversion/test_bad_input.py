@@ -1,11 +1,13 @@
 """Every mistake ends in one clear error, and nothing is left behind."""
 
 import errno
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptive_longformer.conversion import checkpoint as checkpoint_module
 from adaptive_longformer.conversion import convert as convert_module
+from adaptive_longformer.conversion import source as source_module
 from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.conversion.verify import Agreement
 
@@ -40,6 +43,8 @@ def assert_refused(tmp_path, source, error, *words, target="target", **options):
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "some-org/a-model", "a b"])
 def test_missing_source(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    fetch = functools.partial(source_module.cached_file, local_files_only=True)
+    monkeypatch.setattr(source_module, "cached_file", fetch)
     assert_refused(tmp_path, name, FileNotFoundError, "source", name)
 
 
@@ -58,13 +63,8 @@ def test_other_family(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(
         tmp_path / "gpt2"
     )
-    words = ("'gpt2'", "bert, big_bird, bigbird_pegasus, led, longformer, roberta")
+    words = ("'gpt2'", "bert, big_bird, bigbird_pegasus, camembert, led, longformer, roberta")
     assert_refused(tmp_path, tmp_path / "gpt2", ValueError, *words)
-
-
-def test_other_head(tmp_path, source):
-    edit_config(source, architectures=["LongformerForDreaming"])
-    assert_refused(tmp_path, source, ValueError, "LongformerForDreaming", "LongformerForMaskedLM")
 
 
 def test_decoders(tmp_path):
@@ -78,7 +78,12 @@ def edit_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": 3}', "{}", "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"model_type": 3}', "{}", "\xff", '{"model_type": ["longformer"]}']
+    + ["[" * depth + "]" * depth for depth in (100, 100_000)]
+    + ['{"a": ' * 500 + "1" + "}" * 500, '{"model_type": ' + "9" * 5000 + "}"],
+)
 def test_damaged_config(tmp_path, source, content):
     (source / "config.json").write_bytes(content.encode("latin-1"))
     assert_refused(tmp_path, source, ValueError, "source")
@@ -88,6 +93,94 @@ def test_config_with_a_wrong_type(tmp_path, source):
     edit_config(source, hidden_size="wide")
     with pytest.raises(ValueError, match="hidden_size"):
         convert_checkpoint(source, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", "LongformerModel"),
+        ("architectures", [["LongformerModel"]]),
+        ("architectures", {"0": "LongformerModel"}),
+        ("id2label", ["a", "b"]),
+        ("id2label", {"a": {}}),
+        ("dtype", "float33"),
+        ("attention_window", {"a": 1}),
+        ("attention_window", [[32], [32]]),
+        ("attention_window", []),
+        ("pad_token_id", [1]),
+        ("hidden_act", ["gelu"]),
+        ("hidden_act", "x" * 10**6),
+        ("position_embedding_type", ["absolute"]),
+        ("tie_word_embeddings", "no"),
+        ("num_hidden_layers", True),
+        ("layer_norm_eps", None),
+        ("initializer_range", -1.0),
+        ("initializer_range", float("inf")),
+        ("initializer_range", float("nan")),
+        # Terabytes, if they were allocated.
+        ("num_hidden_layers", 10**9),
+        ("num_labels", 10**12),
+        ("hidden_size", 2**50),
+        ("intermediate_size", 2**50),
+        ("vocab_size", 2**50),
+        ("max_position_embeddings", 2**50),
+        ("type_vocab_size", 2**50),
+        ("attention_window", 2**63),
+    ],
+)
+def test_fields_of_a_wrong_shape_are_named_at_once(tmp_path, source, field, value):
+    edit_config(source, **{field: value})
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"config\.json|" + field) as caught:
+        convert_checkpoint(source, tmp_path / "target", attention_window=None)
+    assert time.monotonic() - started < 1
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [1, 2]}),
+        ("tokenizer.json", {"added_tokens": {"content": []}}),
+        ("tokenizer.json", [1]),
+        ("tokenizer_config.json", [1]),
+        ("sentence_bert_config.json", [1]),
+        ("modules.json", {"path": ""}),
+    ],
+)
+def test_files_beside_the_weights_of_a_wrong_shape_are_named(tmp_path, file, content):
+    source = write_source(tmp_path / "source", "bert", "Model")
+    (source / "tokenizer.json").write_text("{}")
+    (source / file).write_text(json.dumps(content))
+    assert_refused(tmp_path, source, ValueError, file)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [3, ["a"], None, "", ".", "..", "../model.safetensors", "/etc/passwd", "a/b", "C:\\a"],
+)
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_names_anything_but_a_file_beside_it(tmp_path, source, index, shard):
+    (source / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (source / index).write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert_refused(tmp_path, source, ValueError, index, repr(shard))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nmax |logit difference|: 0", "\x1b[31mred", "[link](http://x)", "a" * 501, ""]
+)
+def test_tensor_names_that_would_forge_a_report_are_refused(tmp_path, source, name):
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(1)}, source / "model.safetensors")
+    assert_refused(tmp_path, source, ValueError, "model.safetensors", "names a tensor")
+
+
+def test_an_adapter_is_named_as_such(tmp_path, source):
+    (source / "model.safetensors").rename(source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert_refused(tmp_path, source, ValueError, "adapter of PEFT", "merge_and_unload")
+    (source / "config.json").unlink()
+    assert_refused(tmp_path, source, ValueError, "adapter of PEFT", "merge_and_unload")
 
 
 def test_config_of_another_size(tmp_path, source):
@@ -230,15 +323,41 @@ def test_interrupt_leaves_nothing(tmp_path, source):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_killed_process_leaves_only_a_temporary_folder(tmp_path, source):
-    code = f"""
+def killed(source, target, code):
+    """Run a conversion in a process that `code` has prepared to be killed."""
+    code += f"""
 import os
 from adaptive_longformer.conversion.convert import convert_checkpoint
-kill = lambda stage, done, total: done == total and os.kill(os.getpid(), 9)
-convert_checkpoint({str(source)!r}, {str(tmp_path / "target")!r}, progress=kill)
+convert_checkpoint({str(source)!r}, {str(target)!r}, progress=progress, overwrite=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert done.returncode == -9
-    left = sorted(path.name for path in tmp_path.iterdir() if path.name != "source")
-    assert len(left) == 1 and left[0].startswith(".target.converting-")
+
+
+def test_a_killed_process_leaves_a_folder_that_the_next_one_names(tmp_path, source):
+    kill = "progress = lambda stage, done, total: done == total and os.kill(os.getpid(), 9)"
+    killed(source, tmp_path / "target", kill)
+    (left,) = [path for path in tmp_path.iterdir() if path != source]
+    assert left.name.startswith(".target.converting-")
+    report = convert_checkpoint(source, tmp_path / "target")
+    assert any(f"{left} is left of a conversion" in note for note in report.notes)
+
+
+def test_a_process_killed_between_two_renames_leaves_the_old_checkpoint_beside(tmp_path, source):
     convert_checkpoint(source, tmp_path / "target")
+    (tmp_path / "target" / "mark").write_text("old")
+    kill = """
+import os
+progress = lambda stage, done, total: None
+rename = os.replace
+def replace(one, other):
+    os.kill(os.getpid(), 9) if ".converting-" in str(one) else rename(one, other)
+os.replace = replace
+"""
+    killed(source, tmp_path / "target", kill)
+    assert not (tmp_path / "target").exists()
+    (old,) = tmp_path.glob("target.replaced-*")
+    assert (old / "mark").read_text() == "old"
+    report = convert_checkpoint(source, tmp_path / "target")
+    assert any(f"{old} is left of a conversion" in note for note in report.notes)
+    assert (old / "mark").exists()

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from checkpoints import (
     FAMILIES,
     HEADS,
@@ -11,6 +12,7 @@ from checkpoints import (
     source_config,
     write_source,
 )
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertTokenizer, BigBirdForPreTraining, BigBirdTokenizer
 
 from adaptive_longformer.conversion import source as source_module
@@ -199,3 +201,49 @@ def test_a_relative_target_and_new_parents(tmp_path, monkeypatch):
     report = convert_checkpoint(source, "new/folders/target")
     assert report.target == str(tmp_path / "new" / "folders" / "target")
     assert [path.name for path in (tmp_path / "new" / "folders").iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize("prefix", ["XLMRoberta", "Camembert"])
+def test_roberta_under_other_names_converts_and_comes_back(tmp_path, prefix, head):
+    fields = source_config("roberta", num_labels=3, max_position_embeddings=66).to_dict()
+    del fields["model_type"], fields["architectures"]
+    config = getattr(transformers, prefix + "Config")(**fields)
+    source = randomize(getattr(transformers, prefix + head)(config))
+    source.save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", verify=True)
+    assert report.architecture == "AdaptiveSparse" + head
+    report = convert_checkpoint(tmp_path / "target", tmp_path / "back", reverse=True, verify=True)
+    assert report.architecture == prefix + head
+    expected, found = (load_file(tmp_path / x / "model.safetensors") for x in ("source", "back"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        (family, head)
+        for family in FAMILIES
+        for head in HEADS
+        if (family, head) != ("bert", "ForMultipleChoice")  # as a classifier of one class
+    ],
+)
+def test_an_unknown_class_is_decided_by_the_tensors(tmp_path, family, head):
+    source = write_source(tmp_path / "source", family, head)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["MyDreamingModel"]
+    (source / "config.json").write_text(json.dumps(config))
+    report = convert_checkpoint(source, tmp_path / "target")
+    assert report.architecture == "AdaptiveSparse" + head
+    named = "'MyDreamingModel', which is none that converts; the tensors are those of "
+    assert any(named + FAMILIES[family] + head in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("family", "is_said"), [("bert", True), ("longformer", False)])
+def test_repeated_positions_are_said_to_lead_an_untrained_selection(tmp_path, family, is_said):
+    source = write_source(tmp_path / "source", family, "Model")
+    report = convert_checkpoint(source, tmp_path / "short")
+    assert not any("adaptive selection" in note for note in report.notes)
+    report = convert_checkpoint(source, tmp_path / "long", max_positions=8192)
+    assert any("adaptive selection" in note for note in report.notes) == is_said

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from checkpoints import in_tolerances
 from safetensors.torch import load_file, save_file
 from seq2seq_checkpoints import FAMILIES, HEADS, load_converted, source_model, write_source
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from adaptive_longformer.conversion import to_adaptive_sparse
 from adaptive_longformer.conversion.checkpoint import Checkpoint
 from adaptive_longformer.conversion.convert import convert_checkpoint
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
@@ -300,6 +302,39 @@ def test_tokenizer_and_generation_settings_go_along(tmp_path):
     assert tokenizer.model_max_length == 8192
     model = load_converted(tmp_path / "target", "ForConditionalGeneration")
     assert (model.generation_config.num_beams, model.generation_config.max_length) == (3, 20)
+
+
+@by_family
+def test_generation_settings_in_config_json_become_a_file_and_are_verified(
+    tmp_path, family, monkeypatch
+):
+    source = write_source(tmp_path / "source", family, "ForConditionalGeneration")
+    (source / "generation_config.json").unlink()
+    settings = dict(num_beams=3, max_length=20, min_length=6, no_repeat_ngram_size=2)
+    (source / "config.json").write_text(json.dumps(config_of(source) | settings))
+    convert_checkpoint(source, tmp_path / "target", verify=True)
+    model = load_converted(tmp_path / "target", "ForConditionalGeneration")
+    original = getattr(transformers, FAMILIES[family] + "ForConditionalGeneration")
+    original = original.from_pretrained(source).eval()
+    assert {name: getattr(model.generation_config, name) for name in settings} == settings
+    ids = torch.arange(5, 45)[None]
+    assert torch.equal(model.generate(ids), original.generate(ids))
+    monkeypatch.setattr(to_adaptive_sparse, "_generation", lambda source: None)
+    with pytest.raises(ValueError, match=r"verify: other .* in the generation settings"):
+        convert_checkpoint(source, tmp_path / "other", verify=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_verify_refuses_other_text(tmp_path, monkeypatch):
+    source = write_source(tmp_path / "source", "led", "ForConditionalGeneration")
+    generate = AdaptiveSparseForConditionalGeneration.generate
+
+    def beams_that_differ(self, *args, num_beams, **kwargs):
+        return generate(self, *args, num_beams=num_beams, **kwargs) + (num_beams > 1)
+
+    monkeypatch.setattr(AdaptiveSparseForConditionalGeneration, "generate", beams_that_differ)
+    with pytest.raises(ValueError, match="verify: other text with 4 beam"):
+        convert_checkpoint(source, tmp_path / "target", verify=True)
 
 
 def test_model_card_names_the_task_and_the_class(tmp_path):
