@@ -24,6 +24,10 @@ from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.pattern import Pattern
 
 _EVERYTHING = Full()
+NOTHING_TO_SELECT_WITH = (
+    "the model's attention_pattern selects nothing: load it, or an adapter's base, as it was "
+    "trained, with attention_pattern='adaptive' (AutoPeftModel...from_pretrained passes it on)"
+)
 
 
 class AdaptiveSparseAttention(nn.Module):
@@ -134,15 +138,10 @@ class AdaptiveSparseAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """As in torch, but what an adapter has learned to select is never left out silently."""
-        if self.adaptive is None and any(
-            name.startswith(f"{prefix}adaptive.") for name in state_dict
-        ):
+        has_weights = f"{prefix}adaptive.gate" in state_dict
+        if has_weights and self.adaptive is None and self.layer_idx == 0:
             # The last argument collects what load_state_dict raises, whether strict or not.
-            args[-1].append(
-                f"{prefix}adaptive has weights but attention_pattern is "
-                f"{self.config.attention_pattern!r}: load the base model as it was trained, with "
-                "attention_pattern='adaptive' (which AutoPeftModel...from_pretrained passes on)"
-            )
+            args[-1].append(f"{prefix}adaptive has weights, but {NOTHING_TO_SELECT_WITH}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @property

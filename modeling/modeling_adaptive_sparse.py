@@ -38,7 +38,10 @@ from adaptive_longformer.modeling.adaptive_selection import (
     selections,
     set_selection_strength,
 )
-from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.attention_layer import (
+    NOTHING_TO_SELECT_WITH,
+    AdaptiveSparseAttention,
+)
 from adaptive_longformer.modeling.default_global_tokens import (
     encoder_masks,
     mask_question,
@@ -276,6 +279,14 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         match_configuration(selections(model), saved)
+        return loaded
+
+    def load_adapter(self, *args, **kwargs) -> Any:
+        """As in Transformers, but what an adapter has learned to select is never left out."""
+        loaded = super().load_adapter(*args, **kwargs)
+        saved = [getattr(adapter, "modules_to_save", None) for adapter in self.peft_config.values()]
+        if any("adaptive" in (names or ()) for names in saved) and not selections(self):
+            raise ValueError(f"the adapter has an adaptive part, but {NOTHING_TO_SELECT_WITH}")
         return loaded
 
     @classmethod

@@ -84,6 +84,20 @@ def test_a_model_without_weights_for_answers_is_refused(checkpoint, tmp_path, ca
     assert "fine-tune the model" in error
 
 
+def test_an_adapter_answers_on_its_base(checkpoint, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base = AdaptiveSparseForQuestionAnswering.from_pretrained(checkpoint)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="QUESTION_ANS"))
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    answers = []
+    for folder in (checkpoint, str(tmp_path / "adapter")):
+        assert main(["answer", folder, "Who sat?", str(tmp_path / "document.txt")]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]  # a fresh adapter changes nothing
+
+
 @pytest.mark.parametrize("damage", ["half", "size", "tokenizer"])
 def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, capsys, damage):
     folder = tmp_path / "damaged"

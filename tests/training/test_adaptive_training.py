@@ -183,13 +183,19 @@ def test_an_adapter_says_what_its_base_lacks(tmp_path):
     set_selection_strength(model, 1.0)
     model.save_pretrained(tmp_path / "adapter")
 
-    load = peft.AutoPeftModelForSequenceClassification.from_pretrained
-    with pytest.raises(RuntimeError, match=r"attention_pattern is 'longformer'.*='adaptive'"):
-        load(tmp_path / "adapter")
     inputs = tiny_inputs(base, 300)
-    with torch.no_grad():
-        found = load(tmp_path / "adapter", attention_pattern="adaptive").eval()(**inputs).logits
-        torch.testing.assert_close(found, model(**inputs).logits)
+    for load, error in (
+        (peft.AutoPeftModelForSequenceClassification.from_pretrained, RuntimeError),
+        (AdaptiveSparseForSequenceClassification.from_pretrained, ValueError),
+    ):
+        with pytest.raises(
+            error, match=r"selects nothing: .* attention_pattern='adaptive'"
+        ) as said:
+            load(tmp_path / "adapter")
+        assert str(said.value).count("selects nothing") == 1
+        with torch.no_grad():
+            found = load(tmp_path / "adapter", attention_pattern="adaptive").eval()(**inputs).logits
+            torch.testing.assert_close(found, model(**inputs).logits)
 
 
 STEPS = {
