@@ -69,6 +69,11 @@ def encoder_masks(
     batch_size, length, _ = hidden_states.shape
     shape, device = (batch_size, length), hidden_states.device
     valid = boolean_mask("attention_mask", attention_mask, shape, validate)
+    is_mask = isinstance(global_attention_mask, torch.Tensor)
+    if valid is not None and is_mask and global_attention_mask.shape == valid.shape:
+        # LED's tokenizer pads with -1.
+        padding = (global_attention_mask == -1) & ~valid.to(global_attention_mask.device)
+        global_attention_mask = global_attention_mask.masked_fill(padding, 0)
     global_mask = boolean_mask("global_attention_mask", global_attention_mask, shape, validate)
     valid = effective_mask(valid, device)
     if not config.uses_global_tokens:

@@ -105,10 +105,8 @@ def set_max_length(folder: Path, max_length: int, is_new: bool) -> list[str]:
     file, notes = folder / "tokenizer_config.json", []
     content = read_json(file) if file.is_file() else {}
     stated = content.get("model_max_length")
-    is_number = isinstance(stated, int | float) and stated > 0
-    content["model_max_length"] = (
-        min(stated, max_length) if is_number and not is_new else max_length
-    )
+    is_shorter = isinstance(stated, int | float) and 0 < stated < max_length
+    content["model_max_length"] = stated if is_shorter and not is_new else max_length
     if content.pop("auto_map", None):
         notes.append(f"{file.name} {FOREIGN_CODE}")
     write_json(file, content)

@@ -1,5 +1,7 @@
 """The families that can be converted, and the class of theirs that holds a head."""
 
+from typing import Any
+
 import torch
 import transformers
 
@@ -35,6 +37,16 @@ def family_names() -> str:
 def source_class(family: Family, head: str) -> type:
     """Return the Transformers class of a source with a head."""
     return getattr(transformers, family.class_prefix + head)
+
+
+def stated_class(raw: dict[str, Any]) -> str | None:
+    """Return the name of the class that a config.json says the weights are of."""
+    stated = raw.get("architectures") or [None]
+    if not isinstance(stated, list) or not isinstance(stated[0], str | None):
+        raise ValueError(
+            f"source: architectures is {stated!r:.80} in config.json, a list of names is needed"
+        )
+    return stated[0]
 
 
 def head_of(family: Family, architecture: str) -> str | None:

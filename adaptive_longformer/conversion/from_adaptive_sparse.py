@@ -10,7 +10,7 @@ import torch
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 from adaptive_longformer.conversion.checkpoint import Checkpoint, read_json, readable
-from adaptive_longformer.conversion.families import FAMILIES, source_class
+from adaptive_longformer.conversion.families import FAMILIES, source_class, stated_class
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import (
     EXTRA_FILE,
@@ -129,8 +129,7 @@ def _read(folder: Path) -> _Ours:
             raise ValueError(f"source: {name} is {value!r:.80} in config.json, a dict is needed")
     config = read_config(target.config_class, raw)
     family = _family(config)
-    base_model = target.classes["Model"].__name__
-    head = target.head_of((config.architectures or [base_model])[0])
+    head = target.head_of(stated_class(raw) or target.classes["Model"].__name__)
     if head not in family.heads:
         raise ValueError(
             f"source: {target.classes[head].__name__} has no counterpart in the family "

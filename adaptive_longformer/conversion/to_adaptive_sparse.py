@@ -19,6 +19,7 @@ from adaptive_longformer.conversion.families import (
     head_from_tensors,
     head_of,
     source_class,
+    stated_class,
 )
 from adaptive_longformer.conversion.family import Family
 from adaptive_longformer.conversion.plan import Plan, check_against_model, check_layers
@@ -145,18 +146,14 @@ def _read(folder: Path) -> _Source:
     checkpoint = Checkpoint(folder)
     check_layers(config, len(checkpoint.tensors))
     names = {name: family.table.to_target(name) for name in checkpoint.tensors}
-    stated = raw.get("architectures") or ["no class"]
-    if not isinstance(stated, list) or not isinstance(stated[0], str):
-        raise ValueError(
-            f"source: architectures is {stated!r:.80} in config.json, a list of names is needed"
-        )
-    head = head_of(family, stated[0])
+    stated = stated_class(raw)
+    head = head_of(family, stated or "")
     if head is None:
         found = {ours: checkpoint.tensors[name] for name, ours in names.items() if ours}
         head = head_from_tensors(family, found, bool(getattr(config, "is_decoder", False)))
         notes.append(
-            f"config.json names {stated[0]!r:.80}, which is none that converts; the tensors are "
-            f"those of {family.class_prefix}{head}"
+            f"config.json names {f'{stated!r:.80}' if stated else 'no class'}, which is none that "
+            f"converts; the tensors are those of {family.class_prefix}{head}"
         )
     _check_is_causal(config, head)
     return _Source(folder, raw, family, config, checkpoint, names, head, notes)

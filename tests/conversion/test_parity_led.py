@@ -56,6 +56,18 @@ def test_logits_equal_without_masks():
     assert compare(source, converted, inputs) <= 1
 
 
+def test_a_global_mask_may_be_minus_1_on_padding_as_the_tokenizer_of_led_writes_it():
+    source, converted = models("led", "ForConditionalGeneration")
+    inputs = make_inputs(source.config, "ForConditionalGeneration", 200, "right", "some")
+    padding, mask = inputs["attention_mask"] == 0, inputs["global_attention_mask"]
+    inputs["global_attention_mask"] = mask.masked_fill(padding, -1)
+    assert padding.any()
+    assert compare(source, converted, inputs) <= 1
+    inputs["global_attention_mask"][0, 5] = -1
+    with pytest.raises(ValueError, match="global_attention_mask has the value -1"):
+        converted(**inputs)
+
+
 def test_logits_equal_with_padding_in_the_text():
     source, converted = models("led", "Model")
     inputs = make_inputs(source.config, "Model", 130, "right", "some")
