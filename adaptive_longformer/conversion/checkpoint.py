@@ -119,10 +119,10 @@ def inside(file: Path, root: Path | None = None) -> Path:
     return file
 
 
-def read_json(file: Path, kind: type = dict) -> Any:
+def read_json(file: Path, kind: type = dict, root: Path | None = None) -> Any:
     """Read a JSON object (or list); raise ValueError naming the file if it is damaged."""
     with readable(file):
-        content = json.loads(inside(file).read_text(encoding="utf-8"))
+        content = json.loads(inside(file, root).read_text(encoding="utf-8"))
         if not isinstance(content, kind):
             raise ValueError(f"a {type(content).__name__}, a JSON {kind.__name__} is needed")
         if _depth(content) > _MAX_JSON_DEPTH:

@@ -90,8 +90,10 @@ def copy_companions(folder: Path, files: list[Path], target: Path) -> None:
             weights = Checkpoint(folder, [file])
             tensors = {name: weights.load(name).contiguous() for name in weights.tensors}
             save_tensors(place.with_name(WEIGHTS), tensors)
-        else:
-            shutil.copyfile(file, place)
+            continue
+        if file.suffix == ".json":
+            read_json(file, object, folder)
+        shutil.copyfile(file, place)
 
 
 def set_max_length(folder: Path, max_length: int, is_new: bool) -> list[str]:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from random import Random
 
 import pytest
 import torch
 from checkpoints import write_source
 from safetensors.torch import load_file, save_file
+from seq2seq_checkpoints import write_source as write_seq2seq
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adaptive_longformer.conversion import checkpoint as checkpoint_module
@@ -146,12 +148,14 @@ def test_fields_of_a_wrong_shape_are_named_at_once(tmp_path, source, field, valu
         ("tokenizer_config.json", [1]),
         ("sentence_bert_config.json", [1]),
         ("modules.json", {"path": ""}),
+        ("generation_config.json", "{"),
+        ("added_tokens.json", "[" * 70 + "]" * 70),
     ],
 )
 def test_files_beside_the_weights_of_a_wrong_shape_are_named(tmp_path, file, content):
     source = write_source(tmp_path / "source", "bert", "Model")
     (source / "tokenizer.json").write_text("{}")
-    (source / file).write_text(json.dumps(content))
+    (source / file).write_text(content if isinstance(content, str) else json.dumps(content))
     assert_refused(tmp_path, source, ValueError, file)
 
 
@@ -361,3 +365,49 @@ os.replace = replace
     report = convert_checkpoint(source, tmp_path / "target")
     assert any(f"{old} is left of a conversion" in note for note in report.notes)
     assert (old / "mark").exists()
+
+
+def damaged(content, random):
+    """Replace or leave out a value somewhere in a JSON object."""
+    values = [None, True, -1, 3, 2**63, 10**30, 0.5, -1e308, float("nan"), "", "a", "\x1b[31m"]
+    values += [[], [1], [None], [["a"]], {}, {"a": {"b": []}}, {"0": 1}]
+    key = random.choice(list(content))
+    if isinstance(content[key], dict) and content[key] and random.random() < 0.7:
+        damaged(content[key], random)
+    elif random.random() < 0.15:
+        del content[key]
+    else:
+        content[key] = random.choice(values)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("ADAPTIVE_LONGFORMER_FUZZ", "100"))))
+def test_a_damaged_file_converts_or_is_refused_in_one_line(tmp_path, seeds_source, seed):
+    random = Random(seed)
+    folder, reverse = random.choice(seeds_source)
+    shutil.copytree(folder, tmp_path / "source")
+    names = ["config.json", "config.json", "generation_config.json", "source_names.json"]
+    name = random.choice([name for name in names if (folder / name).is_file()])
+    content = json.loads((folder / name).read_text())
+    damaged(content, random)
+    (tmp_path / "source" / name).write_text(json.dumps(content))
+    try:
+        convert_checkpoint(tmp_path / "source", tmp_path / "target", reverse=reverse)
+    except (OSError, ValueError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 3000
+        assert not (tmp_path / "target").exists()
+
+
+@pytest.fixture(scope="module")
+def seeds_source(tmp_path_factory):
+    """Small checkpoints of three families and what they become, and whether they go back."""
+    root, found = tmp_path_factory.mktemp("seeds"), []
+    for make, family, head in (
+        (write_source, "longformer", "ForMaskedLM"),
+        (write_source, "big_bird", "ForQuestionAnswering"),
+        (write_seq2seq, "led", "ForConditionalGeneration"),
+    ):
+        source, target = root / family, root / f"our-{family}"
+        make(source, family, head)
+        convert_checkpoint(source, target)
+        found += [(source, False), (target, True)]
+    return found
