@@ -86,10 +86,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     PartialState(cpu=args.cpu)
 
     # Data
+    try:
+        documents = load_documents(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    names = documents["train"].features["label"].names
     model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    documents = load_documents(args)
-    names = documents["train"].features["label"].names
     config = AutoConfig.from_pretrained(model_path)
     # Saved with the model: a pipeline with truncation=True reads what is read here.
     tokenizer.model_max_length = min(args.max_length, config.max_sequence_length)

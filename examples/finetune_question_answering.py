@@ -5,9 +5,10 @@ r"""Fine-tune an encoder-decoder to answer questions about long documents in its
     python examples/finetune_question_answering.py --model my-led \
         --data-file train.jsonl --eval-file validation.jsonl
 
-A line of a data file has a "document" and "queries", a list of {"query", "answer"}; or a "query"
-and its "answer", a text or a list of right texts. NarrativeQA is streamed: each of its rows repeats
-a whole book, of which one copy is kept. An LED or BigBird-Pegasus is converted on the fly.
+A row of a data file (csv, json, jsonl or parquet) has a "document" and "queries", a list of
+{"query", "answer"}; or a "query" and its "answer", a text or a list of right texts. NarrativeQA is
+streamed: each of its rows repeats a whole book, of which one copy is kept. An LED or
+BigBird-Pegasus is converted on the fly.
 """
 
 import argparse
@@ -105,6 +106,8 @@ def load_pairs(args: argparse.Namespace) -> tuple[list[DocumentPair], list[Docum
         )
         return train, held_out
     if held_out is None:
+        if len(train) < 2:
+            raise ValueError(f"{args.data_file} has one text to write, at least two are needed")
         cut = len(train) - max(1, len(train) // 10)
         train, held_out = train[:cut], train[cut:]
     return train[: args.max_train], held_out[: args.max_eval]
@@ -116,10 +119,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     PartialState(cpu=args.cpu)
 
     # Data
+    try:
+        train, held_out = load_pairs(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     config = AutoConfig.from_pretrained(model_path)
-    train, held_out = load_pairs(args)
     collator = TextToTextCollator(
         tokenizer,
         max_length=min(args.max_length, config.max_sequence_length),

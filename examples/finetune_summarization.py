@@ -5,9 +5,9 @@ r"""Fine-tune an encoder-decoder to summarise long documents.
     python examples/finetune_summarization.py --model my-led \
         --data-file train.jsonl --eval-file validation.jsonl
 
-A line of a data file has a "document" and a "summary" (or other names, see the options), and
-possibly a "query" that says what to summarise; "queries" of {"query", "answer"} are read too. An
-LED or BigBird-Pegasus is converted on the fly.
+A row of a data file (csv, json, jsonl or parquet) has a "document" and a "summary" (or other names,
+see the options), and possibly a "query" that says what to summarise; "queries" of {"query",
+"answer"} are read too. An LED or BigBird-Pegasus is converted on the fly.
 """
 
 import argparse
@@ -80,6 +80,8 @@ def load_pairs(args: argparse.Namespace) -> tuple[list[DocumentPair], list[Docum
             for name in ("train", "validation")
         )
     if held_out is None:
+        if len(train) < 2:
+            raise ValueError(f"{args.data_file} has one text to write, at least two are needed")
         cut = len(train) - max(1, len(train) // 10)
         train, held_out = train[:cut], train[cut:]
     return train[: args.max_train], held_out[: args.max_eval]
@@ -91,10 +93,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     PartialState(cpu=args.cpu)
 
     # Data
+    try:
+        train, held_out = load_pairs(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     config = AutoConfig.from_pretrained(model_path)
-    train, held_out = load_pairs(args)
     collator = TextToTextCollator(
         tokenizer,
         max_length=min(args.max_length, config.max_sequence_length),

@@ -82,7 +82,7 @@ def _label(place: str, label: object) -> str | int:
 
 def _order(label: str | int) -> tuple[bool, int, str]:
     """Numbers come first; in a csv file they are text."""
-    is_number = str(label).removeprefix("-").isdecimal() or isinstance(label, int)
+    is_number = str(label).removeprefix("-").isdecimal() and len(str(label)) < 20
     return not is_number, int(label) if is_number else 0, str(label)
 
 

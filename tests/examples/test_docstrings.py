@@ -34,6 +34,18 @@ def test_its_arguments_are_understood(script):
         assert given and parse_arguments(given).model
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("content, words", [(None, "is no file"), ('{"text": 1}', "line 1 has no")])
+def test_a_mistake_in_the_data_ends_with_one_line(script, content, words, tmp_path):
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content.replace("1", '1, "label": 1'))
+    arguments = ["--model", "never-read", "--data-file", str(data), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match=words) as stop:
+        runpy.run_path(str(script))["main"]([*arguments, "--cpu"])
+    assert str(data) in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
 @pytest.mark.parametrize("script", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.stem)
 def test_its_options_exist(script):
     text = script.read_text(encoding="utf-8")
