@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from adaptive_longformer.attention.second_derivatives import with_second_derivatives
+
 
 def dense_attention(
     query: torch.Tensor,
@@ -35,19 +37,33 @@ def dense_attention(
         # Such a row attends to everything, then becomes zero.
         is_empty = is_hidden.all(dim=-1, keepdim=True)
         mask = mask.masked_fill(is_empty, mask.dtype == torch.bool)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale
-    )
     probabilities = None
     if output_attentions:
-        scores = query @ key.mT * scale
-        if mask is not None:
-            is_bool = mask.dtype == torch.bool
-            scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        probabilities = scores.softmax(dim=-1, dtype=precise).to(query.dtype)
-    if is_empty is not None:
-        output = output.masked_fill(is_empty, 0.0)
-        if probabilities is not None:
+        probabilities = _probabilities(query, key, mask, scale)
+        if is_empty is not None:
             probabilities = probabilities.masked_fill(is_empty, 0.0)
+        output = F.dropout(probabilities, dropout_p) @ value
+    else:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale
+        )
+        if dropout_p == 0:
+            (output,) = with_second_derivatives((output,), _defined, query, key, value, mask, scale)
+        if is_empty is not None:
+            output = output.masked_fill(is_empty, 0.0)
     return output, probabilities
+
+
+def _probabilities(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    scores = query @ key.mT * scale
+    if mask is not None:
+        is_bool = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=precise).to(query.dtype)
+
+
+def _defined(query, key, value, mask, scale) -> tuple[torch.Tensor]:
+    return (_probabilities(query, key, mask, scale) @ value,)

@@ -12,7 +12,9 @@ from adaptive_longformer.attention.call import (
     make_call,
 )
 from adaptive_longformer.attention.global_keys import GlobalKeys
-from adaptive_longformer.attention.reference import dense_probabilities
+from adaptive_longformer.attention.operator import collapse, expand
+from adaptive_longformer.attention.reference import dense_attention, reference_attention
+from adaptive_longformer.attention.second_derivatives import with_second_derivatives
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 
@@ -87,12 +89,19 @@ def sparse_attention(
         entry_bias=entry_bias, span=span, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
-    run = choose_backend(call, backend).run
-    output, lse = run(call) if call.query.shape[2] else _of_no_tokens(call)
+    chosen = choose_backend(call, backend)
+    output, lse = chosen.run(call) if call.query.shape[2] else _of_no_tokens(call)
+    if chosen.name != "reference":
+        results = (output,) if lse is None else (output, lse)
+        output, lse, *_ = *with_second_derivatives(results, _defined, *expand(call)), None
     if return_lse:
         assert lse is not None
         return output, lse
     return output
+
+
+def _defined(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference_attention(collapse(arguments))
 
 
 def _of_no_tokens(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +122,7 @@ def attention_probabilities(
     Takes the options of `sparse_attention` that shape the scores. Every row sums to 1, rows that
     see nothing to 0. Needs O(length^2) memory: for inspection.
     """
-    return dense_probabilities(make_call(query, key, key, pattern_or_layout, **options))
+    return dense_attention(make_call(query, key, key, pattern_or_layout, **options))[2]
 
 
 def explain_backends(

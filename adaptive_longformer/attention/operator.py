@@ -252,9 +252,14 @@ def _register(
         ctx.plain = [value for value in inputs if not isinstance(value, torch.Tensor)]
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         ctx.save_for_backward(*output, *tensors)
+        ctx.set_materialize_grads(False)
 
     def run_backward(ctx, grad_output, grad_lse):
+        if grad_output is None and grad_lse is None:  # see `with_second_derivatives`
+            return (None,) * (len(ctx.is_tensor) + len(given))
         output, lse, *tensors = ctx.saved_tensors
+        grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
         tensor, plain = iter(tensors), iter(ctx.plain)
         inputs = [next(tensor) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
         needed = ctx.needs_input_grad[: len(names)]

@@ -16,6 +16,13 @@ MIN_WEIGHT = 1e-6
 
 def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
+    return dense_attention(call)[:2]
+
+
+def dense_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp, and the attention weights before dropout that the output is computed
+    from, [batch, heads, length, length]; rows that see nothing are zero.
+    """
     scores, value, value_global = _scores(call)
     row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = (scores - row_max).exp()
@@ -23,28 +30,19 @@ def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor
     is_empty = total == 0
     probabilities = weights / total.masked_fill(is_empty, 1.0)
     lse = (row_max + total.masked_fill(is_empty, 1.0).log()).masked_fill(is_empty, -torch.inf)
+    kept = probabilities
     if call.dropout_p > 0:
         assert call.dropout_seed is not None
         batch, heads, length, _ = call.query.shape
         rows = row_keys(call.dropout_seed, batch, heads, length)[..., None]
         keep = keep_words(rows, column_keys(call.dropout_seed, length), call.dropout_p)
-        probabilities = probabilities.masked_fill(keep == 0, 0.0) / (1 - call.dropout_p)
-    probabilities = probabilities.to(value.dtype)
-    output = probabilities @ value
+        kept = kept.masked_fill(keep == 0, 0.0) / (1 - call.dropout_p)
+    kept = kept.to(value.dtype)
+    output = kept @ value
     if value_global is not None:
         assert call.global_mask is not None
-        output = torch.where(
-            call.global_mask[:, None, :, None], probabilities @ value_global, output
-        )
-    return output, lse.squeeze(-1)
-
-
-def dense_probabilities(call: AttentionCall) -> torch.Tensor:
-    """The attention weights [batch, heads, length, length] before dropout; rows that see nothing
-    are zero.
-    """
-    scores, _, _ = _scores(call)
-    return scores.softmax(dim=-1).masked_fill(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
+        output = torch.where(call.global_mask[:, None, :, None], kept @ value_global, output)
+    return output, lse.squeeze(-1), probabilities
 
 
 def span_log_weight(span: AttentionSpan, distance: torch.Tensor) -> torch.Tensor:
