@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -69,18 +71,14 @@ class AdaptiveSparseOptions:
     query_block_size: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("attention_window", 2), ("num_global_tokens", 0),
-                            ("num_selected_blocks", 0)):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        least = {"attention_window": 2, "num_global_tokens": 0, "num_selected_blocks": 0}
+        for name, low in least.items():
+            value, is_even = getattr(self, name), name == "attention_window"
+            if type(value) is not int or value < low or (is_even and value % 2):
                 raise ValueError(
-                    f"config.{NAME}[{name!r}] is {value!r}, a whole number >= {least} is needed"
+                    f"config.{NAME}[{name!r}] is {value!r}, "
+                    f"{'an even' if is_even else 'a whole'} number >= {low} is needed"
                 )
-        if self.attention_window % 2:
-            raise ValueError(
-                f"config.{NAME}['attention_window'] is {self.attention_window}, "
-                "an even number >= 2 is needed"
-            )
         if self.num_selected_blocks:
             self.selection_options()
 
@@ -137,13 +135,10 @@ def adaptive_sparse_attention_forward(
     fields of `AdaptiveSparseOptions`.
 
     Args:
-        module: the attention module; its config and `is_causal` are read.
+        module: the attention module; its class, config and `is_causal` are read.
         query: [batch, heads, length, head_dim].
         key, value: [batch, key_value_heads, length, head_dim], a divisor of the query's heads.
         attention_mask: bool [batch, length], True where a token is not padding, or None.
-        dropout: probability of dropping an attention probability.
-        scaling: factor of the scores; None: head_dim**-0.5.
-        is_causal: None: `module.is_causal`.
         sliding_window: the layer's own window, the query counted in: then it is all that is read.
         kwargs: what else the model passes; only what changes nothing is accepted.
 
@@ -157,6 +152,8 @@ def adaptive_sparse_attention_forward(
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise _not_implemented(f"{meaning} ({name})")
+    if _is_cross_attention(module):
+        raise _not_implemented(f"the cross-attention of {type(module).__name__}")
     if query.shape[2] != key.shape[2]:
         raise _not_implemented(
             f"{query.shape[2]} queries for {key.shape[2]} keys "
@@ -222,6 +219,14 @@ def _is_sliding_window(mask_function: Callable) -> bool:
     return rest in _PLAIN_MASKS and getattr(overlay, "__code__", None) in _WINDOW_OVERLAYS
 
 
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Whether keys are of another sequence than queries, which their lengths need not show: a class
+    of its own, or of BART's kind the layers of a decoder that are not causal.
+    """
+    of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    return of_decoder or "Cross" in type(module).__name__
+
+
 def _options(config: Any) -> AdaptiveSparseOptions:
     return _checked_options({**(getattr(config, NAME, None) or {}), **(_overridden.get() or {})})
 
@@ -247,7 +252,12 @@ def _attend(
     dropout_p: float,
 ) -> torch.Tensor:
     """Attention in the window, to the first tokens and to the chosen blocks."""
-    global_mask = _first_tokens(query, attention_mask, options.num_global_tokens)
+    global_mask = None
+    if options.num_global_tokens:
+        tokens = attention_mask
+        if tokens is None:
+            tokens = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
+        global_mask = limit_global_tokens(tokens, options.num_global_tokens)
     pattern_or_layout: Pattern | BlockLayout = window
     length = query.shape[2]
     if options.num_selected_blocks and length > window.left + 1:
@@ -280,17 +290,28 @@ def _attend(
     return output
 
 
-def _first_tokens(
-    query: torch.Tensor, attention_mask: torch.Tensor | None, num_global_tokens: int
-) -> torch.Tensor | None:
-    """The first tokens of every sequence that are not padding: bool [batch, length]."""
-    if num_global_tokens == 0:
-        return None
-    if attention_mask is None:
-        attention_mask = torch.ones(
-            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
-        )
-    return limit_global_tokens(attention_mask, num_global_tokens)
+def remembering_the_choice(choose: Callable[..., str]) -> Callable[..., str]:
+    """`PreTrainedModel.get_correct_attn_implementation` that refuses models which would ignore our
+    attention, and writes the choice into the configuration, where loading looks for it.
+    """
+
+    @wraps(choose)
+    def get_correct_attn_implementation(
+        self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        chosen = choose(self, requested_attention, is_init_check)
+        if chosen == NAME and not self._can_set_attn_implementation():
+            raise ValueError(
+                f"attn_implementation is {NAME!r}, {type(self).__name__} computes its attention "
+                "itself and would ignore it: use 'eager', or another model"
+            )
+        if chosen == NAME:
+            self.config.attn_implementation = NAME
+        elif self.config.__dict__.get("attn_implementation") == NAME:
+            del self.config.__dict__["attn_implementation"]
+        return chosen
+
+    return get_correct_attn_implementation
 
 
 def _not_implemented(what: str) -> NotImplementedError:

@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
@@ -25,6 +25,7 @@ from adaptive_longformer.modeling.integration.attention_interface import (
     NAME,
     adaptive_sparse_attention_forward,
     adaptive_sparse_mask,
+    remembering_the_choice,
 )
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
@@ -74,9 +75,11 @@ def register_with_transformers() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_model, model in auto_models.items():
             auto_model.register(config, model, exist_ok=True)
-    # Here the Trainer looks whether a model predicts the next token, when it smooths labels itself.
-    causal_model = AdaptiveSparseForCausalLM.__name__
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AdaptiveSparseConfig.model_type] = causal_model
+            # By these names pipelines and Trainer know what a model does.
+            auto_model._model_mapping._model_mapping[config.model_type] = model.__name__
     AttentionInterface.register(NAME, adaptive_sparse_attention_forward)
+    choose = PreTrainedModel.get_correct_attn_implementation
+    if not hasattr(choose, "__wrapped__"):  # Transformers asks nobody else whether a model can
+        PreTrainedModel.get_correct_attn_implementation = remembering_the_choice(choose)
     # Without a mask function of the same name Transformers would drop the padding mask silently.
     AttentionMaskInterface.register(NAME, adaptive_sparse_mask)

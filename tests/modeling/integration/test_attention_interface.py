@@ -3,10 +3,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BartConfig,
+    BartModel,
     BertConfig,
+    DebertaV2Config,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
+    MPNetConfig,
     RobertaConfig,
 )
 
@@ -116,6 +120,38 @@ def test_decoding_with_a_cache_is_refused():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(NotImplementedError, match=r"1 queries for 21 keys.*use_cache=False"):
             model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_cross_attention_is_refused_at_any_length():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    config = BartConfig(vocab_size=97, d_model=32, decoder_attention_heads=4, **sizes)
+    model = BartModel._from_config(config, attn_implementation="adaptive_sparse")
+    ids = torch.full((1, 9), 7)
+    assert model.encoder(ids).last_hidden_state.shape == (1, 9, 32)
+    for length in (9, 5):
+        with pytest.raises(NotImplementedError, match="cross-attention of BartAttention"):
+            model(ids, decoder_input_ids=ids[:, :length])
+
+
+@pytest.mark.parametrize("config", [DebertaV2Config, MPNetConfig])
+def test_a_model_that_would_ignore_it_is_refused(config):
+    with pytest.raises(ValueError, match="computes its attention itself and would ignore it"):
+        foreign_model(config(**SIZES), "adaptive_sparse")
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=lambda config: config.model_type)
+def test_the_choice_survives_saving_and_loading(config, tmp_path):
+    options = {"attention_window": 8, "num_global_tokens": 0, "num_selected_blocks": 0}
+    model = foreign_model(config, "adaptive_sparse", **options)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(loaded, 64, "left"), logits_of(model, 64, "left"))
+    dense = type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert (logits_of(dense, 64, "none") - logits_of(model, 64, "none")).abs().max() > 1e-2
+    loaded.set_attn_implementation("sdpa")
+    loaded.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, 64, "none"), logits_of(dense, 64, "none"))
 
 
 def test_generation_without_cache_equals_eager():
