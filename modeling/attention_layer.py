@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV
+from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV, make_call
 from adaptive_longformer.attention.dropout import fresh_dropout
-from adaptive_longformer.attention.functional import attention_probabilities, sparse_attention
+from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.reference import dense_attention
 from adaptive_longformer.baselines.layers import BASELINES
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
     SELECTING_PATTERNS,
@@ -90,8 +91,8 @@ class AdaptiveSparseAttention(nn.Module):
             hidden_states: [batch, length, hidden_size].
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
             global_mask: bool [batch, length], True where a token is global; None: none is.
-            output_attentions: whether to compute the dense probabilities as well (O(length^2)
-                memory).
+            output_attentions: whether to compute from dense probabilities (O(length^2) memory) and
+                return them.
             random_step: int64 scalar tensor, the training step that BigBird's random blocks are
                 drawn for; None: none are drawn.
             selection_state: what an adaptive layer remembers of this forward pass.
@@ -109,9 +110,6 @@ class AdaptiveSparseAttention(nn.Module):
                 f"{self.config.attention_pattern!r} has no probabilities"
             )
         padding = LeftPadding.of(attention_mask) if self.is_selecting else LeftPadding()
-        hidden_states = padding.removed(hidden_states)
-        attention_mask = padding.removed(attention_mask)
-        global_mask = padding.removed(global_mask)
         query, key, value = self._project(hidden_states)
         if self.baseline is not None:
             context, probabilities = self.baseline(query, key, value, attention_mask), None
@@ -128,13 +126,13 @@ class AdaptiveSparseAttention(nn.Module):
                 Reads(self._pattern(hidden_states, random_step)),
                 selection_state,
                 output_attentions,
-                self._global_projections(hidden_states),
+                padding,
+                self._global_projections(padding.removed(hidden_states)),
             )
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
         if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
             context = context.masked_fill(~attention_mask[..., None], 0.0)
-        output = padding.restored(self.output(context))
-        return output, padding.restored(padding.restored(probabilities, dim=2), dim=3)
+        return self.output(context), probabilities
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """As in torch, but what an adapter has learned to select is never left out silently."""
@@ -169,11 +167,14 @@ class AdaptiveSparseAttention(nn.Module):
         reads: Reads,
         selection_state: SelectionState | None,
         output_attentions: bool | None,
+        padding: LeftPadding,
         global_qkv: GlobalQKV | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context [batch, heads, length, head_dim] and probabilities of whole sequences, from what
-        is given to read or what the layer chooses.
+        is given to read or what the layer chooses; blocks begin where `padding` ends.
         """
+        query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+        attention_mask, global_mask = padding.removed(attention_mask), padding.removed(global_mask)
         if self.adaptive is not None:
             query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
         call: dict[str, Any] = {
@@ -187,16 +188,26 @@ class AdaptiveSparseAttention(nn.Module):
             "span": reads.span,
         }
         dropout_p = self.dropout_p if self.training else 0.0
-        dropout = fresh_dropout(dropout_p, query.device) if dropout_p else {}
-        backend = self.config.attention_backend
+        if dropout_p:
+            call.update(fresh_dropout(dropout_p, query.device))
+        if output_attentions:
+            context, _, probabilities = dense_attention(
+                make_call(query, key, value, reads.pattern_or_layout, **call)
+            )
+            probabilities = padding.restored(
+                padding.restored(probabilities, dim=3), dim=2, zero=True
+            )
+            return padding.restored(context, dim=2, zero=True), probabilities
         context = sparse_attention(
-            query, key, value, reads.pattern_or_layout, backend=backend, **dropout, **call
+            query,
+            key,
+            value,
+            reads.pattern_or_layout,
+            backend=self.config.attention_backend,
+            **call,
         )
         assert isinstance(context, torch.Tensor)  # return_lse=False
-        probabilities = None
-        if output_attentions:
-            probabilities = attention_probabilities(query, key, reads.pattern_or_layout, **call)
-        return context, probabilities
+        return padding.restored(context, dim=2, zero=True), None
 
     def _pattern(
         self, hidden_states: torch.Tensor, random_step: torch.Tensor | None

@@ -11,34 +11,22 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.dense_attention import dense_attention
+from adaptive_longformer.modeling.new_tokens import NewTokens
 
 
-def causal_mask(
-    query_length: int,
-    key_length: int,
-    attention_mask: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """What the last `query_length` of `key_length` tokens may see: tokens before them and
-    themselves.
-
-    Args:
-        query_length: number of tokens whose hidden states are computed now.
-        key_length: all tokens so far, cached ones included.
-        attention_mask: bool [batch, key_length], True where a token is not padding; None: all are.
-        device: where the mask is wanted.
+def causal_mask(new: NewTokens) -> torch.Tensor | None:
+    """What new tokens may see: tokens before them and themselves.
 
     Returns:
-        bool [batch or 1, 1, query_length, key_length], True = may attend, or None if everything may
-        be attended to. A token always sees itself, so that no row of padding is empty.
+        bool [batch or 1, 1, length, keys], True = may attend, or None if everything may be attended
+        to. A token always sees itself, so that no row of padding is empty.
     """
-    if attention_mask is None and query_length == 1:
+    if len(new.slots) == 1 and new.mask is None and new.num_keys == new.total:
         return None
-    queries = torch.arange(key_length - query_length, key_length, device=device)[:, None]
-    keys = torch.arange(key_length, device=device)
+    queries, keys = new.slots[:, None], torch.arange(new.num_keys, device=new.slots.device)
     mask = (keys <= queries)[None, None]
-    if attention_mask is not None:
-        mask = mask & (attention_mask[:, None, None, :] | (keys == queries))
+    if new.mask is not None:
+        mask = mask & (new.mask[:, None, None, :] | (keys == queries))
     return mask
 
 
@@ -94,18 +82,8 @@ class DecoderSelfAttention(DecoderAttention):
         past_key_values: EncoderDecoderCache | None = None,
         output_attentions: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends and projects.
-
-        Args:
-            hidden_states: [batch, length, d_model] of the tokens that are not in the cache yet.
-            attention_mask: bool [batch or 1, 1, length, key_length], True = may attend, see
-                `causal_mask`; None: everything.
-            past_key_values: the cache; it is extended.
-            output_attentions: whether to return the probabilities as well.
-
-        Returns:
-            The output [batch, length, d_model], and the attention probabilities before dropout
-            [batch, heads, length, key_length] or None.
+        """Output [batch, length, d_model], and attention probabilities before dropout or None, of
+        tokens that are added to the cache. The mask is that of `causal_mask`.
         """
         key = self._split_heads(self.key(hidden_states))
         value = self._split_heads(self.value(hidden_states))
@@ -136,11 +114,9 @@ class DecoderCrossAttention(DecoderAttention):
             hidden_states: [batch, length, d_model]; batch is a multiple of the number of documents,
                 texts about the same document are neighbours.
             encoder_hidden_states: [documents, document_length, d_model]; not read if the cache has
-                their keys and values.
+                their keys and values, which the first call puts there.
             attention_mask: bool [documents, 1, 1, document_length], True where a token of the
                 document is not padding; None: all are.
-            past_key_values: the cache; it is filled by the first call.
-            output_attentions: whether to return the probabilities as well.
 
         Returns:
             The output [batch, length, d_model], and the attention probabilities before dropout
@@ -160,9 +136,13 @@ class DecoderCrossAttention(DecoderAttention):
                 past_key_values.is_updated[self.layer_idx] = True
         batch_size, length, width = hidden_states.shape
         # All texts about a document as one: nothing between them is compared here.
-        texts_per_document = batch_size // max(1, key.shape[0])
-        texts = hidden_states.reshape(key.shape[0], texts_per_document * length, width)
+        num_texts = max(1, batch_size // max(1, key.shape[0]))
+        if output_attentions and num_texts > 1:
+            # But the probabilities that are returned have to be those that are read.
+            key, value = (tensor.repeat_interleave(num_texts, dim=0) for tensor in (key, value))
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(num_texts, dim=0)
+            num_texts = 1
+        texts = hidden_states.reshape(key.shape[0], num_texts * length, width)
         output, probabilities = self._attend(texts, key, value, attention_mask, output_attentions)
-        if probabilities is not None:
-            probabilities = probabilities.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return output.reshape(batch_size, length, width), probabilities

@@ -165,16 +165,8 @@ def question_tokens(input_ids: torch.Tensor, sep_token_id: int) -> torch.Tensor:
 def question_of_length(
     question_lengths: torch.Tensor, shape: tuple[int, int], device: torch.device, validate: bool
 ) -> torch.Tensor:
-    """The first so many slots of every sequence, padding in front counted: bool [batch, length].
-
-    Args:
-        question_lengths: [batch, 1] or [batch] whole numbers.
-        shape: [batch, length].
-        device: where the mask is wanted.
-        validate: also read the values when that needs a device synchronisation.
-
-    Raises:
-        ValueError: wrong type, shape or values.
+    """The first so many slots ([batch, 1] or [batch]) of every sequence, padding in front counted:
+    bool [batch, length]. Raises ValueError on a wrong type, shape or value.
     """
     batch_size, length = shape
     if tuple(question_lengths.shape) not in ((batch_size, 1), (batch_size,)):
@@ -194,11 +186,6 @@ def mask_question(
 
     These are the question's but the sequence's first token that is not padding, which stands for
     "no answer". (Transformers' BigBird takes slot 0 for it, which under left padding is a pad.)
-
-    Args:
-        logits: [batch, length, 2].
-        is_question: bool [batch, length].
-        attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
     """
     valid = torch.ones_like(is_question)
     if attention_mask is not None:

@@ -22,16 +22,10 @@ def can_read_values(tensor: torch.Tensor, validate: bool) -> bool:
 def boolean_mask(
     name: str, mask: torch.Tensor | None, shape: tuple[int, int], validate: bool
 ) -> torch.Tensor | None:
-    """A mask of 0 and 1 of any type as bool, checked.
-
-    Args:
-        name: the argument, for the error.
-        mask: [batch, length] of 0 and 1 (bool, whole or floating point), or None.
-        shape: what [batch, length] must be.
-        validate: also read the values when that needs a device synchronisation.
+    """A mask [batch, length] of 0 and 1 (bool, whole or floating point) as bool; None stays None.
 
     Raises:
-        ValueError: wrong type, shape or values.
+        ValueError: it has a wrong type or shape, or values, where `can_read_values`.
     """
     if mask is None:
         return None
@@ -165,17 +159,14 @@ def check_choices(
     Raises:
         ValueError: the input has no dimension for the choices.
     """
-    needed = ["batch_size", "num_choices", "sequence_length"]
-    if input_ids is not None:
-        name, tensor = "input_ids", input_ids
-    elif inputs_embeds is not None:
-        name, tensor, needed = "inputs_embeds", inputs_embeds, [*needed, "hidden_size"]
-    else:
+    name, tensor, needed = "input_ids", input_ids, "batch_size, num_choices, sequence_length"
+    if tensor is None:
+        name, tensor, needed = "inputs_embeds", inputs_embeds, f"{needed}, hidden_size"
+    if tensor is None:
         raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
-    if tensor.ndim != len(needed) or tensor.shape[1] == 0:
+    if tensor.ndim != needed.count(",") + 1 or tensor.shape[1] == 0:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, "
-            f"({', '.join(needed)}) with at least one choice is needed"
+            f"{name} has shape {tuple(tensor.shape)}, ({needed}) with at least one choice is needed"
         )
     return tensor.shape[0], tensor.shape[1]
 

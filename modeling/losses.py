@@ -62,25 +62,22 @@ def choice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def span_loss(
-    start_logits: torch.Tensor,
-    end_logits: torch.Tensor,
-    start_positions: torch.Tensor,
-    end_positions: torch.Tensor,
+    logits: torch.Tensor, start_positions: torch.Tensor, end_positions: torch.Tensor
 ) -> torch.Tensor:
     """Mean cross entropy of an answer's start and end; positions beyond the input are ignored.
 
     Args:
-        start_logits, end_logits: [batch, length].
+        logits: [batch, length, 2].
         start_positions, end_positions: [batch] or [batch, 1].
     """
-    length = start_logits.shape[1]
+    length = logits.shape[1]
     losses = [
         F.cross_entropy(
-            _full_precision(logits),
-            positions.to(logits.device).view(-1).clamp(0, length),
-            ignore_index=length,
+            scores, positions.to(logits.device).view(-1).clamp(0, length), ignore_index=length
         )
-        for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
+        for scores, positions in zip(
+            _full_precision(logits).unbind(2), (start_positions, end_positions), strict=True
+        )
     ]
     return (losses[0] + losses[1]) / 2
 

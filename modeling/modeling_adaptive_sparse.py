@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -70,15 +71,6 @@ NOTHING_IS_SELECTED = (
     "a model that can select blocks is trained with a selection_strength of 0: it selects none and "
     "learns nothing about them. Give the Trainer a SelectionRampCallback, or call "
     "model.set_selection_strength(1.0)"
-)
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
 )
 
 
@@ -292,9 +284,8 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
     @classmethod
     def _saved_config(cls, source: str | os.PathLike, kwargs: dict) -> dict:
         """The configuration beside the weights; raises ValueError if it is of another type."""
-        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name)}
         try:
-            config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
+            config, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
         except OSError:
             # As in an adapter's folder; Transformers says what is missing.
             return {}
@@ -322,38 +313,47 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if isinstance(module, AdaptiveSelection | WindowLinearAttention):
             module.reset_parameters()
 
-    def set_selection_strength(self, strength: float) -> None:
-        """Sets how strongly the chosen blocks of attention_pattern "adaptive" are read.
-
-        Args:
-            strength: from 0 (not at all, the source's pattern) to 1 (as the window is).
+    def _may_cache(self, past_key_values: Cache | None) -> bool:
+        """Whether layers may add to a cache: one that is run again for its gradients would add a
+        second time.
 
         Raises:
-            ValueError: the number is out of range, or the pattern is another one.
+            ValueError: such layers are given a cache with tokens, which they could not read.
         """
-        set_selection_strength(self, strength)
+        if not (
+            self.training
+            and torch.is_grad_enabled()
+            and getattr(self, "gradient_checkpointing", False)
+        ):
+            return True
+        if past_key_values is not None and (length := int(past_key_values.get_seq_length())):
+            raise ValueError(
+                f"past_key_values holds {length} tokens, none is allowed in training with gradient "
+                "checkpointing: call under torch.no_grad(), or model.eval()"
+            )
+        return False
 
-    def add_selection_losses(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of a head with what `config.target_density` adds to it in training."""
-        config = self.config
-        if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
-            return loss
-        parts = selections(self)
-        if not torch.compiler.is_compiling() and not parts[0].is_active:
-            logger.warning_once(NOTHING_IS_SELECTED)
-        if config.target_density is None:
-            return loss
-        total = loss + density_loss(parts, config.target_density)
-        parts[0].record_losses(loss, total)
-        return total
+    set_selection_strength = set_selection_strength
 
     def head_loss(
         self, loss: Callable[..., torch.Tensor], logits: torch.Tensor, labels, *more: Any
     ) -> torch.Tensor | None:
-        """`loss(logits, labels, *more)` and what the selection adds; None without labels."""
-        if labels is None:
+        """`loss(logits, labels, *more)` and what `config.target_density` adds to it in training;
+        None without labels.
+        """
+        if labels is None or (loss is span_loss and None in more):
             return None
-        return self.add_selection_losses(loss(logits, labels, *more))
+        value, config = loss(logits, labels, *more), self.config
+        if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
+            return value
+        parts = selections(self)
+        if not torch.compiler.is_compiling() and not parts[0].is_active:
+            logger.warning_once(NOTHING_IS_SELECTED)
+        if config.target_density is None:
+            return value
+        total = value + density_loss(parts, config.target_density)
+        parts[0].record_losses(value, total)
+        return total
 
     def _encode(
         self,
@@ -463,13 +463,9 @@ class AdaptiveSparseModel(AdaptiveSparsePreTrainedModel):
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         _, length = check_inputs(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            validate,
-            token_type_ids=token_type_ids,
+            self.config, input_ids, inputs_embeds, validate, token_type_ids=token_type_ids,
             position_ids=position_ids,
-        )
+        )  # fmt: skip
         if position_ids is None:
             check_length(length, self.config.max_sequence_length)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -765,15 +761,11 @@ class AdaptiveSparseForQuestionAnswering(AdaptiveSparsePreTrainedModel):
         logits = self.qa_outputs(outputs.last_hidden_state)
         if is_question is not None:
             logits = mask_question(logits, is_question, attention_mask)
-        start_logits, end_logits = logits.unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
-            loss = self.add_selection_losses(loss)
+        start_logits, end_logits = logits.movedim(-1, 0).contiguous()
         return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
+            loss=self.head_loss(span_loss, logits, start_positions, end_positions),
+            start_logits=start_logits,
+            end_logits=end_logits,
             **beside_the_head(outputs),
         )
 

@@ -19,13 +19,12 @@ from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.causal.attention import CausalSparseAttention
 from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
-    boolean_mask,
     can_read_values,
     check_extra_arguments,
     check_inputs,
     check_length,
 )
-from adaptive_longformer.modeling.losses import next_token_loss
+from adaptive_longformer.modeling.losses import next_token_loss, token_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseEmbeddings,
     AdaptiveSparseLanguageModel,
@@ -36,10 +35,9 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     beside_the_head,
     returning_a_dict,
 )
-from adaptive_longformer.modeling.padding import LeftPadding, effective_mask
+from adaptive_longformer.modeling.new_tokens import NewTokens, new_tokens, padded_mask
+from adaptive_longformer.modeling.padding import LeftPadding
 
-# Caches of a fixed size come with masks over pairs of tokens, which these models make themselves.
-CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "quantized")
 SELECTING_CACHE_IMPLEMENTATIONS = (None, "dynamic")
 
 # What a token sees must not depend on how many tokens follow it.
@@ -59,13 +57,13 @@ class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
         attention_mask: torch.Tensor | None = None,
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
-        past_length: int = 0,
+        slots: torch.Tensor | None = None,
         first_slots: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
-            hidden_states, attention_mask, sink_rank, output_attentions, past_length, first_slots,
+            hidden_states, attention_mask, sink_rank, output_attentions, slots, first_slots,
             selection_state, past_key_values,
         )  # fmt: skip
         return self.after_attention(attended, hidden_states)
@@ -151,90 +149,92 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             position_ids: [batch, length] rows of the position table. None: tokens are counted
                 without padding, whatever `config.position_style` says about slots.
             inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
-            past_key_values: the keys and values of earlier tokens; the new ones are added. None: a
-                cache is made as needed, see `causal_cache`.
+            past_key_values: the keys and values of earlier tokens; the new ones are added, unless
+                gradient checkpointing is at work. None: a cache is made as needed, see
+                `causal_cache`.
             use_cache: whether to make a cache if none is given; None: `config.use_cache`, never in
                 training.
-            validate: also check values whose reading makes the host wait for the device (they are
-                always checked on the CPU, except while compiling).
+            validate: see `AdaptiveSparseModel.forward`.
             kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
 
         Returns:
             last_hidden_state [batch, length, hidden_size], past_key_values or None, and on request
-            hidden_states and attentions.
+            hidden_states and attentions (after cached tokens, of what the cache has kept).
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, the sequence is longer than
-                the position table, or past_key_values is of a fixed size or no cache for the chosen
-                blocks.
+                the position table, or past_key_values is no cache for the chosen blocks.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_inputs(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            validate,
-            token_type_ids=token_type_ids,
+            self.config, input_ids, inputs_embeds, validate, token_type_ids=token_type_ids,
             position_ids=position_ids,
-        )
-        if past_key_values is not None and past_key_values.is_compileable:
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, whose size is fixed: a "
-                "transformers.DynamicCache is needed"
-            )
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        total = past_length + length
-        mask = boolean_mask("attention_mask", attention_mask, (batch_size, total), validate)
+        )  # fmt: skip
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
-        mask = effective_mask(mask, tokens.device)
+        new = new_tokens(
+            past_key_values, attention_mask, (batch_size, length), tokens.device, validate
+        )
+        is_first = new.total == length
+        if is_first:  # they read no cache
+            mask = None if new.mask is None else new.mask[:, :length]
+            new = new._replace(num_keys=length, mask=mask)
         if position_ids is None:
-            position_ids = self._position_ids(mask, past_length, total, tokens.device)
+            position_ids = self._position_ids(new)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        sink_rank = self._sink_rank(mask, batch_size, total, tokens.device)
+        sink_rank = self._sink_rank(new, batch_size)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        if not self._may_cache(past_key_values):
+            past_key_values = None
+        elif use_cache and past_key_values is None:
             past_key_values = causal_cache(self.config, self.is_selecting)
-        first_slots = LeftPadding.of(mask).slots if self.is_selecting else None
-        if first_slots is not None and past_length:
+        first_slots = LeftPadding.of(new.mask).slots if self.is_selecting else None
+        if first_slots is not None and not is_first:
             first_slots = first_slots.cpu()  # once for all layers
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, mask, sink_rank, output_attentions, past_length, first_slots,
-                self._selection_state(validate), past_key_values=past_key_values,
+                hidden_states, new.mask, sink_rank, output_attentions,
+                None if is_first else new.slots, first_slots, self._selection_state(validate),
+                past_key_values,
             )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
 
-    def _position_ids(
-        self, mask: torch.Tensor | None, past_length: int, total: int, device: torch.device
-    ) -> torch.Tensor:
+    def _position_ids(self, new: NewTokens) -> torch.Tensor:
         """Rows of the position table of the new tokens: [batch or 1, length]."""
-        longest = total
-        if mask is None:
-            index = torch.arange(past_length, total, device=device)[None]
-        else:
-            if can_read_values(mask, validate=False):
-                longest = int(mask.sum(dim=1).max())
-            index = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
-        check_length(longest, self.config.max_sequence_length)
+        longest, index = new.total, new.slots[None]
+        if new.mask is not None:
+            if can_read_values(new.mask, validate=False):
+                longest = int(new.mask.sum(dim=1).max())
+            index = (new.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, new.slots]
+        if longest is not None:
+            check_length(longest, self.config.max_sequence_length)
         return index + self.config.position_offset
 
-    def _sink_rank(
-        self, mask: torch.Tensor | None, batch_size: int, total: int, device: torch.device
-    ) -> torch.Tensor | None:
-        """The how-manieth sink every token is, int64 [batch, total]; None if there are none."""
+    def _sink_rank(self, new: NewTokens, batch_size: int) -> torch.Tensor | None:
+        """The how-manieth sink every token is, int64 [batch, keys]; None if there are none."""
         num_sinks = self.config.num_sink_tokens
         if num_sinks == 0 or not self.config.uses_global_tokens:
             return None
-        if mask is None:
-            rank = torch.arange(total, device=device).expand(batch_size, -1)
+        if new.mask is None:
+            rank = torch.arange(new.num_keys, device=new.slots.device).expand(batch_size, -1)
         else:
-            rank = (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, num_sinks)
+            rank = (new.mask.long().cumsum(dim=1) - 1).masked_fill(~new.mask, num_sinks)
         return rank.clamp(max=num_sinks)
+
+
+class CausalArguments(OutputArguments, total=False):
+    """What the model with a head also takes. (Trainer looks for labels in signatures.)
+
+    Attributes:
+        shift_labels: [batch, length] the next tokens' ids, where they are not those that follow in
+            the input, as in context parallelism; in place of labels.
+    """
+
+    shift_labels: torch.Tensor | None
 
 
 class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
@@ -246,6 +246,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
     """
 
     _no_split_modules = ["AdaptiveSparseEmbeddings", "AdaptiveSparseCausalLayer"]
+    create_masks_for_generate = staticmethod(padded_mask)
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
@@ -266,7 +267,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         validate: bool = False,
-        **kwargs: Unpack[OutputArguments],
+        **kwargs: Unpack[CausalArguments],
     ) -> CausalLMOutputWithPast:
         """Predicts next tokens; the other arguments are those of the decoder's forward.
 
@@ -283,7 +284,8 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
             ValueError: both labels and logits_to_keep are given, or see
                 `AdaptiveSparseCausalModel.forward`.
         """
-        if labels is not None and logits_to_keep:
+        shift_labels = kwargs.pop("shift_labels", None)
+        if logits_to_keep and not (labels is None and shift_labels is None):
             raise ValueError(
                 f"logits_to_keep is {logits_to_keep}, 0 is needed with labels: the loss reads all"
             )
@@ -293,7 +295,10 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
         )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         num_items = kwargs.get("num_items_in_batch")
-        loss = self.head_loss(next_token_loss, logits, labels, num_items)
+        if shift_labels is None:
+            loss = self.head_loss(next_token_loss, logits, labels, num_items)
+        else:
+            loss = self.head_loss(token_loss, logits, shift_labels, num_items)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **beside_the_head(outputs))
 
     def prepare_inputs_for_generation(
@@ -314,23 +319,17 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, *args, **kwargs
     ):
         """Gives `generate()` our cache where it would make a DynamicCache."""
-        is_selecting = self.model.is_selecting
-        allowed = SELECTING_CACHE_IMPLEMENTATIONS if is_selecting else CACHE_IMPLEMENTATIONS
-        if generation_config.cache_implementation not in allowed:
+        is_selecting, kind = self.model.is_selecting, generation_config.cache_implementation
+        if is_selecting and kind not in SELECTING_CACHE_IMPLEMENTATIONS:
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}, allowed are "
-                f"{', '.join(map(repr, allowed))}"
+                f"cache_implementation is {kind!r}, where layers choose blocks allowed are "
+                f"{', '.join(map(repr, SELECTING_CACHE_IMPLEMENTATIONS))}"
             )
-        takes_back = (
-            generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        )
-        if (
-            model_kwargs.get("past_key_values") is None
-            and generation_config.use_cache is not False
-            and (
-                is_selecting or (generation_config.cache_implementation is None and not takes_back)
-            )
-        ):
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        takes_back = is_assisted or generation_config.is_assistant
+        has_cache = model_kwargs.get("past_key_values") is not None
+        makes_ours = is_selecting or (kind is None and not takes_back)
+        if makes_ours and not has_cache and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = causal_cache(self.config, is_selecting)
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[attr-defined]

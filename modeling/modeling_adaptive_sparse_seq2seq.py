@@ -22,6 +22,11 @@ from transformers.modeling_outputs import (
     Seq2SeqQuestionAnsweringModelOutput,
     Seq2SeqSequenceClassifierOutput,
 )
+from transformers.models.bart.modeling_bart import (
+    BartClassificationHead,
+    BartScaledWordEmbedding,
+    shift_tokens_right,
+)
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -45,7 +50,11 @@ from adaptive_longformer.modeling.input_checks import (
     check_inputs,
     check_length,
 )
-from adaptive_longformer.modeling.losses import classification_loss, span_loss, token_loss
+from adaptive_longformer.modeling.losses import (
+    classification_loss,
+    span_loss,
+    token_loss,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparsePreTrainedModel,
     OutputArguments,
@@ -53,6 +62,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     beside_the_head,
     returning_a_dict,
 )
+from adaptive_longformer.modeling.new_tokens import new_tokens, padded_mask
 from adaptive_longformer.modeling.padding import effective_mask
 
 logger = logging.get_logger(__name__)
@@ -65,40 +75,6 @@ FORGOTTEN_GLOBAL_MASK = (
 )
 
 
-def shift_tokens_right(
-    input_ids: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int
-) -> torch.Tensor:
-    """The decoder's input for a text it shall predict: the text one token later, start token first.
-
-    Args:
-        input_ids: [batch, length] token ids or labels.
-        pad_token_id: takes the place of -100, which labels have where they are ignored.
-        decoder_start_token_id: the first token of the result.
-
-    Raises:
-        ValueError: there is no pad token.
-    """
-    if pad_token_id is None:
-        raise ValueError(
-            "config.pad_token_id is None, a token id is needed to make decoder_input_ids from "
-            "labels or input_ids"
-        )
-    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
-    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-class ScaledEmbedding(nn.Embedding):
-    """Word embeddings times a constant, 1 or sqrt(d_model)."""
-
-    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
-        super().__init__(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
-        self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * self.scale
-
-
 class AdaptiveSparseSeq2SeqEmbeddings(nn.Module):
     """The sum of word and position embeddings; normalised where the layers normalise at their end.
 
@@ -107,7 +83,10 @@ class AdaptiveSparseSeq2SeqEmbeddings(nn.Module):
 
     def __init__(self, config: AdaptiveSparseSeq2SeqConfig, num_positions: int) -> None:
         super().__init__()
-        self.word_embeddings: nn.Embedding = ScaledEmbedding(config)
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.word_embeddings: nn.Embedding = BartScaledWordEmbedding(
+            config.vocab_size, config.d_model, cast(Any, config.pad_token_id), embed_scale=scale
+        )
         self.position_embeddings = nn.Embedding(num_positions, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model) if config.norm_style == "post" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -116,10 +95,11 @@ class AdaptiveSparseSeq2SeqEmbeddings(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        num_cached: int = 0,
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        slots = torch.arange(num_cached, num_cached + words.shape[1], device=words.device)
+        if slots is None:
+            slots = torch.arange(words.shape[1], device=words.device)
         embeddings = words + self.position_embeddings(slots)
         if self.layer_norm is not None:
             embeddings = self.layer_norm(embeddings)
@@ -241,19 +221,13 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Resizes the vocabulary as in Transformers; new tokens have no logit bias.
-
-        Raises:
-            ValueError: encoder and decoder have tables of their own.
-        """
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings is False, True is needed to resize the vocabulary of encoder, "
-                "decoder and language head together"
-            )
+        """Resizes every vocabulary as in Transformers; new tokens have no logit bias."""
         embeddings = super().resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
+        decoder = getattr(self.base_model, "decoder", None)
+        if decoder is not None and not self.config.tie_word_embeddings:
+            decoder.resize_token_embeddings(embeddings.weight.shape[0], None, mean_resizing)
         if isinstance(self, AdaptiveSparseForConditionalGeneration):
             more = embeddings.weight.shape[0] - self.final_logits_bias.shape[1]
             self.final_logits_bias = F.pad(self.final_logits_bias, (0, more))
@@ -301,22 +275,11 @@ class AdaptiveSparseSeq2SeqEncoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
-        """Encodes a batch of documents of any length up to `config.max_sequence_length`.
-
-        Args:
-            input_ids: [batch, length] token ids; or give `inputs_embeds`.
-            attention_mask: [batch, length], 1 for tokens, 0 for padding. None: no padding.
-            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that
-                all attend to. None: `config.default_global_tokens`.
-            inputs_embeds: [batch, length, d_model] in place of the (scaled) word embeddings.
-            validate: see `AdaptiveSparseModel.forward`.
-            output_attentions, output_hidden_states: what else to return.
+        """Encodes a batch of documents of any length up to `config.max_sequence_length`; the
+        arguments are those of `AdaptiveSparseSeq2SeqModel.forward`.
 
         Returns:
             last_hidden_state [batch, length, d_model], and on request hidden_states and attentions.
-
-        Raises:
-            ValueError: an argument has a wrong shape, type or value, or the document is too long.
         """
         config = self.config
         _, length = check_inputs(config, input_ids, inputs_embeds, validate)
@@ -382,20 +345,13 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Decodes a batch of texts, or the tokens that follow those in the cache.
+        """Decodes a batch of texts, or the tokens that follow those in the cache; other arguments
+        are the decoder's of `AdaptiveSparseSeq2SeqModel.forward`.
 
         Args:
-            input_ids: [batch, length] token ids that are not in the cache; or `inputs_embeds`.
-            attention_mask: [batch, cached + length], 1 for tokens, 0 for padding. None: no padding.
             encoder_hidden_states: [documents, document_length, d_model]; several texts about one
                 document are neighbours in the batch.
             encoder_attention_mask: [documents, document_length], 1 for tokens, 0 for padding.
-            past_key_values: the cache of earlier calls.
-            inputs_embeds: [batch, length, d_model] in place of the (scaled) word embeddings.
-            use_cache: whether to return a cache; None: `config.use_cache`. Never while training
-                with gradient checkpointing.
-            validate: see `AdaptiveSparseModel.forward`.
-            output_attentions, output_hidden_states: what else to return.
 
         Returns:
             last_hidden_state [batch, length, d_model], past_key_values, and on request
@@ -405,26 +361,33 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             ValueError: an argument has a wrong shape, type or value, or the text is too long.
         """
         shape = check_inputs(self.config, input_ids, inputs_embeds, validate, prefix="decoder_")
-        batch_size, length = shape
-        encoder_mask = self._check_document(
-            encoder_hidden_states, encoder_attention_mask, batch_size, validate
-        )
-        assert encoder_hidden_states is not None
-        past_key_values = self._cache(past_key_values, use_cache)
-        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        key_length = num_cached + length
-        longest = self.config.max_decoder_position_embeddings
-        if key_length > longest:
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states is None, the encoded document is needed")
+        num_documents = encoder_hidden_states.shape[0]
+        if shape[0] % max(1, num_documents) or (shape[0] and not num_documents):
             raise ValueError(
-                f"the decoder is given {key_length} tokens, at most "
+                f"decoder_input_ids has {shape[0]} sequences, a multiple of the number of "
+                f"documents = {num_documents} is needed"
+            )
+        document_shape = (num_documents, encoder_hidden_states.shape[1])
+        encoder_mask = boolean_mask(
+            "attention_mask", encoder_attention_mask, document_shape, validate
+        )
+        past_key_values = self._cache(past_key_values, use_cache)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        device = tokens.device
+        new = new_tokens(
+            past_key_values, attention_mask, shape, device, validate, name="decoder_attention_mask"
+        )
+        longest = self.config.max_decoder_position_embeddings
+        if new.total is not None and new.total > longest:
+            raise ValueError(
+                f"the decoder is given {new.total} tokens, at most "
                 f"config.max_decoder_position_embeddings = {longest} are allowed"
             )
-        mask = boolean_mask(
-            "decoder_attention_mask", attention_mask, (batch_size, key_length), validate
-        )
-        hidden_states = self.embeddings(input_ids, inputs_embeds, num_cached)
-        device = hidden_states.device
-        mask = causal_mask(length, key_length, effective_mask(mask, device), device)
+        hidden_states = self.embeddings(input_ids, inputs_embeds, new.slots)
+        mask = causal_mask(new)
         encoder_mask = effective_mask(encoder_mask, device)
         if encoder_mask is not None:
             encoder_mask = encoder_mask[:, None, None, :]
@@ -441,30 +404,12 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
 
-    def _check_document(
-        self,
-        hidden_states: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        batch_size: int,
-        validate: bool,
-    ) -> torch.Tensor | None:
-        """The encoded document's mask, bool [documents, document_length]."""
-        if hidden_states is None:
-            raise ValueError("encoder_hidden_states is None, the encoded document is needed")
-        num_documents, length, _ = hidden_states.shape
-        if batch_size % max(1, num_documents) or (batch_size and not num_documents):
-            raise ValueError(
-                f"decoder_input_ids has {batch_size} sequences, a multiple of the number of "
-                f"documents = {num_documents} is needed"
-            )
-        return boolean_mask("attention_mask", mask, (num_documents, length), validate)
-
     def _cache(
         self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
     ) -> EncoderDecoderCache | None:
         """The cache to use: the caller's, a new one, or none."""
-        if self.gradient_checkpointing and self.training:
-            return None  # recomputed layers would extend it a second time
+        if not self._may_cache(past_key_values):
+            return None
         if past_key_values is None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
             return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
@@ -472,12 +417,6 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}, "
                 "a transformers.EncoderDecoderCache is needed"
-            )
-        if past_key_values.is_compileable:
-            kind = type(past_key_values.self_attention_cache).__name__
-            raise ValueError(
-                f"past_key_values holds a {kind}, whose size is fixed (in generate(), "
-                "cache_implementation='static'): a transformers.DynamicCache is needed"
             )
         return past_key_values
 
@@ -535,8 +474,10 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
             decoder_attention_mask: [batch, target_length], 1 for tokens, 0 for padding, cached
                 tokens included.
             encoder_outputs: what the encoder returned for the document, to not encode it again.
-            global_attention_mask: [batch, length], see `AdaptiveSparseSeq2SeqEncoder.forward`.
-            past_key_values: the decoder's cache; give it only the tokens that come after.
+            global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that
+                all attend to. None: `config.default_global_tokens`.
+            past_key_values: the decoder's cache; give it only the tokens that come after. Not used
+                in training with gradient checkpointing.
             inputs_embeds: [batch, length, d_model] in place of the document's word embeddings.
             decoder_inputs_embeds: [batch, target_length, d_model].
             use_cache: whether to return the decoder's cache; None: `config.use_cache`.
@@ -596,7 +537,7 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
                 "Give decoder_input_ids or labels"
             )
         return shift_tokens_right(
-            input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
+            input_ids, cast(Any, self.config.pad_token_id), self.config.decoder_start_token_id
         )
 
 
@@ -604,8 +545,10 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
     """Encoder and decoder with a language head, for summaries and other texts about a document.
 
     torch.compile makes one graph of a whole training step, of `get_encoder()`, and of a decoding
-    step of `get_decoder()`, whose cache may grow; caches of a fixed size are refused.
+    step, whose cache may grow or be of a fixed size.
     """
+
+    create_masks_for_generate = staticmethod(padded_mask)
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embeddings.word_embeddings.weight"}
     _keys_to_ignore_on_load_missing = [
@@ -624,7 +567,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for labels [batch, target_length], which data collators ask for."""
         return shift_tokens_right(
-            labels, self.config.pad_token_id, self.config.decoder_start_token_id
+            labels, cast(Any, self.config.pad_token_id), self.config.decoder_start_token_id
         )
 
     @can_return_tuple
@@ -674,17 +617,26 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeats what the decoder reads for every beam, but not the document."""
-        document = {
-            name: model_kwargs.pop(name)
-            for name in ("encoder_outputs", "attention_mask", "global_attention_mask")
-            if name in model_kwargs
-        }
+        """Repeats what the decoder reads for every beam, but not the document.
+
+        But that too where something listens before a projection of the cross-attention is called:
+        PEFT's `adapter_names` have a name for every text.
+        """
+        names = ("encoder_outputs", "attention_mask", "global_attention_mask")
+        document = {}
+        if not self._is_watched():
+            document = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
+            is_encoder_decoder = False
         # Transformers asks for attributes in `self` that not even its own models have.
         expanded = cast(Any, super())._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return expanded[0], {**expanded[1], **document}
+
+    def _is_watched(self) -> bool:
+        layers = cast(Any, self.model.decoder.layers)
+        modules = [module for layer in layers for module in layer.cross_attention.children()]
+        return any(module._forward_pre_hooks for module in modules)
 
     def _reorder_cache(
         self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor
@@ -733,6 +685,7 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
         decoder_inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
+        use_cache: bool = False,
         validate: bool = False,
         **kwargs: Unpack[OutputArguments],
     ) -> Seq2SeqQuestionAnsweringModelOutput:
@@ -748,35 +701,17 @@ class AdaptiveSparseSeq2SeqForQuestionAnswering(AdaptiveSparseSeq2SeqPreTrainedM
         """
         outputs = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
-            global_attention_mask, None, inputs_embeds, decoder_inputs_embeds, False, validate,
+            global_attention_mask, None, inputs_embeds, decoder_inputs_embeds, use_cache, validate,
             **returning_a_dict(kwargs),
         )  # fmt: skip
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = span_loss(start_logits, end_logits, start_positions, end_positions)
-            loss = self.add_selection_losses(loss)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        start_logits, end_logits = logits.movedim(-1, 0).contiguous()
         return Seq2SeqQuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits.contiguous(),
-            end_logits=end_logits.contiguous(),
+            loss=self.head_loss(span_loss, logits, start_positions, end_positions),
+            start_logits=start_logits,
+            end_logits=end_logits,
             **beside_the_head(outputs),
         )
-
-
-class AdaptiveSparseSeq2SeqClassificationHead(nn.Module):
-    """Dropout, dense, tanh, dropout and projection to the labels."""
-
-    def __init__(self, config: AdaptiveSparseSeq2SeqConfig) -> None:
-        super().__init__()
-        assert config.num_labels is not None  # Transformers names two labels if nobody else does
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.d_model, config.num_labels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = torch.tanh(self.dense(self.dropout(hidden_states)))
-        return self.out_proj(self.dropout(hidden_states))
 
 
 class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTrainedModel):
@@ -792,7 +727,10 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = AdaptiveSparseSeq2SeqModel(config, head="ForSequenceClassification")
-        self.classifier = AdaptiveSparseSeq2SeqClassificationHead(config)
+        assert config.num_labels is not None  # Transformers names two labels if nobody else does
+        self.classifier = BartClassificationHead(
+            config.d_model, config.d_model, config.num_labels, config.classifier_dropout
+        )
         self.post_init()
 
     @can_return_tuple
@@ -806,6 +744,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
         global_attention_mask: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool = False,
         validate: bool = False,
         **kwargs: Unpack[OutputArguments],
     ) -> Seq2SeqSequenceClassifierOutput:
@@ -831,7 +770,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
             )
         outputs = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
-            global_attention_mask, None, None, decoder_inputs_embeds, False, validate,
+            global_attention_mask, None, None, decoder_inputs_embeds, use_cache, validate,
             **returning_a_dict(kwargs),
         )  # fmt: skip
         logits = self.classifier(self._last_end(outputs.last_hidden_state, input_ids, validate))

@@ -73,11 +73,13 @@ class LeftPadding:
         """Rows [batch, ..., length, ...] that begin with their tokens; None stays None."""
         return self._rolled(rows, dim, 1)
 
-    def restored(self, rows: Rows, dim: int = 1) -> Rows:
-        """The rows as they were before `removed`."""
-        return self._rolled(rows, dim, -1)
+    def restored(self, rows: Rows, dim: int = 1, zero: bool = False) -> Rows:
+        """The rows as they were before `removed`; or 0 in the padding, which saw the rest from
+        behind.
+        """
+        return self._rolled(rows, dim, -1, zero)
 
-    def _rolled(self, rows: Any, dim: int, direction: int) -> Any:
+    def _rolled(self, rows: Any, dim: int, direction: int, zero: bool = False) -> Any:
         """Slot s gets what was in slot s + direction * slots."""
         if rows is None or self.slots is None:
             return rows
@@ -86,4 +88,7 @@ class LeftPadding:
         source = (target + direction * self.slots[:, None]) % max(length, 1)  # [batch, length]
         shape = [1] * rows.ndim
         shape[0], shape[dim] = source.shape
-        return rows.take_along_dim(source.view(shape), dim=dim)
+        rolled = rows.take_along_dim(source.view(shape), dim=dim)
+        return (
+            rolled.masked_fill((target < self.slots[:, None]).view(shape), 0.0) if zero else rolled
+        )

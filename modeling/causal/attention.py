@@ -36,7 +36,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         attention_mask: torch.Tensor | None = None,
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
-        past_length: int = 0,
+        slots: torch.Tensor | None = None,
         first_slots: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
         past_key_values: Cache | None = None,
@@ -45,16 +45,12 @@ class CausalSparseAttention(AdaptiveSparseAttention):
 
         Args:
             hidden_states: [batch, length, hidden_size], of the new tokens.
-            attention_mask: bool [batch, past_length + length], True where a token is not padding;
-                None: all are.
-            sink_rank: int64 [batch, past_length + length], the how-manieth sink a token is, the
-                number of sinks for all others; None: there are no sinks.
-            output_attentions: whether to return the probabilities as well.
-            past_length: tokens that came before these.
+            attention_mask: bool [batch, keys], True where a token is not padding; None: all are.
+            sink_rank: int64 [batch, keys], the how-manieth sink a token is, the number of sinks for
+                all others; None: there are no sinks.
+            slots: int64 [length], where the tokens stand after cached ones; None: there are none.
             first_slots: int64 [batch], where a layer that chooses blocks begins to count them:
                 every row's first valid token; None: 0.
-            selection_state: what such a layer remembers of this forward pass.
-            past_key_values: where keys and values are kept.
 
         Returns:
             The output [batch, length, hidden_size], and the attention probabilities before dropout
@@ -67,7 +63,9 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         query, key, value = self._project(hidden_states)
         kept = cache_layer = None
         if past_key_values is not None:
-            new_ranks = None if sink_rank is None else sink_rank[:, past_length:]
+            new_ranks = sink_rank
+            if sink_rank is not None and slots is not None:
+                new_ranks = sink_rank[:, slots]
             kept = past_key_values.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
             cache_layer = past_key_values.layers[self.layer_idx]
         is_selecting = self.is_selecting
@@ -81,10 +79,11 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         if isinstance(cache_layer, SelectionLayer):
             queries = cache_layer.add_queries(query)
         dropout_p = self.dropout_p if self.training else 0.0
-        if past_length == 0:
-            context, probabilities = self._attend_from_start(
-                query, key, value, attention_mask, sink_rank, first_slots, selection_state,
-                output_attentions,
+        if slots is None:
+            context, probabilities = self._attend(
+                query, key, value, attention_mask,
+                None if sink_rank is None else sink_rank < self.num_sinks,
+                Reads(self.pattern), selection_state, output_attentions, LeftPadding(first_slots),
             )  # fmt: skip
         elif is_selecting:
             assert self.adaptive is not None and queries is not None
@@ -96,9 +95,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             context, probabilities = decoding.attend(query, queries, output_attentions)
         else:
             assert kept is not None
-            visible = self._visible(
-                cache_layer, past_length, query.shape[2], kept[0], attention_mask, sink_rank
-            )
+            visible = self._visible(cache_layer, slots, kept[0], attention_mask, sink_rank)
             context, probabilities = dense_attention(
                 query,
                 *kept,
@@ -109,41 +106,10 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             )
         return self.output(context.transpose(1, 2).flatten(2)), probabilities
 
-    def _attend_from_start(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        sink_rank,
-        first_slots,
-        selection_state,
-        output_attentions,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All tokens of the sequences at once."""
-        padding = LeftPadding(first_slots)
-        query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
-        attention_mask, sink_rank = padding.removed(attention_mask), padding.removed(sink_rank)
-        global_mask = None if sink_rank is None else sink_rank < self.num_sinks
-        reads = Reads(self.pattern)
-        context, probabilities = self._attend(
-            query, key, value, attention_mask, global_mask, reads, selection_state,
-            output_attentions,
-        )  # fmt: skip
-        if first_slots is not None:
-            # Padding before a sequence has seen it from behind.
-            is_padding = ~attention_mask[:, None, :, None]
-            context = context.masked_fill(is_padding, 0.0)
-            if probabilities is not None:
-                probabilities = probabilities.masked_fill(is_padding, 0.0)
-        probabilities = padding.restored(padding.restored(probabilities, dim=2), dim=3)
-        return padding.restored(context, dim=2), probabilities
-
     def _visible(
         self,
         cache_layer: object,
-        past_length: int,
-        length: int,
+        query_slots: torch.Tensor,
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         sink_rank: torch.Tensor | None,
@@ -154,11 +120,10 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             num_packed, slots = cache_layer.num_sinks, cache_layer.slots()
         else:
             slots = torch.arange(key.shape[2], device=key.device)[None]
-        total = past_length + length
-        query_slot = torch.arange(past_length, total, device=key.device)[:, None]
+        query_slot = query_slots.to(key.device)[:, None]
         key_slot = slots.clamp(min=0)[:, None]  # [batch or 1, 1, kept]
         head = torch.zeros((), dtype=torch.int64, device=key.device)
-        visible = self.pattern.allowed(query_slot, key_slot, head, total)
+        visible = self.pattern.allowed(query_slot, key_slot, head, key.shape[2])
         if sink_rank is not None:
             is_sink = (sink_rank < self.num_sinks).take_along_dim(key_slot[:, 0], dim=1)[:, None]
             # Sinks that the window covers are there twice: only those in front count.

@@ -61,8 +61,9 @@ def test_span_loss_ignores_positions_beyond_the_input_and_equals_transformers():
     start, end = torch.randn(3, 6), torch.randn(3, 6)
     starts, ends = torch.tensor([0, 5, 99]), torch.tensor([2, -4, 5])
     expected = ForQuestionAnsweringLoss(start, end, starts, ends)
-    torch.testing.assert_close(span_loss(start, end, starts, ends), expected)
-    torch.testing.assert_close(span_loss(start, end, starts[:, None], ends[:, None]), expected)
+    logits = torch.stack([start, end], dim=2)
+    for positions in ((starts, ends), (starts[:, None], ends[:, None])):
+        torch.testing.assert_close(span_loss(logits, *positions), expected)
 
 
 def test_choice_loss_is_not_shifted():

@@ -293,7 +293,7 @@ def test_attentions_are_dense_and_their_rows_sum_to_1(padding, separate):
         torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 70))
         if padding == "right":
             assert not attention[1, ..., -23:].any()
-    assert torch.equal(outputs.logits, expected)
+    torch.testing.assert_close(outputs.logits, expected)
     assert model(**inputs).attentions is None
 
 

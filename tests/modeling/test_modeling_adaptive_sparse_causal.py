@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     DynamicCache,
     StaticCache,
     Trainer,
@@ -210,16 +211,56 @@ def test_generation_reads_the_prompt_in_pieces_as_embeddings_or_goes_on_after_it
     assert torch.equal(rest, expected)
 
 
-def test_a_cache_of_a_fixed_size_is_refused():
-    input_ids, mask = left_padded([30])
-    with pytest.raises(ValueError, match="cache_implementation is 'static', allowed are None"):
-        generated(causal(), input_ids, mask, cache_implementation="static")
-    model = causal()
+@by_pattern
+def test_a_cache_of_a_fixed_size_gives_the_same_text(pattern):
+    model = causal(pattern)
+    input_ids, mask = left_padded([30, 21])
+    for options in ({}, {"num_beams": 3}):
+        found = generated(model, input_ids, mask, cache_implementation="static", **options)
+        assert torch.equal(found, generated(model, input_ids, mask, **options))
     cache = StaticCache(config=model.config, max_cache_len=40)
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
-        model(input_ids, mask, past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache, whose size is fixed"):
-        generated(model, input_ids, mask, past_key_values=cache)
+    with torch.no_grad():
+        expected = model(input_ids, mask).logits
+        model(input_ids[:, :20], mask[:, :20], past_key_values=cache)
+        for end, given in ((21, mask[:, :21]), (30, mask)):
+            past = int(cache.get_seq_length())
+            found = model(input_ids[:, past:end], given, past_key_values=cache).logits
+            valid = mask[:, past:end] == 1
+            torch.testing.assert_close(found[valid], expected[:, past:end][valid])
+
+
+def test_decoding_with_a_cache_of_a_fixed_size_is_one_graph():
+    model, (input_ids, mask) = causal(), left_padded([30, 21])
+    torch._dynamo.utils.counters.clear()
+    compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(
+        generated(model, input_ids, mask, **options), generated(model, input_ids, mask)
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_training_mode_with_gradient_checkpointing_changes_no_text():
+    model, (input_ids, mask) = causal(), left_padded([30, 21])
+    expected = generated(model, input_ids, mask)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(generated(model, input_ids, mask), expected)
+    assert model(input_ids, mask, use_cache=True).past_key_values is None
+    with torch.no_grad():
+        cache = model(input_ids, mask, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 30
+    with pytest.raises(ValueError, match="past_key_values holds 30 tokens, none is allowed in"):
+        model(input_ids[:, :1], past_key_values=cache)
+
+
+def test_targets_that_are_shifted_already_take_the_place_of_labels():
+    model, (input_ids, mask) = causal(), left_padded([30])
+    expected = model(input_ids, mask, labels=input_ids)
+    targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+    for labels in (None, input_ids.flip(1)):
+        outputs = model(input_ids, mask, labels=labels, shift_labels=targets)
+        torch.testing.assert_close(outputs.loss, expected.loss)
 
 
 def test_a_tuple_holds_the_same_as_the_dict():

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     BartConfig,
+    CompileConfig,
     DynamicCache,
     EncoderDecoderCache,
     LEDConfig,
@@ -29,6 +30,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
 from adaptive_longformer.testing import (
     SEQ2SEQ_MODEL_CLASSES,
     loss_of,
+    randomize_all_parameters,
     tiny_seq2seq_config,
     tiny_seq2seq_inputs,
     tiny_seq2seq_model,
@@ -122,10 +124,21 @@ def test_vocabulary_can_be_resized():
 
 
 @by_name
-def test_a_vocabulary_in_several_tables_is_not_resized_in_one(model_class):
-    untied = tiny_seq2seq_model(model_class, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="tie_word_embeddings is False"):
-        untied.resize_token_embeddings(110)
+@pytest.mark.parametrize("new", [110, 95])
+def test_a_vocabulary_in_several_tables_is_resized_in_all_of_them(model_class, new):
+    model = tiny_seq2seq_model(model_class, tie_word_embeddings=False)
+    inputs = tiny_seq2seq_inputs(model)
+    for ids in (inputs["input_ids"], inputs.get("decoder_input_ids")):
+        if ids is not None:
+            ids.clamp_(max=94)
+    expected = model(**inputs)
+    model.resize_token_embeddings(new)
+    tables = [model.base_model.encoder, model.base_model.decoder]
+    assert [table.get_input_embeddings().weight.shape[0] for table in tables] == [new, new]
+    assert model.config.vocab_size == new
+    torch.testing.assert_close(model(**inputs)[0][..., :95], expected[0][..., :95])
+    if model_class is AdaptiveSparseForConditionalGeneration:
+        assert model(**inputs).logits.shape[2] == model.final_logits_bias.shape[1] == new
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -182,6 +195,18 @@ def test_gradient_checkpointing_changes_no_gradient(norm_style, dropout, use_ree
     torch.manual_seed(3)
     for name, gradient in gradients_of(model, inputs).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_training_mode_with_gradient_checkpointing_changes_no_text():
+    model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
+    inputs = tiny_seq2seq_inputs(model)
+    expected = generate(model, inputs)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(generate(model, inputs), expected)
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 12 tokens, none is allowed in"):
+        model(**inputs, past_key_values=cache)
 
 
 def test_gradient_checkpointing_returns_no_cache():
@@ -511,7 +536,7 @@ def test_loss_is_cross_entropy_of_the_text_without_a_shift():
 def test_shifted_labels_begin_with_the_start_token():
     labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
     assert shift_tokens_right(labels, 1, 2).tolist() == [[2, 5, 6], [2, 7, 1]]
-    with pytest.raises(ValueError, match="pad_token_id is None"):
+    with pytest.raises(ValueError, match="pad_token_id has to be defined"):
         shift_tokens_right(labels, None, 2)
 
 
@@ -680,11 +705,50 @@ def test_generation_beyond_the_position_table_is_refused_at_its_start():
         model.generate(**inputs, max_new_tokens=3, global_attention_mask=torch.ones(1, 9))
 
 
-def test_a_cache_of_fixed_size_is_refused():
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_cache_of_fixed_size_gives_the_same_text(num_beams):
+    model = vary_with_position(
+        tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration, encoder_layers=3)
+    )
+    inputs = tiny_seq2seq_inputs(model)
+    found = generate(model, inputs, num_beams=num_beams, cache_implementation="static")
+    assert torch.equal(found, generate(model, inputs, num_beams=num_beams))
+
+
+def test_decoding_with_a_cache_of_fixed_size_is_one_graph():
     model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
     inputs = tiny_seq2seq_inputs(model)
-    with pytest.raises(ValueError, match=r"holds a StaticCache.*a transformers\.DynamicCache"):
-        generate(model, inputs, cache_implementation="static")
+    torch._dynamo.utils.counters.clear()
+    compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compiled._compile_all_devices = True
+    found = generate(model, inputs, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, generate(model, inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_decoder_of_a_question_answerer_may_keep_its_cache():
+    model = tiny_seq2seq_model(AdaptiveSparseSeq2SeqForQuestionAnswering)
+    inputs = tiny_seq2seq_inputs(model)
+    assert model(**inputs).past_key_values is None
+    assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 12
+
+
+def test_every_text_has_its_adapter_when_beams_are_searched():
+    peft = pytest.importorskip("peft")
+    model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_2_SEQ_LM"), "one")
+    adapted.add_adapter("two", peft.LoraConfig(task_type="SEQ_2_SEQ_LM"))
+    randomize_all_parameters(adapted, std=0.3).eval()
+    inputs = tiny_seq2seq_inputs(model, padding="none")
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expected = []
+    for row, name in enumerate(["two", "one"]):
+        adapted.set_adapter(name)
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        expected.append(generate(adapted, one, **options))
+    assert not torch.equal(*expected)
+    found = generate(adapted, inputs, adapter_names=["two", "one"], **options)
+    assert torch.equal(found, torch.cat(expected))
 
 
 def test_unknown_arguments_are_refused_instead_of_ignored():

@@ -459,6 +459,16 @@ def test_an_adapter_brings_its_selection_to_the_generation_of_a_fresh_base(tmp_p
         assert torch.equal(generated(loaded, input_ids, mask, min_new_tokens=24), plain)
 
 
+def test_outputs_behind_a_prompt_do_not_depend_on_the_padding_of_others():
+    model = causal()
+    input_ids, mask = left_padded([80, 60])
+    mask[0, 70:] = mask[0, 20:23] = 0  # behind the prompt, and within
+    with torch.no_grad():
+        together = model(input_ids, mask).logits[0]
+        alone = model(input_ids[:1], mask[:1]).logits[0]
+    torch.testing.assert_close(together, alone)
+
+
 def test_a_cache_that_does_not_keep_what_choosing_takes_is_refused():
     model = causal()
     input_ids, mask = left_padded([40])
@@ -466,7 +476,9 @@ def test_a_cache_that_does_not_keep_what_choosing_takes_is_refused():
         name = type(cache.layers[0]).__name__ if cache.layers else "DynamicLayer"
         with pytest.raises(ValueError, match=f"a layer of type {name}, .* needs a SelectionLayer"):
             model(input_ids, mask, past_key_values=cache)
-    with pytest.raises(ValueError, match="is 'offloaded', allowed are None, 'dynamic'"):
+    with pytest.raises(
+        ValueError, match="is 'offloaded', where layers choose blocks allowed are None, 'dynamic'"
+    ):
         generated(model, input_ids, mask, cache_implementation="offloaded")
 
 
