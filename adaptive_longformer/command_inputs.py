@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from adaptive_longformer.gpu import move_to_gpu
@@ -43,6 +43,16 @@ def read_document(file: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} is empty, a text is needed")
     return text
+
+
+def saved_heads(name: str) -> list[str]:
+    """The classes that a checkpoint was saved from; none for an adapter, or what is no checkpoint,
+    about which loading says more.
+    """
+    try:
+        return AutoConfig.from_pretrained(name).architectures or []
+    except (OSError, ValueError):
+        return []
 
 
 def load_model(model_class: Any, name: str, *, use_gpu: bool = True, **options: Any) -> Any:

@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from typing import Any
 
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
+from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
 
 from adaptive_longformer.command_inputs import (
     load_model,
     load_tokenizer,
     read_document,
+    saved_heads,
     silence_transformers,
 )
 from adaptive_longformer.inference.question_answering import answer_question
@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     silence_transformers()
     document = read_document(args.file)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(_model_class(args.model), args.model, use_gpu=not args.cpu)
+    is_writing = any(head.endswith("ForConditionalGeneration") for head in saved_heads(args.model))
+    model_class = AutoModelForSeq2SeqLM if is_writing else AutoModelForQuestionAnswering
+    model = load_model(model_class, args.model, use_gpu=not args.cpu)
     with ProgressLine() as progress:
         answers = answer_question(
             model,
@@ -36,13 +38,3 @@ def run(args: argparse.Namespace) -> int:
         text = " ".join(answer.text.split())
         sys.stdout.write(f"{answer.score:.3f}\t{answer.start}-{answer.end}\t{text}\n")
     return 0
-
-
-def _model_class(name: str) -> Any:
-    """The class for the head that a checkpoint was saved with."""
-    try:
-        saved_as = AutoConfig.from_pretrained(name).architectures or []
-    except (OSError, ValueError):
-        saved_as = []  # as of an adapter; loading says what else is wrong
-    is_writing = any(head.endswith("ForConditionalGeneration") for head in saved_as)
-    return AutoModelForSeq2SeqLM if is_writing else AutoModelForQuestionAnswering

@@ -7,6 +7,7 @@ from adaptive_longformer.command_inputs import (
     load_model,
     load_tokenizer,
     read_document,
+    saved_heads,
     silence_transformers,
 )
 from adaptive_longformer.inference.summarization import summarize
@@ -23,6 +24,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-beams: {args.num_beams} is not allowed, give 1 or more")
     options = {} if args.num_beams is None else {"num_beams": args.num_beams}
     text = read_document(args.file)
+    heads = saved_heads(args.model)
+    if heads and not any(head.endswith("ForConditionalGeneration") for head in heads):
+        raise ValueError(
+            f"{args.model}, saved as {heads[0]}, writes no text: an encoder-decoder that was "
+            "trained to summarise is needed (examples/finetune_summarization.py trains one)"
+        )
     model_class = AdaptiveSparseForConditionalGeneration
     model = load_model(model_class, args.model, use_gpu=not args.cpu)
     tokenizer = load_tokenizer(args.model)

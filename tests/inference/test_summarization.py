@@ -5,6 +5,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from adaptive_longformer import (
+    AdaptiveSparseForQuestionAnswering,
+    AdaptiveSparseSeq2SeqForSequenceClassification,
+)
 from adaptive_longformer.inference.summarization import summarize
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseModel
 from adaptive_longformer.modeling.modeling_adaptive_sparse_seq2seq import (
@@ -182,3 +186,20 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     assert main(["summarize", str(tmp_path / "nowhere"), str(tmp_path / "document.txt")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "nowhere" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "make, head",
+    [
+        (tiny_model, AdaptiveSparseForQuestionAnswering),
+        (tiny_seq2seq_model, AdaptiveSparseSeq2SeqForSequenceClassification),
+    ],
+)
+def test_a_checkpoint_of_another_head_is_named(tokenizer, tmp_path, capsys, make, head):
+    """Also one whose weights would be enough to write nonsense."""
+    make(head).save_pretrained(tmp_path / "model")
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    assert main(["summarize", str(tmp_path / "model"), str(tmp_path / "document.txt")]) == 2
+    output, error = capsys.readouterr()
+    assert output == "" and f"saved as {head.__name__}, writes no text" in error
+    assert error.count("\n") == 1
