@@ -96,19 +96,25 @@ def copy_companions(folder: Path, files: list[Path], target: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def set_max_length(folder: Path, max_length: int, is_new: bool) -> list[str]:
-    """Write how many tokens a model reads to its tokenizer; return notes.
+def adapt_tokenizer(
+    folder: Path, max_length: int, is_new: bool, tokenizer_class: str | None
+) -> list[str]:
+    """Write how many tokens a model reads to its tokenizer, and no code; return notes.
 
     Args:
         folder: what is being written.
         max_length: the model's longest input.
         is_new: whether it differs from the source's; else a tokenizer that cuts earlier goes on.
+        tokenizer_class: of the configuration. Where AutoTokenizer reads tokenizer.json as it is for
+            the source's family, whatever the files call their class, it is to do so for ours.
     """
     file, notes = folder / "tokenizer_config.json", []
     content = read_json(file) if file.is_file() else {}
     stated = content.get("model_max_length")
     is_shorter = isinstance(stated, int | float) and 0 < stated < max_length
     content["model_max_length"] = stated if is_shorter and not is_new else max_length
+    if tokenizer_class == "TokenizersBackend":
+        content["tokenizer_class"] = tokenizer_class
     if content.pop("auto_map", None):
         notes.append(f"{file.name} {FOREIGN_CODE}")
     write_json(file, content)

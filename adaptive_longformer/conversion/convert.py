@@ -18,11 +18,11 @@ from adaptive_longformer.conversion.checkpoint import (
     write_weights,
 )
 from adaptive_longformer.conversion.companions import (
+    adapt_tokenizer,
     companion_files,
     copy_companions,
     has_tokenizer,
     module_folders,
-    set_max_length,
 )
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
@@ -202,7 +202,9 @@ def _write_files(
     if plan.generation and not (staging / "generation_config.json").is_file():
         write_json(staging / "generation_config.json", plan.generation)
     if plan.model_max_length is not None and has_tokenizer(staging):
-        plan.notes += set_max_length(staging, plan.model_max_length, plan.is_resized)
+        plan.notes += adapt_tokenizer(
+            staging, plan.model_max_length, plan.is_resized, plan.config.get("tokenizer_class")
+        )
     if plan.config["model_type"] in TARGETS:
         write_remote_code(staging, plan.config["model_type"])
         write_json(staging / NAMES_FILE, plan.names or {})

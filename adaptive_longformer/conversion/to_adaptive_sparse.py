@@ -168,6 +168,7 @@ def _target_config(
     if not dtype:
         words = chosen.get(target.word_embeddings)
         dtype = torch.float32 if words is None else source.checkpoint.tensors[words].dtype
+    known, stated = TOKENIZER_MAPPING_NAMES[source.family.model_type], raw.get("tokenizer_class")
     return target.config_class(
         **{
             **fields,
@@ -175,8 +176,7 @@ def _target_config(
             **overrides,
             "architectures": [target.classes[source.head].__name__],
             "auto_map": auto_map(target.config_class.model_type),
-            "tokenizer_class": raw.get("tokenizer_class")
-            or TOKENIZER_MAPPING_NAMES[source.family.model_type],
+            "tokenizer_class": known if known == "TokenizersBackend" else stated or known,
             "dtype": str(dtype).removeprefix("torch."),
             # For the way back: the source's configuration, and what was decided differently.
             "source_config": copy.deepcopy(raw),

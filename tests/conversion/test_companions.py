@@ -1,11 +1,13 @@
 """What goes along beside the weights: as it was, and nothing that runs or lies elsewhere."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from checkpoints import load_converted, write_source
 from safetensors.torch import load_file
+from seq2seq_checkpoints import write_source as write_seq2seq
 from test_convert import bert_tokenizer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, RobertaTokenizer
@@ -46,6 +48,23 @@ def test_the_tokenizer_with_added_tokens_and_chat_template_is_as_it_was(tmp_path
     assert after(text)["input_ids"] == before(text)["input_ids"]
     assert after.get_vocab() == before.get_vocab()
     assert after.chat_template == before.chat_template is not None
+
+
+@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "RobertaTokenizer", None])
+@pytest.mark.parametrize("family", ["bigbird_pegasus", "led"])
+def test_autotokenizer_takes_the_class_that_it_takes_for_the_source(
+    tmp_path, source, family, tokenizer_class
+):
+    folder = write_seq2seq(tmp_path / family, family, "Model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    edit(folder / "tokenizer_config.json", tokenizer_class=tokenizer_class)
+    if tokenizer_class is None:
+        (folder / "tokenizer_config.json").unlink()
+    convert_checkpoint(folder, tmp_path / "target")
+    before, after = (AutoTokenizer.from_pretrained(x) for x in (folder, tmp_path / "target"))
+    assert type(after) is type(before)
+    assert after("the dog [clause]")["input_ids"] == before("the dog [clause]")["input_ids"]
 
 
 @pytest.mark.parametrize(
