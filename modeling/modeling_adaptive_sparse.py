@@ -60,6 +60,7 @@ from adaptive_longformer.modeling.input_checks import (
 from adaptive_longformer.modeling.losses import (
     choice_loss,
     classification_loss,
+    next_token_loss,
     span_loss,
     token_loss,
 )
@@ -351,7 +352,12 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
             logger.warning_once(NOTHING_IS_SELECTED)
         if config.target_density is None:
             return value
-        total = value + density_loss(parts, config.target_density)
+        added = density_loss(parts, config.target_density)
+        if loss in (token_loss, next_token_loss) and more[0] is not None:
+            # By this batch's share of the tokens that a Trainer takes together for one step.
+            counted = labels[:, 1:] if loss is next_token_loss else labels
+            added = added * ((counted != -100).sum() / more[0])
+        total = value + added
         parts[0].record_losses(value, total)
         return total
 

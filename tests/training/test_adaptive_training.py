@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 from adaptive_longformer.modeling import modeling_adaptive_sparse as modeling
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
     AdaptiveSparseForSequenceClassification,
 )
 from adaptive_longformer.testing import (
@@ -63,13 +64,16 @@ def test_strength_rises_over_the_first_quarter_and_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_log_tells_the_task_from_the_density(tmp_path, accumulation):
-    model = tiny_adaptive_model(
-        AdaptiveSparseForSequenceClassification, target_density=0.5, classifier_dropout=0.0,
-        hidden_dropout_prob=0.0,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "head", [AdaptiveSparseForSequenceClassification, AdaptiveSparseForMaskedLM]
+)
+def test_the_log_tells_the_task_from_the_density(tmp_path, head, accumulation):
+    """The density counts once for a step, also where the Trainer divides by the tokens of all its
+    batches."""
+    options = {"target_density": 0.5, "classifier_dropout": 0.0, "hidden_dropout_prob": 0.0}
+    model = tiny_adaptive_model(head, **options)
     trainer = trainer_of(
-        adapted(model), tmp_path, SelectionRampCallback(ramp_ratio=0.5), 2, logging_steps=1,
+        model, tmp_path, SelectionRampCallback(ramp_ratio=0.5), 2, logging_steps=1,
         gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", seed=3,
     )  # fmt: skip
     trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
