@@ -12,6 +12,7 @@ from test_convert import bert_tokenizer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, RobertaTokenizer
 
+from adaptive_longformer.conversion import source as source_module
 from adaptive_longformer.conversion.convert import convert_checkpoint
 
 
@@ -196,3 +197,34 @@ def test_modules_that_cannot_be_taken_over_are_named(tmp_path, source, module, m
     (source / "modules.json").write_text(json.dumps([module]))
     with pytest.raises(ValueError, match=rf"modules.json .*{message}"):
         convert_checkpoint(source, tmp_path / "target")
+
+
+def test_hub_ids_of_sentence_transformers_and_adapters_are_recognised(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+
+    def repository(name):
+        folder = cache / f"models--some--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return folder / "snapshots" / ("0" * 40)
+
+    sentences = repository("sentences")
+    write_source(sentences, "bert", "Model", max_position_embeddings=64)
+    sentence_transformer(sentences)
+    adapter = repository("adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    fetched = []
+
+    def fetch(name, file, **options):
+        fetched.append(file)
+        repository = cache / f"models--{name.replace('/', '--')}"
+        path = repository / "snapshots" / ("0" * 40) / file
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr(source_module, "cached_file", fetch)
+    convert_checkpoint("some/sentences", tmp_path / "target")
+    assert {"1_Pooling/config.json", "2_Dense/pytorch_model.bin"} <= set(fetched)
+    assert (tmp_path / "target" / "1_Pooling" / "config.json").is_file()
+    with pytest.raises(ValueError, match="adapter of PEFT"):
+        convert_checkpoint("some/adapter", tmp_path / "other")
