@@ -7,6 +7,10 @@ then reads the same documents with full attention and with each pattern, without
 counts is how far the pattern's token states are from those of full attention (error: norm of the
 difference over the norm) and how alike the mean states of the documents are (cosine). Every row
 states its keys per query.
+
+A repeated table leads the choice: tokens find those at the same position of other copies. So
+everything is measured a second time with a table of which every row is the mean of all, where
+positions say nothing; full attention too is then that of such a model.
 """
 
 import argparse
@@ -22,28 +26,28 @@ from side_by_side.results import add_results_arguments, results_folder
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
-from adaptive_longformer import convert_checkpoint
+from adaptive_longformer import AdaptiveSparseConfig, convert_checkpoint
 from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.configuration.configuration_adaptive_sparse import SELECTING_PATTERNS
 
-SMALL_BLOCKS = {"block_size": 16, "query_block_size": 16}
-# Window and blocks of 64.
-BUDGETS = ((128, 2), (256, 4), (512, 8))
+TABLES = ("repeated", "averaged")
 SHORTEST = 1024
 
 
-def variants(window: int, num_blocks: int) -> dict[str, dict]:
-    """Patterns with about window + 64 * num_blocks keys per query, and what they are called."""
-    keys = window + 64 * num_blocks
-    selecting = {"attention_window": window, "num_selected_blocks": num_blocks}
-    small = {**SMALL_BLOCKS, "attention_window": window, "num_selected_blocks": 4 * num_blocks}
-    return {
+def variants(keys: int, with_oracle: bool) -> dict[str, dict]:
+    """Patterns with about so many keys per query, and what they are called. What chooses has half
+    of them in the window and half in blocks of the default size.
+    """
+    blocks = keys // 2 // AdaptiveSparseConfig().block_size
+    selecting = {"attention_window": keys // 2, "num_selected_blocks": blocks}
+    found = {
         f"window of {keys}": {"attention_pattern": "longformer", "attention_window": keys},
         f"random blocks, {keys} keys": {"attention_pattern": "random_selection", **selecting},
         f"adaptive, {keys} keys": {"attention_pattern": "adaptive", **selecting},
-        f"adaptive, blocks of 16, {keys} keys": {"attention_pattern": "adaptive", **small},
-        f"exact choice of blocks, {keys} keys": {"attention_pattern": "oracle", **selecting},
     }
+    if with_oracle:
+        found[f"exact mass, {keys} keys"] = {"attention_pattern": "oracle", **selecting}
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +57,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--column", default="document")
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096, help="tokens read per document")
+    parser.add_argument("--keys", type=int, nargs="+", default=[256, 512, 1024], help="per query")
+    parser.add_argument(
+        "--no-oracle", action="store_true", help="leave out what takes the memory of full attention"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_results_arguments(parser)
     args = parser.parse_args()
@@ -73,15 +81,44 @@ def read_documents(args: argparse.Namespace, tokenizer) -> list[dict[str, torch.
 
 
 @torch.no_grad()
-def states(folder: str, fields: dict, documents: list[dict[str, torch.Tensor]]):
+def states(folder: str, table: str, fields: dict, documents: list[dict[str, torch.Tensor]]):
     """Last hidden states of every document, [length, hidden_size], and the keys per query."""
     device = documents[0]["input_ids"].device
     model = AutoModel.from_pretrained(folder, **fields).eval().to(device)
+    if table == "averaged":
+        weight = model.embeddings.position_embeddings.weight[model.config.position_offset :]
+        weight.copy_(weight.mean(dim=0).expand_as(weight))
     keys = None
     if fields["attention_pattern"] in SELECTING_PATTERNS:
         model.set_selection_strength(1.0)
         keys = sparsity_report(model, documents[0]).keys_per_query
     return [model(**inputs).last_hidden_state[0] for inputs in documents], keys
+
+
+def measure(args: argparse.Namespace, folder: str, documents: list, table: str) -> list[dict]:
+    """A row for every pattern; says it too."""
+    expected, _ = states(folder, table, {"attention_pattern": "full"}, documents)
+    rows = []
+    for wanted in args.keys:
+        for name, fields in variants(wanted, with_oracle=not args.no_oracle).items():
+            found, keys = states(folder, table, fields, documents)
+            pairs = list(zip(found, expected, strict=True))
+            row = {
+                "table": table,
+                "name": name,
+                "keys_per_query": wanted if keys is None else round(keys),
+                "error": statistics.mean(float((a - b).norm() / b.norm()) for a, b in pairs),
+                "cosine": statistics.mean(
+                    float(cosine_similarity(a.mean(dim=0), b.mean(dim=0), dim=0)) for a, b in pairs
+                ),
+            }
+            rows.append(row)
+            print(
+                f"{table} positions, {name:<26} {row['keys_per_query']:5} keys per query, error "
+                f"{row['error']:.3f}, cosine {row['cosine']:.3f}",
+                flush=True,
+            )
+    return rows
 
 
 def main() -> int:
@@ -92,31 +129,10 @@ def main() -> int:
         convert_checkpoint(args.model, folder, max_positions=args.length)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         documents = read_documents(args, tokenizer)
-        expected, _ = states(folder, {"attention_pattern": "full"}, documents)
-        rows = []
-        for window, num_blocks in BUDGETS:
-            for name, fields in variants(window, num_blocks).items():
-                found, keys = states(folder, fields, documents)
-                pairs = list(zip(found, expected, strict=True))
-                row = {
-                    "name": name,
-                    "keys_per_query": window + 64 * num_blocks if keys is None else round(keys),
-                    "error": statistics.mean(float((a - b).norm() / b.norm()) for a, b in pairs),
-                    "cosine": statistics.mean(
-                        float(cosine_similarity(a.mean(dim=0), b.mean(dim=0), dim=0))
-                        for a, b in pairs
-                    ),
-                }
-                rows.append(row)
-                print(
-                    f"{name:<36} {row['keys_per_query']:5} keys per query, error "
-                    f"{row['error']:.3f}, cosine {row['cosine']:.3f}",
-                    flush=True,
-                )
-    tokens = [inputs["input_ids"].shape[1] for inputs in documents]
+        rows = [row for table in TABLES for row in measure(args, folder, documents, table)]
     write_json(
-        results / "fidelity.json",
-        tokens=tokens,
+        results / f"fidelity_{args.length}.json",
+        tokens=[inputs["input_ids"].shape[1] for inputs in documents],
         rows=rows,
         environment=environment(torch.device(args.device)),
     )

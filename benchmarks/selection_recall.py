@@ -36,7 +36,7 @@ DEFAULT = SelectionOptions()
 EVERYTHING = 2**30
 CANDIDATES = (1024, 2048, 4096, 8192, EVERYTHING)
 PRESETS = {
-    "quick": {"lengths": [4096, 16384, 32768], "seeds": 1},
+    "quick": {"lengths": [4096, 16384], "seeds": 1},
     "full": {"lengths": [4096, 16384, 32768, 65536, 131072], "seeds": 3},
 }
 SAMPLED_BLOCKS = 16
