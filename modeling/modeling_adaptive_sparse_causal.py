@@ -250,6 +250,8 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
 
     def __init__(self, config: AdaptiveSparseConfig) -> None:
         super().__init__(config)
+        # Layers that choose blocks keep a list of them, which is made on the host.
+        self._can_compile_fullgraph = config.attention_pattern != "adaptive"
         self.model = AdaptiveSparseCausalModel(config)
         self.lm_head = AdaptiveSparseLMHead(config)
         self.post_init()

@@ -207,7 +207,6 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         "AdaptiveSparseSeq2SeqDecoderLayer",
     ]
     _skip_keys_device_placement = ["past_key_values"]
-    _can_compile_fullgraph = False
     _can_record_outputs = {}
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -231,6 +231,8 @@ def test_a_cache_of_a_fixed_size_gives_the_same_text(pattern):
 
 def test_decoding_with_a_cache_of_a_fixed_size_is_one_graph():
     model, (input_ids, mask) = causal(), left_padded([30, 21])
+    assert model._can_compile_fullgraph
+    assert not causal(attention_pattern="adaptive")._can_compile_fullgraph
     torch._dynamo.utils.counters.clear()
     compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
     compiled._compile_all_devices = True

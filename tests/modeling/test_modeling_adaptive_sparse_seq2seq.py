@@ -11,6 +11,8 @@ from transformers import (
     EncoderDecoderCache,
     LEDConfig,
     LEDModel,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -717,6 +719,7 @@ def test_a_cache_of_fixed_size_gives_the_same_text(num_beams):
 
 def test_decoding_with_a_cache_of_fixed_size_is_one_graph():
     model = tiny_seq2seq_model(AdaptiveSparseForConditionalGeneration)
+    assert model._can_compile_fullgraph
     inputs = tiny_seq2seq_inputs(model)
     torch._dynamo.utils.counters.clear()
     compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
@@ -731,6 +734,15 @@ def test_the_decoder_of_a_question_answerer_may_keep_its_cache():
     inputs = tiny_seq2seq_inputs(model)
     assert model(**inputs).past_key_values is None
     assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 12
+
+
+def test_evaluation_collects_predictions_and_no_hidden_states(tmp_path):
+    model = tiny_seq2seq_model(AdaptiveSparseSeq2SeqForSequenceClassification, num_labels=3)
+    inputs = tiny_seq2seq_inputs(model, with_labels=True)
+    rows = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(2)]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    predicted = Trainer(model, arguments).predict(rows)
+    assert predicted.predictions.shape == (2, 3)
 
 
 def test_every_text_has_its_adapter_when_beams_are_searched():

@@ -22,7 +22,7 @@ MAKERS = {
 }
 by_kind = pytest.mark.parametrize("kind", MAKERS)
 by_causal_kind = pytest.mark.parametrize("kind", list(MAKERS)[:2])
-NEW = 20
+NEW = 12
 
 
 def model_and_inputs(kind):
