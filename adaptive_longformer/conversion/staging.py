@@ -48,8 +48,8 @@ def left_behind(target: Path) -> list[str]:
         *target.parent.glob(f"{name}.replaced-*"),
     }
     return [
-        f"{folder} is left of a conversion that was killed"
-        + (": what was at the target before it" if ".replaced-" in folder.name else "")
+        f"{folder} is left of a conversion that was killed (or still runs): "
+        + ("what was at the target before" if ".replaced-" in folder.name else "unfinished")
         for folder in sorted(found)
     ]
 
