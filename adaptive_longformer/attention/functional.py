@@ -14,7 +14,10 @@ from adaptive_longformer.attention.call import (
 from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.attention.operator import collapse, expand
 from adaptive_longformer.attention.reference import dense_attention, reference_attention
-from adaptive_longformer.attention.second_derivatives import with_second_derivatives
+from adaptive_longformer.attention.second_derivatives import (
+    has_tangents,
+    with_second_derivatives,
+)
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 
@@ -89,15 +92,28 @@ def sparse_attention(
         entry_bias=entry_bias, span=span, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, return_lse=return_lse,
     )  # fmt: skip
-    chosen = choose_backend(call, backend)
-    output, lse = chosen.run(call) if call.query.shape[2] else _of_no_tokens(call)
-    if chosen.name != "reference":
-        results = (output,) if lse is None else (output, lse)
-        output, lse, *_ = *with_second_derivatives(results, _defined, *expand(call)), None
+    output, lse = _run(call, backend)
     if return_lse:
         assert lse is not None
         return output, lse
     return output
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output and log-sum-exp, if the backend has one, with all the derivatives of the reference."""
+    if has_tangents(call.query, call.key, call.value):
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend {backend!r} has no forward-mode derivatives, 'reference' has"
+            )
+        backend = "reference"
+    chosen = choose_backend(call, backend)
+    output, lse = chosen.run(call) if call.query.shape[2] else _of_no_tokens(call)
+    if chosen.name == "reference":
+        return output, lse
+    results = (output,) if lse is None else (output, lse)
+    output, lse, *_ = *with_second_derivatives(results, _defined, *expand(call)), None
+    return output, lse
 
 
 def _defined(*arguments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,10 @@
-"""Second derivatives of results whose kernels have only first ones."""
+"""Derivatives that kernels do not have: second ones, and those in forward mode."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def with_second_derivatives(
@@ -21,6 +22,13 @@ def with_second_derivatives(
     if torch.compiler.is_compiling() or not any(result.requires_grad for result in results):
         return results
     return _Defined.apply(definition, len(results), *results, *arguments)  # type: ignore[return-value]
+
+
+def has_tangents(*tensors: torch.Tensor) -> bool:
+    """Whether forward-mode derivatives are asked for, which a kernel would silently give as 0."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 class _Defined(torch.autograd.Function):

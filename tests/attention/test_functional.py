@@ -136,3 +136,17 @@ def test_tensors_on_two_devices_are_named(change, name):
     arguments = {"pattern_or_layout": on_device, **change}
     with pytest.raises(ValueError, match=name):
         sparse_attention(query, query, query, **arguments)
+
+
+def test_forward_mode_derivatives_are_right_or_refused():
+    query, key, value, direction = torch.randn(4, 1, 2, 20, 8, dtype=torch.float64).unbind()
+
+    def attend(query, backend="auto"):
+        return sparse_attention(query, key, value, SlidingWindow(3), backend=backend)
+
+    _, found = torch.func.jvp(attend, (query,), (direction,))
+    step = 1e-6 * direction
+    expected = (attend(query + step) - attend(query - step)) / 2e-6
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
+    with pytest.raises(ValueError, match="'blocked' has no forward-mode derivatives, 'reference'"):
+        torch.func.jvp(lambda query: attend(query, "blocked"), (query,), (direction,))
