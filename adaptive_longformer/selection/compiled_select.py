@@ -27,7 +27,7 @@ class _SelectArguments(ctypes.Structure):
         *fields(RowTensor, "query key"),
         *fields(ctypes.c_void_p, "is_voter counts_of_keys ends global_positions global_keys"),
         *fields(ctypes.c_int64, "num_global"),
-        *fields(ctypes.c_void_p, "value_norms places place_counts"),
+        *fields(ctypes.c_void_p, "places place_counts"),
         *fields(ctypes.c_int64, "rows_per_list num_lists max_places blocks_per_place"),
         *fields(ctypes.c_void_p, "log_rest shared_blocks"),
         *fields(ctypes.c_int64, "num_shared"),
@@ -131,8 +131,6 @@ def _read_arrays(call: ExactCall) -> dict[str, torch.Tensor]:
         arrays["global_positions"] = call.global_positions.long()
         keys = call.global_positions if call.global_keys is None else call.global_keys
         arrays["global_keys"] = keys.long()
-    if call.value_norms is not None:
-        arrays["value_norms"] = call.value_norms.float()
     if call.shared_blocks is not None:
         arrays["shared_blocks"] = call.shared_blocks.int()
     if call.places is not None:

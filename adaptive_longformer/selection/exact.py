@@ -124,7 +124,6 @@ def _coarser(
         query_block_size=rows_per_list * call.query_block_size,
         key_counts=counts.expand(call.key.shape[0], -1),
         global_keys=global_keys,
-        value_norms=None,
         tokens_per_key=call.tokens_per_key * run,
         shared_blocks=None,
     )
@@ -169,11 +168,6 @@ class _Row:
         is_finite = key.isfinite().flatten(2).all(dim=-1)  # [key_heads, blocks]
         self.key = key.masked_fill(~is_finite[..., None, None], 0.0)
         self.log_counts = counts.masked_fill(~is_finite[..., None], 0.0).log()
-        self.norms = None
-        if call.value_norms is not None:
-            norms = F.pad(call.value_norms[batch, :, :num_keys].to(call.dtype), filler)
-            norms = norms.unflatten(1, (-1, size))
-            self.norms = norms.masked_fill(self.log_counts == -torch.inf, 0.0)
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
         """Ranges of key heads and of query blocks whose scores fit in memory."""
@@ -217,7 +211,7 @@ class _Row:
         query, is_voter, is_valid = self._queries(heads, rows)
         numbers = torch.arange(rows.start, rows.stop, device=self.device) + call.first_row
         blocks = self._candidates(heads, rows, numbers)
-        scores, norms = self._scores(query, key_heads, blocks)
+        scores = self._scores(query, key_heads, blocks)
         if call.is_causal:
             is_seen = (blocks + 1) * call.block_size <= numbers[:, None] * call.query_block_size
             scores = scores.masked_fill(~is_seen[:, :, None, :, None], -torch.inf)
@@ -234,9 +228,6 @@ class _Row:
         factor = voters / total.clamp(min=torch.finfo(scores.dtype).tiny)
         factor = factor.masked_fill(~is_valid[..., None], 0.0)[:, :, None]  # [h, rows, 1, queries]
         share = (factor @ sums)[:, :, 0]  # [heads, rows, blocks]
-        rank = share
-        if norms is not None:
-            rank = (factor @ (weights * norms).sum(dim=-1))[:, :, 0]
         of_globals = (factor @ other_weights[..., :-1])[:, :, 0].sum(dim=-1)
 
         is_covered = self._covered(blocks, numbers, heads)
@@ -245,9 +236,9 @@ class _Row:
             found = share.new_zeros(*share.shape[:2], call.num_key_blocks + 1)
             found.scatter_(-1, blocks.expand_as(share), share)
             result.share[heads, rows] = found[..., :-1]
-        is_open = ~is_covered & (rank > 0)  # also False for NaN
-        rank, order = rank.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
-        order, is_chosen = order[..., : call.num_blocks], rank[..., : call.num_blocks] > 0
+        is_open = ~is_covered & (share > 0)  # also False for NaN
+        best, order = share.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
+        order, is_chosen = order[..., : call.num_blocks], best[..., : call.num_blocks] > 0
         found = slice(0, order.shape[-1])
         key_blocks = blocks.expand_as(share).gather(-1, order).where(is_chosen, 0)
         result.key_blocks[heads, rows, found] = key_blocks.int()
@@ -315,31 +306,25 @@ class _Row:
         every = torch.arange(blocks.shape[-1], device=self.device).clamp(max=nothing)
         return blocks.where(counts >= 0, every)
 
-    def _scores(
-        self, query: torch.Tensor, key_heads: slice, blocks: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores of candidates, with the logarithms of counts, [heads, rows, queries, blocks,
-        keys]; and the norms of the values, which broadcast to them.
+    def _scores(self, query: torch.Tensor, key_heads: slice, blocks: torch.Tensor) -> torch.Tensor:
+        """Scores of candidates, with the logarithms of counts: [heads, rows, queries, blocks,
+        keys].
         """
         call = self.call
         key, log_counts = self.key[key_heads], self.log_counts[key_heads]
-        norms = None if self.norms is None else self.norms[key_heads]
         if call.places is None:
             of_key_head = query.unflatten(0, (-1, self.shared_heads)).flatten(1, 3)
             scores = (of_key_head @ key.flatten(1, 2).mT).unflatten(-1, key.shape[1:3])
             scores = scores + log_counts[:, None]
             scores = scores.unflatten(1, (self.shared_heads, *query.shape[1:3])).flatten(0, 1)
-            if norms is not None:
-                norms = norms.repeat_interleave(self.shared_heads, dim=0)[:, None, None]
-            return scores, norms
+            return scores
         head = torch.arange(key.shape[0], device=self.device)
         head = head.repeat_interleave(self.shared_heads)[:, None, None]
         index = blocks.clamp(max=call.num_key_blocks - 1)
         log_counts = log_counts[head, index]
         log_counts = log_counts.masked_fill((blocks == call.num_key_blocks)[..., None], -torch.inf)
         scores = query @ key[head, index].flatten(2, 3).mT
-        scores = scores.unflatten(-1, log_counts.shape[2:]) + log_counts[:, :, None]
-        return scores, None if norms is None else norms[head, index][:, :, None]
+        return scores.unflatten(-1, log_counts.shape[2:]) + log_counts[:, :, None]
 
     def _others(
         self, query: torch.Tensor, heads: slice, rows: slice, numbers: torch.Tensor

@@ -53,8 +53,6 @@ class ExactCall:
         is_causal: a block is chosen only if it ends before the query block begins, and by the
             queries of the query block before.
         scale: factor of the scores.
-        value_norms: float [batch, key_heads, num_keys], what a key's mass counts when blocks are
-            ranked; None: 1.
         tokens_per_key: how many tokens in a row a key stands for, a divisor of block_size.
         places: None: all blocks are candidates.
         shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
@@ -76,7 +74,6 @@ class ExactCall:
     global_keys: torch.Tensor | None = None
     is_causal: bool = False
     scale: float = 1.0
-    value_norms: torch.Tensor | None = None
     tokens_per_key: int = 1
     places: Places | None = None
     shared_blocks: torch.Tensor | None = None

@@ -7,7 +7,7 @@ from adaptive_longformer.selection.exact_call import ExactCall
 
 def reference_masses(
     call: ExactCall, batch: int, head: int, row: int
-) -> tuple[dict[int, float], dict[int, float], float]:
+) -> tuple[dict[int, float], float]:
     """What a query block may choose, and what it reads anyway.
 
     Args:
@@ -15,8 +15,7 @@ def reference_masses(
         batch, head, row: of the query block, which is counted from the first of `call.query`.
 
     Returns:
-        The mass of every block that may be chosen; what they are ranked by, the masses weighted
-        by the norms of the values if there are any; and the mass of all else.
+        The mass of every block that may be chosen, and the mass of all else.
     """
     length = call.length
     key_head = head // (call.query.shape[1] // call.key.shape[1])
@@ -69,9 +68,9 @@ def reference_masses(
         counts[keys[positions < limit]] = 1.0
         anyway += keys[positions < limit].tolist()
 
-    mass, rank, covered = dict.fromkeys(choosable, 0.0), dict.fromkeys(choosable, 0.0), 0.0
+    mass, covered = dict.fromkeys(choosable, 0.0), 0.0
     if not query[voters].isfinite().all():
-        return mass, rank, covered
+        return mass, covered
     every = anyway + [k for keys in choosable.values() for k in keys]
     scores = call.scale * query[voters] @ key.T + counts.log()  # [voters, keys]
     log_total = scores[:, every].logsumexp(dim=1)
@@ -80,10 +79,8 @@ def reference_masses(
     share = (scores - log_total[:, None]).exp().sum(dim=0) / max(len(voters), 1)
     for block, keys in choosable.items():
         mass[block] = float(share[keys].sum())
-        weights = 1.0 if call.value_norms is None else call.value_norms[batch, key_head, keys]
-        rank[block] = float((share[keys] * weights).sum())
     covered = float(share[anyway].sum())
-    return mass, rank, covered
+    return mass, covered
 
 
 def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:

@@ -28,7 +28,6 @@ GRID = {
     "key_heads": [1, 2, 4],
     "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
     "head_dim": [6, 20, 64],
-    "is_weighted": [False, True],
     "shared": [False, True],
 }
 # How far masses may be from the definition: sums of float32, and rounding to bytes.
@@ -59,7 +58,6 @@ def make_call(options, num_blocks=3, batch=2, heads=4, seed=0):
     shared = None
     if options.get("shared"):
         shared = torch.tensor([1, -1, 3]).expand(batch, heads, -1)
-    norms = torch.rand(batch, key_heads, length, generator=generator) + 0.1
     return ExactCall(
         query.to(dtype),
         key.to(dtype),
@@ -75,7 +73,6 @@ def make_call(options, num_blocks=3, batch=2, heads=4, seed=0):
         global_positions=slots[:, : int(is_global.sum(dim=1).max())],
         is_causal=is_causal,
         scale=head_dim**-0.5,
-        value_norms=norms if options.get("is_weighted") else None,
         shared_blocks=shared,
     )
 
@@ -85,7 +82,7 @@ def compare(call, choice, tolerance):
     for batch in range(call.query.shape[0]):
         for head in range(call.query.shape[1]):
             for row in range(call.num_rows):
-                mass, rank, covered = reference_masses(call, batch, head, row)
+                mass, covered = reference_masses(call, batch, head, row)
                 at = (batch, head, row)
                 share = choice.share[at]
                 for block, expected in mass.items():
@@ -95,12 +92,12 @@ def compare(call, choice, tolerance):
                 count = int(choice.counts[at])
                 chosen = choice.key_blocks[at][:count].tolist()
                 assert len(set(chosen)) == count <= call.num_blocks
-                best = sorted(rank, key=lambda block: -rank[block])
+                best = sorted(mass, key=lambda block: -mass[block])
                 # Of the smallest masses nothing is left in float32.
-                num_large, num_open = sum(v > 1e-30 for v in rank.values()), len(rank)
+                num_large, num_open = sum(v > 1e-30 for v in mass.values()), len(mass)
                 assert min(call.num_blocks, num_large) <= count <= min(call.num_blocks, num_open)
                 for place, block in enumerate(chosen):
-                    assert rank[block] == pytest.approx(rank[best[place]], abs=tolerance)
+                    assert mass[block] == pytest.approx(mass[best[place]], abs=tolerance)
                 assert choice.mass[at][:count].tolist() == share[chosen].tolist()
                 assert not choice.mass[at][count:].any()
                 assert not choice.key_blocks[at][count:].any()
@@ -188,7 +185,7 @@ def test_enough_candidates_change_nothing():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_two_threads_choose_what_one_does(is_causal, uses_bytes):
     skip_without_cpp_compiler()
-    call = make_call({"length": 300, "masks": "both", "is_causal": is_causal, "is_weighted": True})
+    call = make_call({"length": 300, "masks": "both", "is_causal": is_causal})
     before = torch.get_num_threads()
     results = []
     try:

@@ -36,7 +36,6 @@ struct SelectArguments {
   const int64_t* global_positions;
   const int64_t* global_keys;
   int64_t num_global;
-  const float* value_norms;  // [batch, key_heads, num_keys], what a key's mass counts in the ranking; null: 1
 
   // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
   // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]. A count
@@ -214,7 +213,6 @@ struct Keys {
   std::vector<float> scale;
   std::vector<int32_t> start;  // what a sum of products of bytes begins with: the queries' bytes are 128 too large
   std::vector<float> count;    // of tokens that a key stands for
-  std::vector<float> weight;
   std::vector<uint8_t> is_open;  // whether an entry has keys, and only finite ones
 
   Keys(const SelectArguments& call, const Entries& entries, int64_t batch, int64_t key_head, int64_t words_per_row)
@@ -222,7 +220,6 @@ struct Keys {
     constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
     words.resize(count.size() * depth);
     if (IS_BYTES) scale.resize(count.size()), start.resize(count.size());
-    if (call.value_norms != nullptr) weight.resize(count.size());
     RowPacker packer(call);
     for (int entry = 0; entry < entries.count(); entry++) {
       is_open[entry] = entries.first[entry] < entries.first[entry + 1];
@@ -238,8 +235,6 @@ struct Keys {
         }
         if (entry < entries.num_blocks && call.counts_of_keys != nullptr)
           count[index] = call.counts_of_keys[batch * call.num_keys + key];
-        if (call.value_norms != nullptr)
-          weight[index] = count[index] * call.value_norms[(batch * call.key_heads + key_head) * call.num_keys + key];
       }
     }
   }
@@ -256,8 +251,8 @@ struct Unit {
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
-  Buffer<float> sums, weighted;           // [vectors, entries, WIDTH], and WIDTH entries behind
-  Buffer<float> shares, ranks;            // [entries]
+  Buffer<float> sums;    // [vectors, entries, WIDTH], and WIDTH entries behind
+  Buffer<float> shares;  // [entries]
   std::vector<uint64_t> ranking;
   std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
 };
@@ -374,10 +369,9 @@ class Selection {
     unit.query.reserve(vectors * depth * WIDTH);
     unit.scale.reserve(vectors * WIDTH), unit.voter.reserve(vectors * WIDTH), unit.reference.reserve(vectors * WIDTH);
     unit.total.reserve(vectors * WIDTH);
-    unit.shares.reserve(unit.entries.size()), unit.ranks.reserve(unit.entries.size());
+    unit.shares.reserve(unit.entries.size());
     const int64_t num_sums = ((int64_t)vectors * unit.entries.size() + WIDTH) * WIDTH;
     unit.sums.reserve(num_sums);
-    if (call.value_norms != nullptr) unit.weighted.reserve(num_sums);
     unit.row_of.assign(vectors, 0);
     unit.is_valid.assign(rows, true);
     std::fill_n(unit.query.data(), vectors * depth * WIDTH, Word());
@@ -457,33 +451,23 @@ class Selection {
     for (; first < last; first++) meet<VECTORS, 1>(keys, first, query, query_scale, visit);
   }
 
+  // Sums of a group of vectors over all entries.
   template <int VECTORS>
   void scan(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
-    if (call.value_norms == nullptr)
-      scan_entries<VECTORS, false>(entries, keys, vector, unit);
-    else
-      scan_entries<VECTORS, true>(entries, keys, vector, unit);
-  }
-
-  // Sums of a group of vectors over all entries.
-  template <int VECTORS, bool IS_WEIGHTED>
-  void scan_entries(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
     const int64_t num_entries = (int64_t)unit.entries.size(), stride = num_entries * WIDTH;
     const Word* query = unit.query.data() + vector * depth * WIDTH;
     const float* query_scale = unit.scale.data() + vector * WIDTH;
     float* sums = unit.sums.data() + vector * stride;
-    float* weighted = IS_WEIGHTED ? unit.weighted.data() + vector * stride : nullptr;
     for (int64_t i = 0; i < num_entries; i++) {
       const int entry = unit.entries[i];
       const int first = entries.first[entry], last = entries.first[entry + 1];
       if (i == 0) raise<VECTORS>(entries, keys, vector, 0, unit);
       for (bool is_again = false;; is_again = true) {
-        Floats reference[VECTORS], sum[VECTORS] = {}, weighted_sum[VECTORS] = {};
+        Floats reference[VECTORS], sum[VECTORS] = {};
         for (int v = 0; v < VECTORS; v++) reference[v] = load<Floats>(unit.reference.data() + (vector + v) * WIDTH);
         meet_all<VECTORS>(keys, first, last, query, query_scale, [&](int64_t key, int v, Floats score) {
           const Floats mass = power(score - reference[v], Word());
           sum[v] += mass * keys.count[key];
-          if (IS_WEIGHTED) weighted_sum[v] += mass * keys.weight[key];
         });
         Floats largest = sum[0];
         for (int v = 1; v < VECTORS; v++) largest = maximum(largest, sum[v]);
@@ -491,7 +475,6 @@ class Selection {
           // Scores that are huge differ from their rounded maximum by more than a little.
           if (is_again) sum[v] = sum[v] > POWER_SUM ? broadcast(POWER_SUM) : sum[v];
           store(sums + v * stride + i * WIDTH, sum[v]);
-          if (IS_WEIGHTED) store(weighted + v * stride + i * WIDTH, weighted_sum[v]);
         }
         if (is_again || !any_above(largest, SUM_LIMIT)) break;
         raise<VECTORS>(entries, keys, vector, i, unit);
@@ -524,7 +507,6 @@ class Selection {
         reference = raised;
         for (int64_t before = 0; before < i; before++) {
           sums[before * WIDTH] *= factor;
-          if (call.value_norms != nullptr) unit.weighted.data()[(row + before) * WIDTH + lane] *= factor;
         }
       }
     }
@@ -544,11 +526,6 @@ class Selection {
     store_means(unit.sums.data(), first_vector, 0, blocks, unit, unit.shares.data());
     store_means(unit.sums.data(), first_vector, unit.num_blocks, end, unit, unit.shares.data());
     const float* shares = unit.shares.data();
-    const float* ranks = shares;
-    if (call.value_norms != nullptr) {
-      store_means(unit.weighted.data(), first_vector, 0, blocks, unit, unit.ranks.data());
-      ranks = unit.ranks.data();
-    }
     if (call.share != nullptr)
       for (int64_t i = 0; i < blocks; i++)
         call.share[result * ((call.length + call.block_size - 1) / call.block_size) + unit.entries[i]] = shares[i];
@@ -558,9 +535,9 @@ class Selection {
     int64_t candidates = 0;
     const auto consider = [&](int64_t i) {
       uint32_t bits;
-      std::memcpy(&bits, ranks + i, 4);
+      std::memcpy(&bits, shares + i, 4);
       unit.ranking[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
-      candidates += ranks[i] > 0.0f;  // not NaN
+      candidates += shares[i] > 0.0f;  // not NaN
     };
     const auto cover = [&](int64_t i) {
       call.covered[result] += shares[i];
@@ -613,7 +590,7 @@ class Selection {
     return true;
   }
 
-  // The means over the queries of a query block of their sums, or weighted sums, of entries.
+  // The means over the queries of a query block of their sums of entries.
   void store_means(const float* sums, int first_vector, int64_t first, int64_t end, const Unit<Word>& unit,
                    float* means) const {
     const int64_t stride = (int64_t)unit.entries.size() * WIDTH;
