@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_tracing
 
+from adaptive_longformer.attention.call import check_types
+
 _MASK_HINTS: dict[Any, str] = {
     2: " (2 marked global tokens in the original Longformer code: keep 1 in attention_mask and "
     "mark those tokens with 1 in global_attention_mask)",
@@ -29,8 +31,7 @@ def boolean_mask(
     """
     if mask is None:
         return None
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"{name} is a {type(mask).__name__}, a torch.Tensor is needed")
+    check_types({name: mask}, torch.Tensor, "a torch.Tensor")
     if tuple(mask.shape) != shape:
         hint = (
             ""
@@ -69,6 +70,7 @@ def check_indices(
         meaning: the configuration's name for `size`.
         validate: also read the values when that needs a device synchronisation.
     """
+    check_types({name: indices}, torch.Tensor, "a torch.Tensor")
     if indices.dtype not in _INTEGERS:
         raise ValueError(f"{name} has dtype {indices.dtype}, torch.int64 or torch.int32 is needed")
     if indices.numel() and can_read_values(indices, validate):
@@ -110,6 +112,7 @@ def check_inputs(
     ):
         if indices is None:
             continue
+        check_types({name: indices}, torch.Tensor, "a torch.Tensor")
         if tuple(indices.shape) not in (shape, (1, shape[1])):
             raise ValueError(
                 f"{name} has shape {tuple(indices.shape)}, "
@@ -136,12 +139,19 @@ def check_tokens(
             f"{given} of {prefix}input_ids and {prefix}inputs_embeds were given, "
             "exactly one is needed"
         )
+    given = {f"{prefix}input_ids": input_ids, f"{prefix}inputs_embeds": inputs_embeds}
+    check_types(given, torch.Tensor | None, "a torch.Tensor")
     if input_ids is not None:
         name, shape, needed = "input_ids", input_ids.shape, "(batch_size, sequence_length)"
         fits = len(shape) == 2
     else:
         assert inputs_embeds is not None
         name, shape = "inputs_embeds", inputs_embeds.shape
+        if not inputs_embeds.is_floating_point():
+            raise ValueError(
+                f"{prefix}inputs_embeds has dtype {inputs_embeds.dtype}, a floating-point type is "
+                "needed"
+            )
         needed = f"(batch_size, sequence_length, hidden_size = {hidden_size})"
         fits = len(shape) == 3 and shape[2] == hidden_size
     if fits and shape[1] == 0:
@@ -164,6 +174,7 @@ def check_choices(
         name, tensor, needed = "inputs_embeds", inputs_embeds, f"{needed}, hidden_size"
     if tensor is None:
         raise ValueError("neither of input_ids and inputs_embeds were given, exactly one is needed")
+    check_types({name: tensor}, torch.Tensor, "a torch.Tensor")
     if tensor.ndim != needed.count(",") + 1 or tensor.shape[1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, ({needed}) with at least one choice is needed"

@@ -56,6 +56,7 @@ from adaptive_longformer.modeling.input_checks import (
     check_inputs,
     check_length,
     check_tokens,
+    check_types,
 )
 from adaptive_longformer.modeling.losses import (
     choice_loss,
@@ -344,6 +345,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         """
         if labels is None or (loss is span_loss and None in more):
             return None
+        check_types({"labels": labels}, torch.Tensor, "a torch.Tensor")
         value, config = loss(logits, labels, *more), self.config
         if not self.training or config.attention_pattern not in SELECTING_PATTERNS:
             return value

@@ -1,5 +1,7 @@
 """One call of the attention operator: checked once, then the same for every backend."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from adaptive_longformer.attention.autocast import autocast_inputs
 from adaptive_longformer.attention.global_keys import GlobalKeys, global_keys
 from adaptive_longformer.patterns.block_layout import BlockLayout, block_layout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import Pattern, union
+from adaptive_longformer.patterns.pattern import Pattern, check_whole, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Of the lists of a pattern, in tokens.
@@ -166,6 +168,11 @@ def make_call(
     given = {**_NO_OPTIONS, **options}
     if len(given) != len(_NO_OPTIONS):
         raise TypeError(f"unknown options: {sorted(given.keys() - _NO_OPTIONS.keys())}")
+    check_types({"query": query, "key": key, "value": value}, torch.Tensor, "a torch.Tensor")
+    tensors = {name: given[name] for name in ("attention_mask", "entry_bias", "dropout_seed")}
+    check_types(tensors, torch.Tensor | None, "a torch.Tensor or None")
+    flags = {name: given[name] for name in ("is_causal", "return_lse")}
+    check_types(flags, bool, "True or False")
     query, key, value = autocast_inputs(query, key, value)
     key, value = _check_tensors(query, key, value)
     attention_mask, entry_bias = given["attention_mask"], given["entry_bias"]
@@ -189,11 +196,14 @@ def make_call(
             "is needed"
         )
     if given["span"] is not None:
+        check_types({"span": given["span"]}, AttentionSpan, "an AttentionSpan or None")
         _check_span(given["span"], pattern, layout, query)
     keys = _global_keys(
         given["global_mask"], fixed, attention_mask, given["max_global_tokens"], query
     )
     scale = given["scale"]
+    if scale is not None and not _is_number(scale):
+        raise ValueError(f"scale is {scale!r}, a finite number or None is needed")
     return AttentionCall(
         query=query,
         key=key,
@@ -211,6 +221,19 @@ def make_call(
         dropout_seed=dropout_seed if dropout_p > 0 else None,
         return_lse=given["return_lse"],
     )
+
+
+def check_types(values: Mapping[str, object], kind: Any, needed: str) -> None:
+    """Raises ValueError on the first value that is not of a kind, which `isinstance` takes."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}, {needed} is needed")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite real number."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and -math.inf < value < math.inf
 
 
 def _check_tensors(
@@ -271,8 +294,8 @@ def _check_device(name: str, tensor: torch.Tensor | None, query: torch.Tensor) -
 
 
 def _check_dropout(dropout_p: float, seed: torch.Tensor | None, query: torch.Tensor) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, a number from 0 to below 1 is allowed")
+    if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p!r}, a number from 0 to below 1 is allowed")
     if dropout_p == 0:
         return
     if seed is None:
@@ -293,10 +316,10 @@ def _check_layout(
     batch, heads, length, _ = query.shape
     if layout.length != length:
         raise ValueError(f"layout is for length {layout.length}, query has length {length}")
-    _check_device("layout.key_blocks", layout.key_blocks, query)
-    _check_device("entry_bias", entry_bias, query)
     if not torch.compiler.is_compiling():
         layout.check_once()
+    _check_device("layout.key_blocks", layout.key_blocks, query)
+    _check_device("entry_bias", entry_bias, query)
     shape = layout.key_blocks.shape
     if shape[0] not in (1, batch) or shape[1] not in (1, heads):
         raise ValueError(
@@ -305,6 +328,10 @@ def _check_layout(
         )
     if entry_bias is not None:
         fits = entry_bias.ndim == 4 and entry_bias.shape[2:] == shape[2:]
+        if not entry_bias.is_floating_point():
+            raise ValueError(
+                f"entry_bias has dtype {entry_bias.dtype}, a floating-point type is needed"
+            )
         if (
             not fits
             or entry_bias.shape[0] not in (1, batch)
@@ -356,10 +383,13 @@ def _check_span(
             "span is given, but the pattern has no window without holes that it could narrow"
         )
     heads = query.shape[1]
-    if span.length.shape != (heads,) or not span.ramp > 0:
+    check_types({"span.length": span.length}, torch.Tensor, "a torch.Tensor")
+    is_ramp = _is_number(span.ramp) and span.ramp > 0
+    if span.length.shape != (heads,) or not span.length.is_floating_point() or not is_ramp:
         raise ValueError(
-            f"span has length of shape {tuple(span.length.shape)} and ramp {span.ramp}, "
-            f"length of shape ({heads},) and a ramp above 0 are needed"
+            f"span has length of shape {tuple(span.length.shape)} and {span.length.dtype}, and "
+            f"ramp {span.ramp!r}: floating-point length of shape ({heads},) and a finite ramp "
+            "above 0 are needed"
         )
     _check_device("span.length", span.length, query)
 
@@ -372,10 +402,15 @@ def _global_keys(
     query: torch.Tensor,
 ) -> GlobalKeys | None:
     """The global tokens of the mask and of the pattern; what is packed already stays as it is."""
-    if max_global_tokens is not None and max_global_tokens < 0:
-        raise ValueError(f"max_global_tokens is {max_global_tokens}, None or >= 0 is needed")
-    mask = given.mask if isinstance(given, GlobalKeys) else given
+    if max_global_tokens is not None:
+        check_whole("sparse_attention", 0, max_global_tokens=max_global_tokens)
+    keys = given if isinstance(given, GlobalKeys) else None
+    mask = given if keys is None else keys.mask
+    positions = None if keys is None else keys.positions
+    assert not isinstance(mask, GlobalKeys)
+    check_types({"global_mask": mask}, torch.Tensor | None, "a torch.Tensor, GlobalKeys or None")
     _check_mask("global_mask", mask, query)
+    _check_device("global_mask.positions", positions, query)
     if not fixed and (given is None or isinstance(given, GlobalKeys)):
         return given
     batch, _, length, _ = query.shape
@@ -390,18 +425,45 @@ def _check_global_qkv(qkv: GlobalQKV | None, query: torch.Tensor) -> GlobalQKV |
     """Checks the separate projections, and brings those that are applied into autocast's type."""
     if qkv is None:
         return None
-    batch, _, length, _ = query.shape
     if isinstance(qkv, GlobalProjections):
-        if qkv.hidden_states.shape[:2] != (batch, length):
-            raise ValueError(
-                f"global_qkv.hidden_states has shape {tuple(qkv.hidden_states.shape)}, "
-                f"({batch}, {length}, hidden_size) is needed"
-            )
+        _check_projections(qkv, query)
         return qkv
-    if any(tensor.shape != query.shape for tensor in qkv):
+    if not isinstance(qkv, tuple | list) or len(qkv) != 3:
         raise ValueError(
-            f"global_qkv has shapes {[tuple(tensor.shape) for tensor in qkv]}, three of "
-            f"{tuple(query.shape)} are needed"
+            f"global_qkv is a {type(qkv).__name__}, three tensors or GlobalProjections are needed"
         )
+    for name, tensor in zip(("query", "key", "value"), qkv, strict=True):
+        name = f"global_qkv's {name}"
+        check_types({name: tensor}, torch.Tensor, "a torch.Tensor")
+        if tensor.shape != query.shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and {tensor.dtype}, {tuple(query.shape)} "
+                "and a floating-point type are needed"
+            )
+        _check_device(name, tensor, query)
     query_global, key_global, value_global = autocast_inputs(*qkv)
     return query_global, key_global, value_global
+
+
+def _check_projections(projections: GlobalProjections, query: torch.Tensor) -> None:
+    batch, heads, length, head_dim = query.shape
+    states, size = projections.hidden_states, heads * head_dim
+    check_types({"global_qkv.hidden_states": states}, torch.Tensor, "a torch.Tensor")
+    if states.ndim != 3 or states.shape[:2] != (batch, length):
+        raise ValueError(
+            f"global_qkv.hidden_states has shape {tuple(states.shape)}, "
+            f"({batch}, {length}, hidden_size) is needed"
+        )
+    for name, tensor in projections._asdict().items():
+        if tensor is None and name.endswith("bias"):
+            continue
+        name = f"global_qkv.{name}"
+        check_types({name: tensor}, torch.Tensor, "a torch.Tensor")
+        assert tensor is not None
+        shape = (size,) if name.endswith("bias") else (size, states.shape[2])
+        if (tensor is not states and tensor.shape != shape) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and {tensor.dtype}, {shape} and a "
+                "floating-point type are needed"
+            )
+        _check_device(name, tensor, query)

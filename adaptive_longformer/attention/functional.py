@@ -12,6 +12,7 @@ from adaptive_longformer.attention.call import (
     make_call,
 )
 from adaptive_longformer.attention.global_keys import GlobalKeys
+from adaptive_longformer.attention.not_finite import is_finite, rows_of_nan
 from adaptive_longformer.attention.operator import collapse, expand
 from adaptive_longformer.attention.reference import dense_attention, reference_attention
 from adaptive_longformer.attention.second_derivatives import (
@@ -80,7 +81,8 @@ def sparse_attention(
 
     Returns:
         Output [batch, heads, length, head_dim]; with return_lse also float [batch, heads, length].
-        A row that sees nothing is zero, with an LSE of -inf and zero gradients.
+        A row that sees nothing is zero, with an LSE of -inf and zero gradients. On a CPU a row that
+        reads a number that is not finite is NaN, and no other row.
 
     Raises:
         ValueError: an argument has a wrong shape, type or value; the message names it, its value
@@ -109,6 +111,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor 
         backend = "reference"
     chosen = choose_backend(call, backend)
     output, lse = chosen.run(call) if call.query.shape[2] else _of_no_tokens(call)
+    if not is_finite(call, output):
+        return rows_of_nan(call, chosen.run, BACKENDS["blocked"].run)
     if chosen.name == "reference":
         return output, lse
     results = (output,) if lse is None else (output, lse)

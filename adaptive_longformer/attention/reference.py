@@ -138,7 +138,8 @@ def _spread(layout: BlockLayout, values: torch.Tensor) -> torch.Tensor:
     shape = torch.broadcast_shapes(values.shape, layout.key_blocks.shape)
     blocks = layout.key_blocks.long().where(layout.used, 0).expand(shape)
     summand = values.to(torch.int32) if values.dtype == torch.bool else values
-    summand = (summand * layout.used).expand(shape)
+    # Behind the end of a list anything may stand.
+    summand = summand.where(layout.used, 0).expand(shape)
     dense = summand.new_zeros(*shape[:3], layout.num_key_blocks).scatter_add(-1, blocks, summand)
     dense = dense.repeat_interleave(layout.query_block_size, dim=2)[:, :, : layout.length]
     dense = dense.repeat_interleave(layout.key_block_size, dim=3)[..., : layout.length]

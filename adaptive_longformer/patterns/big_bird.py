@@ -8,15 +8,14 @@ from typing import ClassVar
 import torch
 
 from adaptive_longformer.patterns.block_layout import (
-    MAX_BLOCK_SIZE,
-    MIN_BLOCK_SIZE,
     BlockLayout,
     EntryFlag,
+    check_block_sizes,
     known_right,
 )
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.patterns.mixing import mix
-from adaptive_longformer.patterns.pattern import Pattern, check_positive
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 _WHOLE_BLOCK = int(EntryFlag.SELECTED | EntryFlag.FULL)
 
@@ -38,14 +37,8 @@ class BigBird(Pattern):
     num_random_blocks: int = 3
 
     def __post_init__(self) -> None:
-        check_positive(
-            "BigBird", block_size=self.block_size, num_random_blocks=self.num_random_blocks
-        )
-        if not MIN_BLOCK_SIZE <= self.block_size <= MAX_BLOCK_SIZE:
-            raise ValueError(
-                f"BigBird: block_size is {self.block_size}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} "
-                "is allowed"
-            )
+        check_whole("BigBird", 1, num_random_blocks=self.num_random_blocks)
+        check_block_sizes("BigBird", block_size=self.block_size)
         super().__post_init__()
 
     @property

@@ -11,12 +11,12 @@ import torch
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import Pattern, union
+from adaptive_longformer.patterns.pattern import LARGEST, Pattern, check_whole, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 MIN_BLOCK_SIZE = 8
 MAX_BLOCK_SIZE = 128
-_EVERYWHERE = 2**31 - 1
+_WHOLE_NUMBERS = (torch.int32, torch.int64)
 
 
 class EntryFlag(IntFlag):
@@ -90,13 +90,7 @@ class BlockLayout:
         Raises:
             ValueError: names the attribute, its value and what is allowed.
         """
-        for argument in ("query_block_size", "key_block_size"):
-            value = getattr(self, argument)
-            if not MIN_BLOCK_SIZE <= value <= MAX_BLOCK_SIZE:
-                raise ValueError(
-                    f"BlockLayout: {argument} is {value}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} is "
-                    "allowed"
-                )
+        self._check_types()
         if self.key_blocks.ndim != 4 or self.key_blocks.shape[2] != self.num_query_blocks:
             raise ValueError(
                 f"BlockLayout: key_blocks has shape {tuple(self.key_blocks.shape)}, "
@@ -146,13 +140,46 @@ class BlockLayout:
                     "once is allowed"
                 )
 
+    def _check_types(self) -> None:
+        check_block_sizes(
+            "BlockLayout",
+            query_block_size=self.query_block_size,
+            key_block_size=self.key_block_size,
+        )
+        check_whole("BlockLayout", 0, length=self.length)
+        for argument in ("key_blocks", "counts", "flags", "bias"):
+            tensor, is_bias = getattr(self, argument), argument == "bias"
+            if is_bias and tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(
+                    f"BlockLayout: {argument} is a {type(tensor).__name__}, a tensor is needed"
+                )
+            fits = tensor.is_floating_point() if is_bias else tensor.dtype in _WHOLE_NUMBERS
+            if not fits or tensor.device != self.key_blocks.device:
+                raise ValueError(
+                    f"BlockLayout: {argument} is {tensor.dtype} on {tensor.device}, "
+                    f"{'a floating-point type' if is_bias else 'int32'} on the device of "
+                    "key_blocks is needed"
+                )
+        window, pattern = self.window, self.pattern
+        if window is not None and not (isinstance(window, SlidingWindow) and window.is_contiguous):
+            raise ValueError(
+                f"BlockLayout: window is {window!r}, one without holes or None is needed"
+            )
+        if pattern is not None and not isinstance(pattern, Pattern):
+            raise ValueError(f"BlockLayout: pattern is {pattern!r}, a Pattern or None is needed")
+
     def check_once(self) -> None:
         """Calls `validate` the first time, and never for lists that were built by this package.
 
         Raises:
             ValueError: as `validate`, or a block of the window is missing in a list.
         """
-        if not self.is_checked and not self.key_blocks.is_meta:
+        if not self.is_checked:
+            self._check_types()
+            if self.key_blocks.is_meta:
+                return
             self.validate()
             self._check_window()
             known_right(self)
@@ -229,6 +256,15 @@ class BlockLayout:
         )
 
 
+def check_block_sizes(owner: str, **sizes: object) -> None:
+    """Raises ValueError unless every size is a whole number of tokens that a block may have."""
+    for argument, size in sizes.items():
+        if not isinstance(size, int) or not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"{owner}: {argument} is {size!r}, {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} is allowed"
+            )
+
+
 def known_right(layout: BlockLayout) -> BlockLayout:
     """The same layout, which `check_once` then takes as it is: for lists that are right by
     construction.
@@ -266,7 +302,7 @@ def split_window(pattern: Pattern) -> tuple[SlidingWindow | None, Pattern | None
     if isinstance(pattern, SlidingWindow) and pattern.is_contiguous:
         return pattern, None
     if any(isinstance(part, Full) for part in pattern.parts):
-        return SlidingWindow(_EVERYWHERE), None
+        return SlidingWindow(LARGEST), None
     bands = [part for part in pattern.parts if isinstance(part, SlidingWindow)]
     window = None
     for band in bands:
@@ -301,10 +337,20 @@ def block_layout(
             shared.
         device: where the tensors of the layout live.
 
+    Raises:
+        ValueError: an argument has a wrong type or value.
+
     Note:
         The cost is O(length) for a window and O(length^2) bit operations for other patterns, paid
         once.
     """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"block_layout: pattern is {pattern!r}, a Pattern is needed")
+    check_whole("block_layout", 0, length=length)
+    check_whole("block_layout", 1, num_heads=num_heads)
+    check_block_sizes(
+        "block_layout", query_block_size=query_block_size, key_block_size=key_block_size
+    )
     device = torch.device(device)
     layout = _cached_layout(pattern, length, query_block_size, key_block_size, num_heads, device)
     return kept_in_graphs(layout, device)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptive_longformer.patterns.pattern import Pattern, check_positive
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fixed(Pattern):
     summary_size: int = 8
 
     def __post_init__(self) -> None:
-        check_positive("Fixed", stride=self.stride, summary_size=self.summary_size)
+        check_whole("Fixed", 1, stride=self.stride, summary_size=self.summary_size)
         if self.summary_size > self.stride:
             raise ValueError(
                 f"Fixed: summary_size is {self.summary_size}, at most stride = {self.stride} is "

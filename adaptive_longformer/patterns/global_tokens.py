@@ -1,11 +1,12 @@
 """Global tokens: they see every token and every token sees them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,11 @@ class GlobalTokens(Pattern):
     positions: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.positions, Iterable):
+            raise ValueError(f"GlobalTokens: positions is {self.positions!r}, a tuple is needed")
         object.__setattr__(self, "positions", tuple(self.positions))
         for value in self.positions:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(
-                    f"GlobalTokens: positions has {value!r}, whole numbers >= 0 are needed"
-                )
+            check_whole("GlobalTokens", 0, positions=value)
         super().__post_init__()
 
     def _numbers(self) -> tuple[int, ...]:

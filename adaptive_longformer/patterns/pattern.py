@@ -5,10 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+# Of the numbers of a pattern: sums and products of two of them are no more than 64 bits hold.
+LARGEST = 2**31 - 1
 _REGISTRY: dict[int, type["Pattern"]] = {}
 
 
@@ -92,8 +94,8 @@ class Union(Pattern):
     members: tuple[Pattern, ...]
 
     def __post_init__(self) -> None:
-        if not self.members:
-            raise ValueError("Union: members is empty, at least one pattern is needed")
+        if not self.members or not all(isinstance(part, Pattern) for part in self.members):
+            raise ValueError(f"Union: members is {self.members!r}, one or more patterns are needed")
         super().__post_init__()
 
     def _encode(self) -> tuple[int, ...]:
@@ -144,8 +146,12 @@ def pattern_from_code(code: Sequence[int]) -> Pattern | None:
     return union(tuple(patterns))
 
 
-def check_positive(pattern: str, **values: int) -> None:
-    """Raises ValueError unless every value is a whole number of at least 1."""
+def check_whole(owner: str, minimum: int, **values: Any) -> None:
+    """Raises ValueError unless every value is a whole number from `minimum` to `LARGEST`."""
     for argument, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{pattern}: {argument} is {value!r}, a whole number >= 1 is needed")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not minimum <= value <= LARGEST:
+            raise ValueError(
+                f"{owner}: {argument} is {value!r}, a whole number >= {minimum} and < 2**31 is "
+                "needed"
+            )

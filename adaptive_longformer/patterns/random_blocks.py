@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from adaptive_longformer.patterns.mixing import mix
-from adaptive_longformer.patterns.pattern import Pattern, check_positive
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class RandomBlocks(Pattern):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("RandomBlocks", num_blocks=self.num_blocks, block_size=self.block_size)
+        check_whole("RandomBlocks", 1, num_blocks=self.num_blocks, block_size=self.block_size)
+        check_whole("RandomBlocks", 0, seed=self.seed)
         super().__post_init__()
 
     def chosen_blocks(self, length: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from adaptive_longformer.patterns.pattern import Pattern, check_positive
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,16 @@ class SlidingWindow(Pattern):
     def __post_init__(self) -> None:
         if self.right is None:
             object.__setattr__(self, "right", self.left)
-        for argument, value in (("left", self.left), ("right", self.right)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(
-                    f"SlidingWindow: {argument} is {value!r}, a whole number >= 0 is needed"
-                )
+        check_whole("SlidingWindow", 0, left=self.left, right=self.right)
         if isinstance(self.dilation, tuple):
             if not self.dilation:
                 raise ValueError("SlidingWindow: dilation is empty, one number per head is needed")
             for value in self.dilation:
-                check_positive("SlidingWindow", dilation=value)
+                check_whole("SlidingWindow", 1, dilation=value)
             if len(set(self.dilation)) == 1:
                 object.__setattr__(self, "dilation", self.dilation[0])
         else:
-            check_positive("SlidingWindow", dilation=self.dilation)
+            check_whole("SlidingWindow", 1, dilation=self.dilation)
         super().__post_init__()
 
     def _numbers(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptive_longformer.patterns.pattern import Pattern, check_positive
+from adaptive_longformer.patterns.pattern import Pattern, check_whole
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Strided(Pattern):
     stride: int
 
     def __post_init__(self) -> None:
-        check_positive("Strided", stride=self.stride)
+        check_whole("Strided", 1, stride=self.stride)
         super().__post_init__()
 
     def allowed(self, query_index, key_index, head_index, length):

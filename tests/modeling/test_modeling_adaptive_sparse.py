@@ -408,7 +408,17 @@ def inputs_with(**changes):
         (inputs_with(position_ids=torch.full((2, 10), 1026)), "position_ids has the value 1026"),
         (inputs_with(attention_mask=torch.ones(2, 9)), r"attention_mask has shape \(2, 9\)"),
         (inputs_with(attention_mask=torch.ones(2, 1, 10, 10)), "config.attention_pattern"),
-        (inputs_with(attention_mask=[[1] * 10] * 2), "attention_mask is a list"),
+        *(
+            (inputs_with(**{name: [[1] * 10] * 2}), f"{name} is a list")
+            for name in ("attention_mask", "global_attention_mask", "token_type_ids")
+        ),
+        (inputs_with(position_ids=3), "position_ids is a int"),
+        (inputs_with(input_ids="text"), "input_ids is a str"),
+        (inputs_with(input_ids=None, inputs_embeds=[1.0]), "inputs_embeds is a list"),
+        (
+            inputs_with(input_ids=None, inputs_embeds=torch.ones(2, 10, 32).long()),
+            "inputs_embeds has dtype torch.int64",
+        ),
         (inputs_with(attention_mask=torch.ones(2, 10) + 1), "value 2.0.*global_attention_mask"),
         (inputs_with(attention_mask=-torch.ones(2, 10)), "value -1.0.*padding"),
         (inputs_with(attention_mask=torch.full((2, 10), float("nan"))), "value nan"),
@@ -441,6 +451,17 @@ def test_multiple_choice_without_choices_is_refused():
         ValueError, match=r"input_ids has shape \(2, 10\), \(batch_size, num_choices"
     ):
         model(**inputs_with())
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES[1:3])
+def test_labels_and_choices_of_a_wrong_type_are_named(model_class):
+    model = tiny_model(model_class)
+    inputs = tiny_inputs(model, 10)
+    if model_class is AdaptiveSparseForMultipleChoice:
+        with pytest.raises(ValueError, match="input_ids is a list"):
+            model(input_ids=[[[1]]])
+    with pytest.raises(ValueError, match="labels is a list"):
+        model(**inputs, labels=[1, 2])
 
 
 def test_unknown_arguments_are_refused_instead_of_ignored():

@@ -111,7 +111,7 @@ def test_split_window_keeps_the_widest_band_and_leaves_the_rest():
         (lambda: Strided(0), "stride is 0"),
         (lambda: Fixed(4, 5), "summary_size is 5, at most stride = 4"),
         (lambda: RandomBlocks(0), "num_blocks is 0"),
-        (lambda: GlobalTokens((-1,)), "positions has -1"),
+        (lambda: GlobalTokens((-1,)), "positions is -1"),
         (lambda: pattern_from_code((5, 1, 1)), "not made of one of"),
         (lambda: pattern_from_code(Strided(7).code[:-1]), "not made of one of"),
     ],

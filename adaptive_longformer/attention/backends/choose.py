@@ -84,7 +84,7 @@ def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
             if BACKENDS[fused].unsupported(call) is None:
                 return BACKENDS[fused]
         return BACKENDS["blocked"]
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, one of {['auto', *BACKENDS]} is allowed")
     reason = BACKENDS[name].unsupported(call)
     if reason is not None:

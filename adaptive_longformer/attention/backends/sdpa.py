@@ -44,18 +44,40 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
         # torch differs between versions on rows that may see nothing: here they see everything,
         # then become zero.
         empty = ~mask.any(dim=-1, keepdim=True)
-        query, key, value = readable(call.query, call.key, call.value, call.attention_mask)
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask | empty, scale=call.scale
-        ).masked_fill(empty, 0.0)
+        tensors = readable(call.query, call.key, call.value, call.attention_mask)
+        output = _attend(*tensors, mask | empty, call.scale).masked_fill(empty, 0.0)
     else:
-        output = scaled_dot_product_attention(
-            call.query, call.key, call.value, attn_mask=mask, scale=call.scale
-        )
+        output = _attend(call.query, call.key, call.value, mask, call.scale)
     if call.global_mask is not None and separate:
         no_lse = output.new_zeros(output.shape[:3], dtype=torch.float32)
         output, _ = merge_global_rows(output, no_lse, call)
     return output, None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    # Of tensors whose elements share memory torch 2.13 reads and returns garbage, or it fails.
+    if not torch.compiler.is_compiling():
+        query, key, value = (
+            tensor.contiguous() if _overlaps(tensor) else tensor for tensor in (query, key, value)
+        )
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share a place in memory."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:

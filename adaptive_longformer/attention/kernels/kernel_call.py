@@ -1,11 +1,13 @@
 """What the argument structs of the CPU and the CUDA library have in common."""
 
 import ctypes
+from collections.abc import Container, Sequence
 
 import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
+from adaptive_longformer.patterns.block_layout import check_block_sizes
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 
@@ -36,6 +38,7 @@ class KernelArguments(ctypes.Structure):
 
     def __init__(self, call: AttentionCall) -> None:
         super().__init__()
+        _check_shapes(call)
         self.call = call
         self._kept_alive: list[torch.Tensor] = []
         self.batch, self.heads, self.length, self.head_dim = call.query.shape
@@ -46,6 +49,9 @@ class KernelArguments(ctypes.Structure):
         """Points a field at a [batch, heads, length, head_dim] whose last dimension is
         contiguous.
         """
+        query = self.call.query
+        if (tensor.shape, tensor.dtype, tensor.device) != (query.shape, query.dtype, query.device):
+            raise ValueError(f"{name} is not of the shape, type and device of the query")
         self._kept_alive.append(tensor)
         setattr(self, name, RowTensor(tensor.data_ptr(), *tensor.stride()[:3]))
 
@@ -53,6 +59,8 @@ class KernelArguments(ctypes.Structure):
         """Points fields at the elements of tensors."""
         for name, tensor in tensors.items():
             tensor = tensor.contiguous()
+            if name in ("lse", "grad_lse") and tensor.shape != self.call.query.shape[:3]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not that of the rows")
             self._kept_alive.append(tensor)
             setattr(self, name, tensor.data_ptr())
 
@@ -91,3 +99,43 @@ class KernelArguments(ctypes.Structure):
         if grad_span is not None and span is not None:
             grad_span = grad_span.sum(dim=(0, 2)).to(span.length.dtype)
         return grad_bias, grad_span
+
+
+def _check_shapes(call: AttentionCall) -> None:
+    """Raises ValueError on what would be read behind its end: an operator may be called directly,
+    without the checks of `sparse_attention`.
+    """
+    batch, heads, length, head_dim = call.query.shape
+    layout, keys, span = call.layout, call.global_keys, call.span
+    of_tokens = ({batch}, {length})
+    sized: list[tuple[str, torch.Tensor | None, torch.dtype | None, Sequence[Container[int]]]] = [
+        (name, tensor, call.query.dtype, ({batch}, {heads}, {length}, {head_dim}))
+        for name, tensor in (("key", call.key), ("value", call.value))
+    ]
+    sized.append(("attention_mask", call.attention_mask, torch.bool, of_tokens))
+    if keys is not None:
+        sized.append(("global_mask", keys.mask, torch.bool, of_tokens))
+        sized.append(
+            ("global_positions", keys.positions, torch.int64, ({batch}, range(length + 1)))
+        )
+    if span is not None:
+        sized.append(("span_length", span.length, None, ({heads},)))
+    if call.dropout_p > 0:
+        sized.append(("dropout_seed", call.dropout_seed, torch.int64, ()))
+    if layout is not None:
+        check_block_sizes("layout", query=layout.query_block_size, key=layout.key_block_size)
+        shape = layout.key_blocks.shape
+        entries = ({1, batch}, {1, heads}, {layout.num_query_blocks}, {shape[-1]})
+        sized.append(("key_blocks", layout.key_blocks, None, entries))
+        sized.append(("counts", layout.counts, None, [{size} for size in shape[:-1]]))
+        sized.append(("flags", layout.flags, None, [{1, size} for size in shape]))
+        sized.append(("entry_bias", call.entry_bias, None, entries))
+    for name, tensor, dtype, allowed in sized:
+        if tensor is None:
+            continue
+        fits = len(allowed) == tensor.ndim and dtype in (None, tensor.dtype)
+        if not fits or any(size not in each for size, each in zip(tensor.shape, allowed)):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and {tensor.dtype}, which does not fit "
+                f"the query of shape {tuple(call.query.shape)} and its lists"
+            )

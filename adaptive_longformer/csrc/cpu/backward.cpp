@@ -1,5 +1,5 @@
 // Block-sparse attention, backward: the five matrix products of a tile run once, from the forward lists. One task walks
-// all bundles of query blocks of a head (or of a segment, when there are fewer heads than threads) and adds up its own
+// all bundles of query blocks of a head (or of a segment, when there are few heads) and adds up its own
 // gradients of keys and values, so that nothing is shared and every sum has a fixed order.
 #include "bundle.h"
 #include "matmul.h"
@@ -7,6 +7,9 @@
 
 namespace adaptive {
 namespace {
+
+// So many threads find work in one head.
+constexpr int64_t MOST_SHARED = 16;
 
 // The packed keys and values of one head, and where their gradients are summed.
 struct PackedHead {
@@ -177,7 +180,7 @@ void write_block(const Problem& problem, const RowTensor& target, int64_t batch,
       if (slot >= arguments.num_global) return;
       position = arguments.global_positions[batch * arguments.num_global + slot];
     }
-    if (position < arguments.length)
+    if (position >= 0 && position < arguments.length)
       store_row(target, row_offset(target, batch, head, position), first + (int64_t)column * problem.padded_dim,
                 problem.head_dim, factor, arguments.element_type);
   }
@@ -188,12 +191,10 @@ void backward(const Arguments& arguments) {
   const int64_t num_heads = arguments.batch * arguments.heads, num_threads = arguments.num_threads;
   const int64_t block_size = (int64_t)problem.key_block * problem.padded_dim;
   const int64_t num_bundles = Bundle::count(problem), packed_size = problem.num_blocks * block_size;
-  // Segments cost memory and an addition each: only where heads alone leave threads idle. One thread takes those of two,
-  // so that both add up in the same order.
-  const int64_t sharing = std::max<int64_t>(num_threads, 2);
-  int64_t num_segments = 1;
-  if (num_heads % sharing != 0 && num_heads < 4 * sharing)
-    num_segments = std::min(num_bundles, (2 * sharing + num_heads - 1) / num_heads);
+  // Segments cost memory and an addition each: only where heads alone would leave threads idle, and however many there
+  // are, so that sums do not depend on their number.
+  const int64_t num_segments =
+      std::clamp<int64_t>((MOST_SHARED + num_heads - 1) / num_heads, 1, std::max<int64_t>(num_bundles / 4, 1));
   const int64_t group = std::min(num_heads, num_threads);
   const Buffer<float> keys(group * packed_size), values(group * packed_size),
       grad_keys(group * num_segments * packed_size), grad_values(group * num_segments * packed_size);

@@ -272,9 +272,9 @@ class Bundle {
         entry.low = left, entry.high = right, entry.invert = entry.is_window ? 0 : -1;
       }
     }
-    // At the length itself the weight is still 1, but its slope is not 0.
+    // At the length itself the weight is still 1, but its slope is not 0. A length may be NaN.
     if (entry.is_window && arguments.span_length != nullptr)
-      entry.has_span = (float)std::max(-lowest, highest) >= arguments.span_length[head];
+      entry.has_span = !((float)std::max(-lowest, highest) < arguments.span_length[head]);
   }
 
   // Entries of the same members one after the other, in the order of the lists.

@@ -169,7 +169,7 @@ class Problem {
         const int64_t slot = (int64_t)(block - num_sequence_blocks) * key_block + key;
         if (slot < arguments.num_global) position = arguments.global_positions[batch * arguments.num_global + slot];
       }
-      const bool is_open = position < arguments.length;
+      const bool is_open = position >= 0 && position < arguments.length;
       key_position_.data()[first + key] = is_open ? (int32_t)position : HIDDEN;
       key_word_.data()[first + key] =
           is_open && arguments.column_words != nullptr ? arguments.column_words[position] : 0;

@@ -109,7 +109,7 @@ struct alignas(16) Step {
         if (is_window ? !is_inside : touches) flags |= MASKED | (is_window ? INSIDE : OUTSIDE);
       }
       if (is_window && arguments.span_length != nullptr &&
-          (float)(-lowest > highest ? -lowest : highest) >= arguments.span_length[place.head])
+          !((float)(-lowest > highest ? -lowest : highest) < arguments.span_length[place.head]))
         flags |= SPANNED;
       if (!is_window) flags |= BIASED;
       if (!is_window && arguments.entry_bias != nullptr) {
