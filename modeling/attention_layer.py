@@ -191,13 +191,17 @@ class AdaptiveSparseAttention(nn.Module):
         if dropout_p:
             call.update(fresh_dropout(dropout_p, query.device))
         if output_attentions:
-            context, _, probabilities = dense_attention(
-                make_call(query, key, value, reads.pattern_or_layout, **call)
-            )
-            probabilities = padding.restored(
-                padding.restored(probabilities, dim=3), dim=2, zero=True
-            )
-            return padding.restored(context, dim=2, zero=True), probabilities
+            attentions = []
+
+            def hand_out(rolled: torch.Tensor) -> torch.Tensor:
+                """What is returned has to be what is read, to have a gradient."""
+                restored = padding.restored(padding.restored(rolled, dim=3), dim=2, zero=True)
+                attentions.append(restored)
+                return padding.removed(padding.removed(restored, dim=2), dim=3)
+
+            all_of_call = make_call(query, key, value, reads.pattern_or_layout, **call)
+            context, _, _ = dense_attention(all_of_call, hand_out)
+            return padding.restored(context, dim=2, zero=True), attentions[0]
         context = sparse_attention(
             query,
             key,

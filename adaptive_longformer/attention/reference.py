@@ -4,6 +4,8 @@ formulas.
 Everything else in this package equals this file, in value and in gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from adaptive_longformer.attention.call import AttentionCall, AttentionSpan, GlobalProjections
@@ -19,9 +21,12 @@ def reference_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor
     return dense_attention(call)[:2]
 
 
-def dense_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense_attention(
+    call: AttentionCall, hand_out: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, log-sum-exp, and the attention weights before dropout that the output is computed
-    from, [batch, heads, length, length]; rows that see nothing are zero.
+    from, [batch, heads, length, length]; rows that see nothing are zero. The weights first pass
+    through `hand_out`.
     """
     scores, value, value_global = _scores(call)
     row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
@@ -30,7 +35,7 @@ def dense_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, to
     is_empty = total == 0
     probabilities = weights / total.masked_fill(is_empty, 1.0)
     lse = (row_max + total.masked_fill(is_empty, 1.0).log()).masked_fill(is_empty, -torch.inf)
-    kept = probabilities
+    kept = probabilities = probabilities if hand_out is None else hand_out(probabilities)
     if call.dropout_p > 0:
         assert call.dropout_seed is not None
         batch, heads, length, _ = call.query.shape

@@ -23,15 +23,16 @@ MAKERS = {
 by_kind = pytest.mark.parametrize("kind", MAKERS)
 
 
-def inputs_of(model):
+def inputs_of(model, padding="right"):
     make = tiny_seq2seq_inputs if model.config.is_encoder_decoder else tiny_inputs
-    return make(model)
+    return make(model, padding=padding)
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
 @by_kind
-def test_hidden_states_and_attentions_keep_their_gradients(kind):
+def test_hidden_states_and_attentions_keep_their_gradients(kind, padding):
     model = MAKERS[kind]()
-    outputs = model(**inputs_of(model), output_attentions=True, output_hidden_states=True)
+    outputs = model(**inputs_of(model, padding), output_attentions=True, output_hidden_states=True)
     names = [name for name in outputs if name.endswith(("hidden_states", "attentions"))]
     assert len(names) == (5 if model.config.is_encoder_decoder else 2)
     for name in names:
