@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 SOURCES := adaptive_longformer adaptive_longformer_command_line.py configuration modeling tests $(wildcard examples benchmarks docs/make)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-# Two workers on two cores, one thread each.
+# Two workers on two cores, one thread each. Each starts with one half of the files, so that what the
+# tests of a file share is made once.
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
@@ -56,10 +57,10 @@ quickstart: .venv/.installed  ## Convert, verify, time and fine-tune a small Lon
 	.venv/bin/adaptive-longformer quickstart
 
 test: lint  ## Lint, types and the tests on the pairwise grid
-	$(TEST) .venv/bin/python -m pytest -q -n 2 -m "not gpu" $(PYTEST_ARGS)
+	$(TEST) .venv/bin/python -m pytest -q -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 test-all: lint  ## As test, on the full grid (long)
-	ADAPTIVE_LONGFORMER_FULL_GRID=1 $(TEST) .venv/bin/python -m pytest -q -n 2 -m "not gpu" $(PYTEST_ARGS)
+	ADAPTIVE_LONGFORMER_FULL_GRID=1 $(TEST) .venv/bin/python -m pytest -q -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.installed  ## The smoke tests on the oldest supported Transformers
 	$(OFFLINE) .venv-oldest/bin/python -m pytest -q tests/smoke $(PYTEST_ARGS)

@@ -173,15 +173,15 @@ started = time.process_time()
 import adaptive_longformer
 print(time.process_time() - started)
 """
-    seconds = []
+    # 0.2 s; twice that where no bytecode is kept and other processes are at work.
     for _ in range(3):
         run = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
         )
         assert run.returncode == 0, run.stderr
-        seconds.append(float(run.stdout))
-    # 0.2 s; twice that where no bytecode is kept and other processes are at work.
-    assert min(seconds) < 0.8
+        if float(run.stdout) < 0.8:
+            return
+    pytest.fail(f"three imports took more than 0.8 s, the last one {run.stdout}")
 
 
 def test_training_imports_without_what_only_reads_files_or_counts():
