@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_tracing
 
-from adaptive_longformer.attention.call import check_types
+from adaptive_longformer.patterns.pattern import check_types
 
 _MASK_HINTS: dict[Any, str] = {
     2: " (2 marked global tokens in the original Longformer code: keep 1 in attention_mask and "

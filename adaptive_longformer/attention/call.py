@@ -1,7 +1,6 @@
 """One call of the attention operator: checked once, then the same for every backend."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from adaptive_longformer.attention.autocast import autocast_inputs
 from adaptive_longformer.attention.global_keys import GlobalKeys, global_keys
 from adaptive_longformer.patterns.block_layout import BlockLayout, block_layout, split_window
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import Pattern, check_whole, union
+from adaptive_longformer.patterns.pattern import Pattern, check_types, check_whole, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 # Of the lists of a pattern, in tokens.
@@ -221,13 +220,6 @@ def make_call(
         dropout_seed=dropout_seed if dropout_p > 0 else None,
         return_lse=given["return_lse"],
     )
-
-
-def check_types(values: Mapping[str, object], kind: Any, needed: str) -> None:
-    """Raises ValueError on the first value that is not of a kind, which `isinstance` takes."""
-    for name, value in values.items():
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} is a {type(value).__name__}, {needed} is needed")
 
 
 def _is_number(value: Any) -> bool:

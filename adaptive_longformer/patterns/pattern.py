@@ -2,7 +2,7 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -144,6 +144,13 @@ def pattern_from_code(code: Sequence[int]) -> Pattern | None:
         patterns.append(kind._of_numbers(*rest[2 : 2 + count]))
         rest = rest[2 + count :]
     return union(tuple(patterns))
+
+
+def check_types(values: Mapping[str, object], kind: Any, needed: str) -> None:
+    """Raises ValueError on the first value that is not of a kind, which `isinstance` takes."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}, {needed} is needed")
 
 
 def check_whole(owner: str, minimum: int, **values: Any) -> None:
