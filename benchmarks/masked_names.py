@@ -1,0 +1,299 @@
+"""Does reading chosen blocks help a language model with real weights on real documents?
+
+    python benchmarks/masked_names.py --model BERT_FOLDER \
+        --train-file train.jsonl --eval-file validation.jsonl --seeds 0 1
+
+A pretrained BERT is converted to read long documents and goes on as a masked language model, the
+same steps on the same pieces for every pattern at about 256 keys per query, and for full attention.
+Beside ordinary masking some words are masked that also stand more than 256 tokens away: everywhere
+within 256 tokens, so that no window shows them. What counts is how well these words of unseen
+documents are found: bits of surprise and accuracy, with the standard error over documents.
+
+A run stores its state every 50 steps and goes on from there; finished ones are lines of
+masked_names.jsonl. Every run is a process of its own, whose peak memory is its pattern's.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from side_by_side.measure import environment
+from side_by_side.results import add_results_arguments, results_folder
+from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
+
+from adaptive_longformer import convert_checkpoint
+from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
+from adaptive_longformer.training import adaptive_parameter_groups
+
+FAR = 256
+# Words, by letters and by how often they stand in a piece, that are names rather than grammar.
+LETTERS, MOST_PLACES = 4, 12
+FAR_SHARE, ORDINARY_SHARE = 0.05, 0.10
+STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
+CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
+ARMS = {
+    "adaptive": {"attention_pattern": "adaptive", **CHOOSING},
+    "longformer": {"attention_pattern": "longformer", "attention_window": 256},
+    "random_selection": {"attention_pattern": "random_selection", **CHOOSING},
+    "big_bird": {"attention_pattern": "big_bird", "block_size": 32, "num_random_blocks": 3},
+    "full": {"attention_pattern": "full"},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="BERT: folder or hub id")
+    parser.add_argument("--train-file", required=True, help="jsonl with a column of texts")
+    parser.add_argument("--eval-file", required=True, help="the same, of other documents")
+    parser.add_argument("--column", default="document")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a piece")
+    parser.add_argument("--steps", type=int, default=1000, help="of one piece each")
+    parser.add_argument("--eval-pieces", type=int, default=2, help="of every unseen document")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_results_arguments(parser)
+    args = parser.parse_args()
+    if args.length < 4 * FAR:
+        parser.error(f"--length is {args.length}, at least {4 * FAR} is needed")
+    return args
+
+
+def read_pieces(file: str, args: argparse.Namespace, tokenizer) -> list[list[dict]]:
+    """Of every document its whole pieces: token ids [length] and the words, (first token, one more
+    than the last, text).
+    """
+    documents = []
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        encoding = tokenizer(
+            json.loads(line)[args.column], add_special_tokens=False, return_offsets_mapping=True,
+            verbose=False,
+        )  # fmt: skip
+        text, room = json.loads(line)[args.column].lower(), args.length - 2
+        pieces = []
+        for start in range(0, len(encoding.input_ids) - room + 1, room):
+            ids = encoding.input_ids[start : start + room]
+            ids = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+            words: list[list] = []
+            numbers = encoding.word_ids()[start : start + room]
+            for token, number in enumerate(numbers, start=1):
+                begin, end = encoding.offset_mapping[start + token - 1]
+                if token > 1 and number == numbers[token - 2]:
+                    words[-1][1], words[-1][2] = token + 1, words[-1][2] + text[begin:end]
+                else:
+                    words.append([token, token + 1, text[begin:end]])
+            pieces.append({"ids": torch.tensor(ids), "words": words})
+        documents.append(pieces)
+    return documents
+
+
+def mask_piece(
+    piece: dict, mask_token: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A piece with masked tokens, their labels (-100 elsewhere), and which of these stand, as
+    words, only far away: each [length].
+    """
+    ids, words = piece["ids"], piece["words"]
+    length = len(ids)
+    places: dict[str, list[int]] = {}
+    for index, (_, _, text) in enumerate(words):
+        if len(text) >= LETTERS and text.isalpha():
+            places.setdefault(text, []).append(index)
+    is_masked, is_far = torch.zeros(2, length, dtype=torch.bool)
+    is_masked[1:-1] = torch.rand(length - 2, generator=generator) < ORDINARY_SHARE
+    for index in torch.randperm(len(words), generator=generator).tolist():
+        if is_far.sum() >= FAR_SHARE * length:
+            break
+        first, last, text = words[index]
+        others = [words[other] for other in places.get(text, ()) if other != index]
+        is_away = [abs(other[0] - first) > FAR + other[1] - other[0] for other in others]
+        # What is masked itself answers nothing.
+        shown = [o for o, away in zip(others, is_away) if away and not is_masked[o[0] : o[1]].any()]
+        if not shown or len(others) >= MOST_PLACES or is_far[first:last].any():
+            continue
+        is_masked[first:last] = is_far[first:last] = True
+        for (begin, end, _), away in zip(others, is_away, strict=True):
+            is_masked[begin:end] |= not away
+    # A word that was shown then may be masked since.
+    for first, last, text in words:
+        if is_far[first:last].any():
+            others = [words[other] for other in places[text]]
+            is_found = any(
+                abs(begin - first) > FAR + end - begin and not is_masked[begin:end].any()
+                for begin, end, _ in others
+            )
+            is_far[first:last] = is_found
+    labels = ids.masked_fill(~is_masked, -100)
+    return ids.masked_fill(is_masked, mask_token), labels, is_far
+
+
+def batches(
+    documents: list[list[dict]], mask_token: int, steps: range, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The inputs and labels of steps, [1, length]; a step's do not depend on where one begins."""
+    pieces = [piece for document in documents for piece in document]
+    for step in steps:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        index = int(torch.randint(len(pieces), (), generator=generator))
+        ids, labels, _ = mask_piece(pieces[index], mask_token, generator)
+        yield ids[None], labels[None]
+
+
+@torch.no_grad()
+def evaluate(model, documents: list[list[dict]], mask_token: int, args) -> dict:
+    """Bits and accuracy on far words, document by document, and their means."""
+    model.eval()
+    generator = torch.Generator().manual_seed(10**6)
+    bits, right, every = [], [], []
+    for pieces in documents:
+        of_document: list[torch.Tensor] = []
+        for piece in pieces[: args.eval_pieces]:
+            ids, labels, is_far = mask_piece(piece, mask_token, generator)
+            logits = model(ids[None].to(args.device)).logits[0].cpu()
+            is_asked = labels >= 0
+            log_odds = logits[is_asked].log_softmax(dim=-1)
+            found = -log_odds.gather(-1, labels[is_asked][:, None])[:, 0] / math.log(2)
+            is_right = log_odds.argmax(dim=-1) == labels[is_asked]
+            every.append(found.mean().item())
+            far = is_far[is_asked]
+            of_document.append(torch.stack([found[far], is_right[far].float()]))
+        means = torch.cat(of_document, dim=1).mean(dim=1).tolist()
+        bits.append(means[0])
+        right.append(means[1])
+    return {
+        "far_bits": statistics.mean(bits),
+        "far_accuracy": statistics.mean(right),
+        "bits": statistics.mean(every),
+        "far_bits_by_document": bits,
+        "far_accuracy_by_document": right,
+    }
+
+
+def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict:
+    """Trains, or goes on training, one pattern from one seed, and evaluates it."""
+    converted, state_file = folder / "converted", folder / f"{arm}-{seed}.pt"
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    set_seed(seed)  # the head is new
+    model = AutoModelForMaskedLM.from_pretrained(converted, **ARMS[arm]).to(args.device)
+    groups = model.parameters()
+    if arm == "adaptive":
+        groups = adaptive_parameter_groups(model, args.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / (WARM_UP * args.steps), 1 - step / args.steps),
+    )
+    first, used, parts = 0, 0.0, (model, optimizer, schedule)
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        first, used = state["step"], state["seconds"]
+        for part, values in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(values)
+    documents = read_pieces(args.train_file, args, tokenizer)
+    model.train()
+    mask_token = tokenizer.mask_token_id
+    steps = range(first, args.steps)
+    for step, (ids, labels) in zip(steps, batches(documents, mask_token, steps, seed)):
+        begin = time.process_time()
+        if selections(model):
+            set_selection_strength(model, min(1.0, (step + 1) / (RAMP_RATIO * args.steps)))
+        loss = model(ids.to(args.device), labels=labels.to(args.device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        used += time.process_time() - begin
+        if (step + 1) % STORED_EVERY == 0:
+            print(f"{arm}, seed {seed}, step {step + 1}: loss {loss.item():.3f}", file=sys.stderr)
+            values = [part.state_dict() for part in parts]
+            torch.save({"step": step + 1, "seconds": used, "parts": values}, f"{state_file}.new")
+            os.replace(f"{state_file}.new", state_file)
+    found = evaluate(model, read_pieces(args.eval_file, args, tokenizer), mask_token, args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"arm": arm, "seed": seed, **found, "seconds_per_step": used / args.steps,
+            "peak_mib": peak}  # fmt: skip
+
+
+def table(cells: list[dict]) -> str:
+    """Means over seeds, and the difference of every arm to "adaptive" over documents and seeds."""
+    lines = [
+        "| pattern | seeds | bits, far words | accuracy, far words | bits, all | bits more than "
+        "adaptive | seconds per step | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    own = {
+        cell["seed"]: cell["far_bits_by_document"] for cell in cells if cell["arm"] == "adaptive"
+    }
+    for arm in ARMS:
+        group = [cell for cell in cells if cell["arm"] == arm]
+        if not group:
+            continue
+        names = ("far_bits", "far_accuracy", "bits", "seconds_per_step", "peak_mib")
+        mean = {name: statistics.mean(cell[name] for cell in group) for name in names}
+        pairs = [
+            other - ours
+            for cell in group
+            if cell["seed"] in own and arm != "adaptive"
+            for other, ours in zip(cell["far_bits_by_document"], own[cell["seed"]], strict=True)
+        ]
+        difference = ""
+        if len(pairs) > 1:
+            error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+            difference = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
+        lines.append(
+            f"| {arm} | {len(group)} | {mean['far_bits']:.3f} | {mean['far_accuracy']:.3f} | "
+            f"{mean['bits']:.3f} | {difference} | {mean['seconds_per_step']:.2f} | "
+            f"{mean['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    results = results_folder(args)
+    folder, file = results / "masked_names", results / "masked_names.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "converted" / "config.json").exists():
+        convert_checkpoint(args.model, folder / "converted", max_positions=args.length)
+    settings = {name: getattr(args, name) for name in ("length", "steps", "learning_rate")}
+    lines = file.read_text().splitlines() if file.exists() else []
+    cells = [json.loads(line) for line in lines]
+    if any(cell["settings"] != settings for cell in cells):
+        print(f"{file} holds runs of other settings: move it away first", file=sys.stderr)
+        return 2
+    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    done = {(cell["arm"], cell["seed"]) for cell in cells}
+    todo = [pair for pair in todo if pair not in done]
+    if len(args.arms) == len(args.seeds) == 1:
+        for arm, seed in todo:
+            cell = run_arm(args, arm, seed, folder)
+            about = environment(torch.device(args.device))
+            with file.open("a") as out:
+                out.write(json.dumps({**cell, "settings": settings, "environment": about}) + "\n")
+            (folder / f"{arm}-{seed}.pt").unlink(missing_ok=True)
+        return 0
+    for arm, seed in todo:
+        own = ["--arms", arm, "--seeds", str(seed)]
+        # What stands last counts.
+        if status := subprocess.run([sys.executable, *sys.argv, *own], check=False).returncode:
+            return status
+    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
