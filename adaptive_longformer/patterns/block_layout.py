@@ -509,6 +509,6 @@ def _pattern_entries(
             torch.where(covered, int(EntryFlag.FULL), 0)
             + torch.where(touched, int(EntryFlag.PATTERN), 0)
         )
-    flags = torch.stack(rows, dim=1).int()
+    flags = torch.stack(rows, dim=1).int() if rows else torch.zeros(heads, 0, 0, dtype=torch.int32)
     flags = flags.where((flags & EntryFlag.PATTERN) != 0, 0)
     return torch.arange(num_key_blocks, dtype=torch.int32).expand_as(flags), flags

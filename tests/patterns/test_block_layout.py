@@ -172,3 +172,10 @@ def test_the_default_device_is_not_asked():
         layout = block_layout(pattern, 321)
     assert layout.key_blocks.device.type == layout.counts.device.type == "cpu"
     assert layout.counts.sum() > 0
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(3), Strided(4), SlidingWindow(3) | Strided(4)])
+def test_no_tokens_have_no_lists(pattern):
+    layout = block_layout(pattern, 0)
+    layout.validate()
+    assert layout.key_blocks.numel() == layout.counts.numel() == 0
