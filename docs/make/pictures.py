@@ -306,13 +306,12 @@ def quality() -> str:
     """Accuracy on what is far, for two tasks."""
     variants = (
         ("full", "full attention", OTHER),
-        ("adaptive", "adaptive, blocks of 16", "#e08f9a"),
-        ("adaptive, blocks of 64", "adaptive, blocks of 64 (default)", CHOSEN),
+        ("adaptive", "adaptive", CHOSEN),
         ("big_bird", "BigBird", OTHER),
-        ("random_selection", "blocks of 16 at random", OTHER),
+        ("random_selection", "blocks at random", OTHER),
         ("longformer", "Longformer, wider window", OTHER),
     )
-    drawing = Drawing(780, 330, "What is found far away")
+    drawing = Drawing(780, 290, "What is found far away")
     drawing.text(
         20,
         26,

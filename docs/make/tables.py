@@ -120,17 +120,36 @@ def families() -> str:
     return f"{markdown(head, rows)}\n\n{source('model_families.json', result['environment'])}"
 
 
+def quality_cells() -> list[dict]:
+    lines = (RESULTS / "pattern_quality_full.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def candidates() -> str:
+    """Accuracy on what is far in documents of 4,096 tokens, by task and number of candidates."""
+    cells = [cell for cell in quality_cells() if cell["part"] == "candidates"]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = []
+    for variant in dict.fromkeys(cell["variant"] for cell in cells):
+        row = [variant]
+        for task in tasks:
+            found = [c for c in cells if (c["task"], c["variant"]) == (task, variant)]
+            far = [cell["by_length"]["4096"]["far"] for cell in found]
+            row.append(f"{statistics.mean(far):.2f} ({len(far)})" if far else "not run")
+        rows.append(row)
+    about = source("pattern_quality_full.jsonl", cells[0]["environment"])
+    return f"{markdown(('candidates', *tasks), rows)}\n\n{about}"
+
+
 def quality() -> str:
     name = "pattern_quality_full.jsonl"
-    rows = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    rows = quality_cells()
     variants = {
         "full": "full attention",
-        "oracle": "exact choice of blocks of 16 (`oracle`)",
-        "oracle, blocks of 64": "exact choice of blocks of 64 (`oracle`)",
-        "adaptive, blocks of 64": "**adaptive, blocks of 64 (the default)**",
-        "adaptive": "**adaptive, blocks of 16**",
-        "adaptive, 100 keys": "adaptive, blocks of 16, a quarter of BigBird's keys",
-        "random_selection": "blocks of 16 at random",
+        "oracle": "blocks by their exact share of full attention (`oracle`)",
+        "adaptive": "**adaptive**",
+        "adaptive, 100 keys": "adaptive, a quarter of BigBird's keys",
+        "random_selection": "blocks at random",
         "big_bird": "BigBird",
         "longformer": "Longformer, wider window",
         "linear": "linear attention",
@@ -165,23 +184,14 @@ def hyperpartisan() -> str:
 
 
 def fidelity() -> str:
-    result = read("fidelity.json")
-    cells = next(
-        value
-        for value in result.values()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-    )
-    rows = [
-        [
-            cell["name"],
-            f"{cell['keys_per_query']:,}",
-            f"{cell['error']:.2f}",
-            f"{cell['cosine']:.2f}",
-        ]
-        for cell in cells
-    ]
-    head = ("pattern", "keys per query", "error", "cosine")
-    return f"{markdown(head, rows)}\n\n{source('fidelity.json', result['environment'])}"
+    result = read("fidelity_4096.json")
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        found = {row["table"]: row for row in result["rows"] if row["name"] == name}
+        errors = [f"{found[table]['error']:.3f}" for table in ("repeated", "averaged")]
+        rows.append([name, f"{found['repeated']['keys_per_query']:,}", *errors])
+    head = ("pattern", "keys per query", "error, positions repeated", "error, averaged")
+    return f"{markdown(head, rows)}\n\n{source('fidelity_4096.json', result['environment'])}"
 
 
 def recall() -> str:
@@ -204,8 +214,8 @@ def recall() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
-        layer, operator, small_encoder, training_step, families, quality, hyperpartisan, fidelity,
-        recall,
+        layer, operator, small_encoder, training_step, families, quality, candidates, hyperpartisan,
+        fidelity, recall,
     )
 }  # fmt: skip
 
