@@ -60,6 +60,8 @@ struct SelectArguments {
 constexpr int MAX_VECTORS = WIDTH == 16 ? 4 : 2;
 // Keys that meet the vectors of queries at a time: as many sums as registers hold.
 constexpr int MAX_SUMS = WIDTH == 16 ? 16 : 8;
+// So few query blocks with lists of candidates that their keys are packed and no others.
+constexpr int FEW_UNITS = 4;
 // A sum above this asks for another reference; what it then is stays finite for any number of keys.
 constexpr float SUM_LIMIT = 0x1p64f, POWER_LIMIT = 100.0f, POWER_SUM = 0x1p100f;
 
@@ -213,16 +215,18 @@ struct Keys {
   std::vector<float> scale;
   std::vector<int32_t> start;  // what a sum of products of bytes begins with: the queries' bytes are 128 too large
   std::vector<float> count;    // of tokens that a key stands for
-  std::vector<uint8_t> is_open;  // whether an entry has keys, and only finite ones
+  std::vector<uint8_t> is_open;  // whether an entry is wanted and has keys, and only finite ones
 
-  Keys(const SelectArguments& call, const Entries& entries, int64_t batch, int64_t key_head, int64_t words_per_row)
+  Keys(const SelectArguments& call, const Entries& entries, const std::vector<uint8_t>& is_wanted, int64_t batch,
+       int64_t key_head, int64_t words_per_row)
       : depth(words_per_row), count(entries.keys.size(), 1.0f), is_open(entries.count()) {
     constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
     words.resize(count.size() * depth);
     if (IS_BYTES) scale.resize(count.size()), start.resize(count.size());
     RowPacker packer(call);
     for (int entry = 0; entry < entries.count(); entry++) {
-      is_open[entry] = entries.first[entry] < entries.first[entry + 1];
+      is_open[entry] = is_wanted[entry] && entries.first[entry] < entries.first[entry + 1];
+      if (!is_open[entry]) continue;
       for (int index = entries.first[entry]; index < entries.first[entry + 1]; index++) {
         const int32_t key = entries.keys[index];
         if (!packer.load(call.key, batch, key_head, key)) is_open[entry] = false;
@@ -280,7 +284,8 @@ class Selection {
       std::vector<std::unique_ptr<Keys<Word>>> keys(members);
       parallel_tasks(members, call.num_threads, [&](int64_t task) {
         const int64_t batch = (first + task) / call.key_heads, key_head = (first + task) % call.key_heads;
-        keys[task] = std::make_unique<Keys<Word>>(call, entries[batch], batch, key_head, depth);
+        const std::vector<uint8_t> is_wanted = wanted_entries(entries[batch], batch, key_head, (int)units);
+        keys[task] = std::make_unique<Keys<Word>>(call, entries[batch], is_wanted, batch, key_head, depth);
       });
       parallel_tasks(members * shared * units, call.num_threads, [&](int64_t task) {
         const int64_t member = task / (shared * units), key_head = (first + member) % call.key_heads;
@@ -295,10 +300,26 @@ class Selection {
   const int64_t depth;
   const int row_vectors, unit_rows;
 
+  // What any query block meets. Many together meet nearly everything; in cached decoding there is one.
+  std::vector<uint8_t> wanted_entries(const Entries& entries, int64_t batch, int64_t key_head, int units) const {
+    const std::vector<uint8_t> every(entries.count(), 1);
+    if (call.places == nullptr || units > FEW_UNITS) return every;
+    std::vector<uint8_t> is_wanted(entries.count());
+    Unit<Word> unit;
+    const int64_t shared = call.heads / call.key_heads;
+    for (int64_t head = key_head * shared; head < (key_head + 1) * shared; head++)
+      for (int first_row = 0; first_row < call.num_rows; first_row += unit_rows) {
+        const int rows = std::min(unit_rows, (int)call.num_rows - first_row);
+        list_entries(entries, every, batch, head, first_row, rows, unit);
+        for (const int32_t entry : unit.entries) is_wanted[entry] = 1;
+      }
+    return is_wanted;
+  }
+
   void choose(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row) const {
     static thread_local Unit<Word> unit;
     const int rows = std::min(unit_rows, (int)call.num_rows - first_row);
-    list_entries(entries, keys, batch, head, first_row, rows, unit);
+    list_entries(entries, keys.is_open, batch, head, first_row, rows, unit);
     if (unit.entries.empty()) return;
     load_queries(batch, head, first_row, rows, unit);
     const int vectors = rows * row_vectors;
@@ -320,12 +341,12 @@ class Selection {
   static int group_size(int vectors) { return MAX_VECTORS == 4 && vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1; }
 
   // The candidates and global tokens that any of the query blocks may see, ascending.
-  void list_entries(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row,
-                    int rows, Unit<Word>& unit) const {
+  void list_entries(const Entries& entries, const std::vector<uint8_t>& is_open, int64_t batch, int64_t head,
+                    int first_row, int rows, Unit<Word>& unit) const {
     const int64_t last_row = call.first_row + first_row + rows - 1;
     const auto add = [&](int64_t first, int64_t last) {
       for (int64_t entry = first; entry < last; entry++)
-        if (keys.is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
+        if (is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
     };
     const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
     unit.entries.clear();
