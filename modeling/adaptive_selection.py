@@ -152,17 +152,17 @@ class AdaptiveSelection(HeadBudgets):
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         global_mask: torch.Tensor | None,
+        means: tuple[torch.Tensor, torch.Tensor] | None = None,
         validate: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What one block of queries reads in cached decoding, best first.
-
-        Reads all keys for their means: O(length) operations, once per block of queries.
 
         Args:
             query: [batch, heads, query_block_size + 1, head_dim], those of the block before, and
                 the first of the block.
             key: [batch, heads, length, head_dim], up to the first token of the block.
             attention_mask, global_mask: bool [batch, length] as in `forward`.
+            means: of keys, as `select_blocks` takes them; None: they are computed.
             validate: whether to raise on values that are not finite.
 
         Returns:
@@ -173,7 +173,9 @@ class AdaptiveSelection(HeadBudgets):
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
             return nothing[..., None], nothing
-        selected = self._select(query, key, attention_mask, global_mask, options, validate=validate)
+        selected = self._select(
+            query, key, attention_mask, global_mask, options, means=means, validate=validate
+        )
         return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
 
     def _selection_options(self) -> SelectionOptions | None:
@@ -192,6 +194,7 @@ class AdaptiveSelection(HeadBudgets):
         options: SelectionOptions,
         *,
         validate: bool,
+        means: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> SelectedBlocks:
         """The choice, or that of one of the controls it is compared with."""
         masks: dict[str, Any] = {"attention_mask": attention_mask, "global_mask": global_mask}
@@ -208,6 +211,7 @@ class AdaptiveSelection(HeadBudgets):
             max_global_tokens=self.config.max_global_tokens,
             is_causal=self.is_causal,
             global_directions=self.global_direction,
+            means=means,
             validate=validate,
         )
 

@@ -79,8 +79,8 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
     With "adaptive" and a selection strength above 0 every block of queries also reads earlier
     blocks, chosen by the queries of the block before: its own would tell its first tokens about its
     last ones. The cache then keeps all keys and values, but a new token reads only the window, the
-    sinks and the list of its block. That list is made when the block begins, from all kept keys:
-    O(length) operations, once in `config.query_block_size` tokens.
+    sinks and the list of its block. That list is made when the block begins, once in
+    `config.query_block_size` tokens, from the means of all kept keys and the keys of candidates.
 
     Args:
         config: the configuration; it is not changed.

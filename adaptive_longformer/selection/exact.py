@@ -31,6 +31,11 @@ _QUERIES_PER_LIST = 64
 _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
 
+def tokens_per_mean(block_size: int) -> int:
+    """Keys in a mean of the first of the coarser stages."""
+    return -(-_KEYS_PER_PLACE // block_size) * block_size // _MEANS_PER_PLACE
+
+
 def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
     """The blocks with the largest mass of every query block.
 
@@ -104,8 +109,14 @@ def _coarser(
     """The call whose blocks are places and whose keys are means of keys."""
     keys = call.num_sequence_keys
     run = blocks_per_place * call.keys_per_block // _MEANS_PER_PLACE
-    counts = None if call.key_counts is None else call.key_counts[:, :keys]
-    means, counts = run_means(call.key[:, :, :keys], counts, run)
+    if call.means is None:
+        counts = None if call.key_counts is None else call.key_counts[:, :keys]
+        means, counts = run_means(call.key[:, :, :keys], counts, run)
+    else:
+        means, counts = call.means
+        # Whatever comes behind the last complete run is near.
+        missing = -(-keys // run) - means.shape[2]
+        means, counts = F.pad(means, (0, 0, 0, missing)), F.pad(counts, (0, missing))
     global_keys = None
     if call.global_positions is not None:
         index = call.global_positions if call.global_keys is None else call.global_keys
@@ -125,6 +136,7 @@ def _coarser(
         key_counts=counts.expand(call.key.shape[0], -1),
         global_keys=global_keys,
         tokens_per_key=call.tokens_per_key * run,
+        means=None,
         shared_blocks=None,
     )
 

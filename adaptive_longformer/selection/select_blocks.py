@@ -65,6 +65,7 @@ def select_blocks(
     is_causal: bool = False,
     scale: float | None = None,
     global_directions: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
     validate: bool = False,
 ) -> SelectedBlocks:
     """Chooses for every query block the key blocks with the largest mass.
@@ -90,6 +91,7 @@ def select_blocks(
         scale: factor of the scores; None: head_dim**-0.5.
         global_directions: [heads, head_dim]; with `num_global_blocks` the blocks with the largest
             direction . mean key + log count are chosen for all query blocks of a row.
+        means: of keys, as `ExactCall` takes them, with is_causal; None: they are computed.
         validate: raise on keys or queries that are not finite, which waits for the device.
 
     Raises:
@@ -111,7 +113,7 @@ def select_blocks(
     return SelectedBlocks(
         *selection_operator(
             query, key, attention_mask, global_mask, global_directions,
-            call.numbers(), call.scale,
+            *((None, None) if means is None else means), call.numbers(), call.scale,
         )
     )  # fmt: skip
 
@@ -158,6 +160,8 @@ def selection_operator(
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor | None,
     global_directions: torch.Tensor | None,
+    means: torch.Tensor | None,
+    mean_counts: torch.Tensor | None,
     numbers: list[int],
     scale: float,
 ) -> tuple[
@@ -195,6 +199,7 @@ def selection_operator(
             is_causal=call.is_causal,
             scale=call.scale,
             shared_blocks=shared,
+            means=None if means is None or mean_counts is None else (means, mean_counts),
         )
         if shared is not None:
             first, last = covered_blocks(exact)
@@ -207,7 +212,9 @@ def selection_operator(
 
 
 @selection_operator.register_fake
-def _(query, key, attention_mask, global_mask, global_directions, numbers, scale):
+def _(
+    query, key, attention_mask, global_mask, global_directions, means, mean_counts, numbers, scale
+):  # fmt: skip
     return tuple(_empty_result(query, SelectionCall.from_numbers(numbers, scale).options))
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.means import run_means
 
 
 class _RowsMixin:
@@ -172,10 +173,14 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         most_blocks: at least the largest of the counts.
         chosen_at: int64 [batch] on the host, the slot where the block of each row's list begins;
             -1: the row has no list.
+        means, mean_counts: [batch, heads, room, head_dim] and [batch, room], means of runs of keys
+            from each row's first slot on, and how many of them count.
+        num_means: int64 [batch] on the host, how many means are there.
     """
 
     row_tensors = (
-        "keys", "values", "queries", "sink_slots", "key_blocks", "counts", "chosen_at"
+        "keys", "values", "queries", "sink_slots", "key_blocks", "counts", "chosen_at", "means",
+        "mean_counts", "num_means",
     )  # fmt: skip
 
     def __init__(self, query_block_size: int, num_selected_blocks: int, num_sinks: int) -> None:
@@ -196,6 +201,9 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self.counts = torch.zeros(shape[:2], dtype=torch.int64, device=self.device)
         self.most_blocks = 0
         self.chosen_at = torch.full((batch,), -1)
+        self.means = key_states.new_zeros(batch, heads, 0, head_dim)
+        self.mean_counts = key_states.new_zeros(batch, 0)
+        self.num_means = torch.zeros(batch, dtype=torch.int64)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict | None = None
@@ -223,7 +231,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         if not self._has_room(total):
             batch, heads, _, head_dim = key_states.shape
             shape = (batch, heads, total + max(total // 8, 64), head_dim)
-            self._roomy = key_states.new_empty(shape), value_states.new_empty(shape)
+            self._roomy = key_states.new_zeros(shape), value_states.new_zeros(shape)
             self._roomy[0][:, :, :length] = self.keys
             self._roomy[1][:, :, :length] = self.values
         assert self._roomy is not None
@@ -267,6 +275,37 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self.counts = self.counts.index_copy(0, index, counts.long())
         self.most_blocks = int(self.counts.max())
 
+    def key_means(
+        self, rows: list[int], keys: slice, run: int, members: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of all complete runs of keys; those of earlier calls are not computed again.
+
+        Args:
+            rows: which, with the same first slot.
+            keys: slots, from the first one of the rows on.
+            run: keys per mean.
+            members: bool [rows, keys], which count; None: all do.
+
+        Returns:
+            The means [rows, heads, runs, head_dim], and how many keys count [rows, runs].
+        """
+        assert self.keys is not None
+        known, wanted = int(self.num_means[rows].min()), (keys.stop - keys.start) // run
+        which = slice(None) if len(rows) == len(self.num_means) else rows
+        if known < wanted:
+            first, last = known * run, wanted * run
+            new = self.keys[which, :, keys.start + first : keys.start + last].detach()
+            counts = None if members is None else members[:, first:last]
+            means, counts = run_means(new, counts, run)
+            if self.means.shape[2] < wanted or self.means.is_inference():
+                filler = wanted + max(wanted // 8, 64) - self.means.shape[2]
+                self.means = pad(self.means.to(means.dtype), (0, 0, 0, max(filler, 0)))
+                self.mean_counts = pad(self.mean_counts.to(counts.dtype), (0, max(filler, 0)))
+            self.means[which, :, known:wanted] = means
+            self.mean_counts[which, known:wanted] = counts.expand(len(rows), -1)
+            self.num_means = self.num_means.index_fill(0, torch.tensor(rows), wanted)
+        return self.means[which, :, :wanted], self.mean_counts[which, :wanted]
+
     def reset(self) -> None:
         self.keys = self.values = self._roomy = None
         self.is_initialized = False
@@ -295,6 +334,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self.keys, self.values = self.keys[:, :, :remaining], self.values[:, :, :remaining]
         self.queries = self.queries[:, :, :num_queries]
         self.sink_slots = self.sink_slots.masked_fill(self.sink_slots >= remaining, -1)
+        self.num_means = torch.zeros_like(self.num_means)
         # A list that begins right after the last token was chosen by tokens that are still there.
         self.chosen_at = self.chosen_at.masked_fill(self.chosen_at > remaining, -1)
 

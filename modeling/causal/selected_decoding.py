@@ -2,17 +2,19 @@
 
 A new token reads the sinks, the window before it, and the blocks in the list of its block of
 queries; nothing else of the cache is touched, except once per block of queries, when its list is
-made from all kept keys.
+made: from the means of all kept keys, which grow as keys come, and the keys of the candidates.
 """
 
 from itertools import pairwise
 
 import torch
 
+from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection
 from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.dense_attention import dense_attention
+from adaptive_longformer.selection.exact import tokens_per_mean
 
 
 class SelectedDecoding:
@@ -108,11 +110,17 @@ class SelectedDecoding:
             is_sink = None
             if self.sink_rank is not None:
                 is_sink = self.sink_rank[which, seen] < self.cache.num_sinks
+            means = None
+            if begin - first > self.part.options.num_candidates:
+                run = tokens_per_mean(self.part.options.block_size)
+                members = ordinary_tokens(mask, is_sink)
+                means = self.cache.key_means(rows, slice(first, begin), run, members)
             lists = self.part.choose_next(
                 queries[which, :, begin - size - behind : begin + 1 - behind],
                 self.keys[which, :, seen].detach(),
                 mask,
                 is_sink,
+                means,
                 self.validate,
             )
             self.cache.set_lists(rows, begin, *lists)

@@ -12,8 +12,9 @@ from calls import pairwise, readable, skip_without_cpp_compiler
 from adaptive_longformer.attention.kernels.build import SOURCES
 from adaptive_longformer.patterns import SlidingWindow
 from adaptive_longformer.selection.compiled_select import compiled_choice
-from adaptive_longformer.selection.exact import exact_choice, torch_choice
+from adaptive_longformer.selection.exact import exact_choice, tokens_per_mean, torch_choice
 from adaptive_longformer.selection.exact_call import ExactCall
+from adaptive_longformer.selection.means import run_means
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.reference import reference_masses
 from adaptive_longformer.selection.select_blocks import select_blocks
@@ -220,15 +221,19 @@ def test_the_last_queries_choose_what_all_of_them_do(dtype, sizes, num_candidate
             ends=None,
             global_positions=whole.global_positions.clamp(max=end),
         )
-        actual = exact_choice(last, num_candidates)
-        is_bitwise = dtype == torch.float32  # else torch's own sums decide
-        torch.testing.assert_close(
-            actual.mass[:, :, 1],
-            expected.mass[:, :, row],
-            **(dict(atol=0, rtol=0) if is_bitwise else dict(atol=1e-12, rtol=1e-12)),
-        )
-        assert torch.equal(actual.key_blocks[:, :, 1], expected.key_blocks[:, :, row])
-        assert torch.equal(actual.counts[:, :, 1], expected.counts[:, :, row])
+        run = tokens_per_mean(sizes[1])
+        known = (end - 1) // run
+        means = run_means(whole.key[:, :, : known * run], whole.key_counts[:, : known * run], run)
+        for given in (last, replace(last, means=means)):
+            actual = exact_choice(given, num_candidates)
+            is_bitwise = dtype == torch.float32  # else torch's own sums decide
+            torch.testing.assert_close(
+                actual.mass[:, :, 1],
+                expected.mass[:, :, row],
+                **(dict(atol=0, rtol=0) if is_bitwise else dict(atol=1e-12, rtol=1e-12)),
+            )
+            assert torch.equal(actual.key_blocks[:, :, 1], expected.key_blocks[:, :, row])
+            assert torch.equal(actual.counts[:, :, 1], expected.counts[:, :, row])
 
 
 @pytest.mark.parametrize("num_candidates", [128, 1000])

@@ -202,7 +202,7 @@ def generated(model, input_ids, mask, **options):
     ids=["greedy", "beams", "sampling"],
 )
 def test_generation_is_the_same_with_and_without_a_cache(options):
-    model = causal().double()
+    model = causal("few_candidates").double()
     input_ids, mask = left_padded([60, 41, 5])
     results = []
     for cache in (dict(cache_implementation="dynamic"), dict(use_cache=False)):
@@ -249,8 +249,9 @@ def test_prompt_lookup_takes_tokens_back_and_gives_the_greedy_result():
     assert torch.equal(generated(model, input_ids, mask, prompt_lookup_num_tokens=12), expected)
 
 
-def test_tokens_that_were_taken_back_leave_no_trace():
-    model = causal().double()
+@pytest.mark.parametrize("variant", ["default", "few_candidates"])
+def test_tokens_that_were_taken_back_leave_no_trace(variant):
+    model = causal(variant).double()
     input_ids, mask = left_padded([200, 150])
     other_ids, _ = left_padded([200, 150], seed=1)
     expected = logits_of(model, input_ids, mask)
@@ -268,8 +269,9 @@ def test_tokens_that_were_taken_back_leave_no_trace():
         cache.crop(-40)
 
 
-def test_rows_of_a_cache_can_be_repeated_and_chosen_and_all_forgotten():
-    model = causal().double()
+@pytest.mark.parametrize("variant", ["default", "few_candidates"])
+def test_rows_of_a_cache_can_be_repeated_and_chosen_and_all_forgotten(variant):
+    model = causal(variant).double()
     input_ids, mask = left_padded([100, 75])
     expected = logits_of(model, input_ids, mask)[:, -3:]
     with torch.no_grad():
@@ -513,13 +515,14 @@ def test_gradients_pass_through_the_cache():
 
 
 def test_a_cache_of_inference_mode_is_continued_outside():
-    model = causal()
-    input_ids, mask = left_padded([60])
+    model = causal("few_candidates")
+    input_ids, mask = left_padded([160])
     with torch.inference_mode():
-        cache = model(input_ids[:, :40], mask[:, :40]).past_key_values
+        cache = model(input_ids[:, :100], mask[:, :100]).past_key_values
+        model(input_ids[:, 100:120], mask[:, :120], past_key_values=cache)
     with torch.no_grad():
-        found = model(input_ids[:, 40:], mask, past_key_values=cache).logits
-    expected = logits_of(model, input_ids, mask)[:, 40:]
+        found = model(input_ids[:, 120:], mask, past_key_values=cache).logits
+    expected = logits_of(model, input_ids, mask)[:, 120:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
