@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 TIMEOUT = 100  # seconds
 signal.alarm(TIMEOUT)
+# Under nohup it is ignored, in children too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import adaptive_longformer.quickstart  # noqa: E402, F401
 from adaptive_longformer_command_line import start  # noqa: E402

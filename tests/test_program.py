@@ -49,7 +49,12 @@ def program(tmp_path):
         def run(*arguments: str, shell: str = '"$@"', **options) -> subprocess.CompletedProcess:
             words = ["sh", "-c", shell, "sh", sys.executable, "-c", START, *arguments]
             options = {"capture_output": True, "timeout": 60, "cwd": tmp_path, **options}
-            return subprocess.run(words, check=False, env=settings, **options)
+            # Under nohup SIGHUP is ignored, in children too.
+            before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            try:
+                return subprocess.run(words, check=False, env=settings, **options)
+            finally:
+                signal.signal(signal.SIGHUP, before)
 
         return run
 

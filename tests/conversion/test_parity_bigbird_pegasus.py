@@ -149,11 +149,11 @@ def activation(model):
 
 
 def embedding_scale(model):
-    model.model.encoder.embeddings.word_embeddings.scale *= 1.1
+    model.model.encoder.embeddings.word_embeddings.embed_scale *= 1.1
 
 
 def decoder_embedding_scale(model):
-    model.model.decoder.embeddings.word_embeddings.scale *= 1.1
+    model.model.decoder.embeddings.word_embeddings.embed_scale *= 1.1
 
 
 def post_norm(model):
