@@ -170,6 +170,8 @@ def quality() -> str:
             keys.update(round(row["keys_per_query"]) for row in found if row.get("keys_per_query"))
             far = statistics.mean(row["finetuned"]["far"] for row in found)
             cells.append(f"{far:.2f}" + (f" ({len(found)})" if len(found) != 3 else ""))
+        if set(cells) == {"not run"}:
+            continue
         spread = (
             f"{min(keys):,}-{max(keys):,}" if len(keys) > 1 else "".join(f"{k:,}" for k in keys)
         )
