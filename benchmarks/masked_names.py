@@ -76,11 +76,11 @@ def read_pieces(file: str, args: argparse.Namespace, tokenizer) -> list[list[dic
     """
     documents = []
     for line in Path(file).read_text(encoding="utf-8").splitlines():
+        text, room = json.loads(line)[args.column], args.length - 2
         encoding = tokenizer(
-            json.loads(line)[args.column], add_special_tokens=False, return_offsets_mapping=True,
-            verbose=False,
-        )  # fmt: skip
-        text, room = json.loads(line)[args.column].lower(), args.length - 2
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        text = text.lower()
         pieces = []
         for start in range(0, len(encoding.input_ids) - room + 1, room):
             ids = encoding.input_ids[start : start + room]
@@ -117,25 +117,31 @@ def mask_piece(
             break
         first, last, text = words[index]
         others = [words[other] for other in places.get(text, ()) if other != index]
-        is_away = [abs(other[0] - first) > FAR + other[1] - other[0] for other in others]
-        # What is masked itself answers nothing.
-        shown = [o for o, away in zip(others, is_away) if away and not is_masked[o[0] : o[1]].any()]
-        if not shown or len(others) >= MOST_PLACES or is_far[first:last].any():
+        is_shown = _is_shown_far_away(first, others, is_masked)
+        if not is_shown or len(others) >= MOST_PLACES or is_far[first:last].any():
             continue
         is_masked[first:last] = is_far[first:last] = True
-        for (begin, end, _), away in zip(others, is_away, strict=True):
-            is_masked[begin:end] |= not away
+        for begin, end, _ in others:
+            is_masked[begin:end] |= not _is_far_away(first, begin, end)
     # A word that was shown then may be masked since.
     for first, last, text in words:
         if is_far[first:last].any():
-            others = [words[other] for other in places[text]]
-            is_found = any(
-                abs(begin - first) > FAR + end - begin and not is_masked[begin:end].any()
-                for begin, end, _ in others
-            )
-            is_far[first:last] = is_found
+            every = [words[index] for index in places[text]]
+            is_far[first:last] = _is_shown_far_away(first, every, is_masked)
     labels = ids.masked_fill(~is_masked, -100)
     return ids.masked_fill(is_masked, mask_token), labels, is_far
+
+
+def _is_far_away(first: int, begin: int, end: int) -> bool:
+    return abs(begin - first) > FAR + end - begin
+
+
+def _is_shown_far_away(first: int, words: list[list], is_masked: torch.Tensor) -> bool:
+    """Whether one of the words stands far from a place; what is masked itself answers nothing."""
+    return any(
+        _is_far_away(first, begin, end) and not is_masked[begin:end].any()
+        for begin, end, _ in words
+    )
 
 
 def batches(

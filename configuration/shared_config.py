@@ -48,7 +48,7 @@ _COUNTS = (
     "num_selected_blocks", "selection_candidates",
 )  # fmt: skip
 # What a block of queries may choose where `num_selected_blocks` does not say.
-DEFAULT_SELECTED_KEYS = 512
+DEFAULT_SELECTED_KEYS = SelectionOptions.num_blocks * SelectionOptions.block_size
 _FROM_ZERO = {
     "attention_seed": 2**63,
     "max_global_tokens": MAX_COUNT,

@@ -113,7 +113,7 @@ def _run(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor 
     output, lse = chosen.run(call) if call.query.shape[2] else _of_no_tokens(call)
     if not is_finite(call, output):
         return rows_of_nan(call, chosen.run, BACKENDS["blocked"].run)
-    if chosen.name == "reference":
+    if chosen.name == "reference" or not output.requires_grad:
         return output, lse
     results = (output,) if lse is None else (output, lse)
     output, lse, *_ = *with_second_derivatives(results, _defined, *expand(call)), None

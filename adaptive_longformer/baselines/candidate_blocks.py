@@ -7,6 +7,7 @@ import torch
 
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.means import sum_runs
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
@@ -37,7 +38,7 @@ def candidate_blocks(
     covered = (first_key >= last_query.transpose(1, 2) - window.left) & (
         last_key <= first_query[:, None] + window.right
     )
-    has_tokens = sum_blocks(ordinary.int(), 1, options.block_size) > 0
+    has_tokens = sum_runs(ordinary.int(), 1, options.block_size) > 0
     candidates = ~covered & has_tokens[:, None, :]
     return candidates[:, None].expand(batch, heads, -1, -1)
 
@@ -63,10 +64,3 @@ def best_blocks(
         global_open=torch.zeros(batch, heads, rows, 0, dtype=torch.bool, device=query.device),
         global_means=query.new_zeros(batch, heads, 0, query.shape[3]),
     )
-
-
-def sum_blocks(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Sums over consecutive runs of `size` along a dimension; the last run may be shorter."""
-    filler = -tensor.shape[dim] % size
-    padding = [0, 0] * (tensor.ndim - 1 - dim) + [0, filler]
-    return torch.nn.functional.pad(tensor, padding).unflatten(dim, (-1, size)).sum(dim=dim + 1)

@@ -8,9 +8,9 @@ from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.baselines.candidate_blocks import (
     best_blocks,
     candidate_blocks,
-    sum_blocks,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.means import sum_runs
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
@@ -41,5 +41,5 @@ def oracle_selection(
     votes = ordinary_tokens(attention_mask, global_mask)
     if votes is not None:
         weights = weights * votes[:, None, :, None]
-    mass = sum_blocks(sum_blocks(weights, 2, options.query_block_size), 3, options.block_size)
+    mass = sum_runs(sum_runs(weights, 2, options.query_block_size), 3, options.block_size)
     return best_blocks(mass / options.query_block_size, candidates, query, options)

@@ -11,7 +11,7 @@ import torch
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
-from adaptive_longformer.patterns.pattern import LARGEST, Pattern, check_whole, union
+from adaptive_longformer.patterns.pattern import LARGEST, Pattern, check_types, check_whole, union
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 MIN_BLOCK_SIZE = 8
@@ -151,10 +151,7 @@ class BlockLayout:
             tensor, is_bias = getattr(self, argument), argument == "bias"
             if is_bias and tensor is None:
                 continue
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"BlockLayout: {argument} is a {type(tensor).__name__}, a tensor is needed"
-                )
+            check_types({f"BlockLayout: {argument}": tensor}, torch.Tensor, "a tensor")
             fits = tensor.is_floating_point() if is_bias else tensor.dtype in _WHOLE_NUMBERS
             if not fits or tensor.device != self.key_blocks.device:
                 raise ValueError(

@@ -32,8 +32,12 @@ _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
 
 def tokens_per_mean(block_size: int) -> int:
-    """Keys in a mean of the first of the coarser stages."""
-    return -(-_KEYS_PER_PLACE // block_size) * block_size // _MEANS_PER_PLACE
+    """Keys in a mean of the next coarser stage, of the keys in a block; tokens in the first one."""
+    return _blocks_per_place(block_size) * block_size // _MEANS_PER_PLACE
+
+
+def _blocks_per_place(block_size: int) -> int:
+    return -(-_KEYS_PER_PLACE // block_size)
 
 
 def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
@@ -47,7 +51,7 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         num_candidates: about how many keys a query meets, those of the window aside.
         with_dropped: whether to return `log_dropped`.
     """
-    blocks_per_place = -(-_KEYS_PER_PLACE // call.keys_per_block)
+    blocks_per_place = _blocks_per_place(call.keys_per_block)
     num_places = max(1, -(-num_candidates // (blocks_per_place * call.keys_per_block)))
     most_blocks = num_places * blocks_per_place
     if call.num_key_blocks > most_blocks:
@@ -108,7 +112,7 @@ def _coarser(
 ) -> ExactCall:
     """The call whose blocks are places and whose keys are means of keys."""
     keys = call.num_sequence_keys
-    run = blocks_per_place * call.keys_per_block // _MEANS_PER_PLACE
+    run = tokens_per_mean(call.keys_per_block)
     if call.means is None:
         counts = None if call.key_counts is None else call.key_counts[:, :keys]
         means, counts = run_means(call.key[:, :, :keys], counts, run)

@@ -19,15 +19,20 @@ def run_means(
         counts [batch or 1, runs]; in float32, or float64 for a tensor in it.
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    rows = tensor.shape[2]
     tensor = tensor.to(dtype)
     if counts is None:
-        counts = tensor.new_ones(1, rows)
+        counts = tensor.new_ones(1, tensor.shape[2])
     else:
         counts = counts.to(dtype)
         weights = counts[:, None, :, None]
-        tensor = (tensor * weights).masked_fill(weights == 0, 0.0)
-    filler = -rows % size
-    sums = F.pad(tensor, (0, 0, 0, filler)).unflatten(2, (-1, size)).sum(dim=3)
-    counts = F.pad(counts, (0, filler)).unflatten(1, (-1, size)).sum(dim=-1)
-    return sums / counts.clamp(min=1.0)[:, None, :, None], counts
+        # In place, as a second copy of long documents takes longer than all else here.
+        tensor = tensor.masked_fill(weights == 0, 0.0).mul_(weights)
+    counts = sum_runs(counts, 1, size)
+    return sum_runs(tensor, 2, size) / counts.clamp(min=1.0)[:, None, :, None], counts
+
+
+def sum_runs(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Sums over consecutive runs of `size` along a dimension; the last run may be shorter."""
+    if filler := -tensor.shape[dim] % size:
+        tensor = F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, filler])
+    return tensor.unflatten(dim, (-1, size)).sum(dim=dim + 1)

@@ -23,7 +23,7 @@ from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.means import run_means
 from adaptive_longformer.selection.options import SelectionCall, SelectionOptions
 
-# Devices that nobody waits for when numbers are read back; short rows save time there.
+# Devices that nobody waits for when numbers are read back.
 _READ_BACK = ("cpu",)
 
 

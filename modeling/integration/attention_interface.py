@@ -66,9 +66,9 @@ class AdaptiveSparseOptions:
 
     attention_window: int = 512
     num_global_tokens: int = 1
-    num_selected_blocks: int = 32
-    block_size: int = 16
-    query_block_size: int = 16
+    num_selected_blocks: int = SelectionOptions.num_blocks
+    block_size: int = SelectionOptions.block_size
+    query_block_size: int = SelectionOptions.query_block_size
 
     def __post_init__(self) -> None:
         least = {"attention_window": 2, "num_global_tokens": 0, "num_selected_blocks": 0}
