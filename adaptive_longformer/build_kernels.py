@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
-from adaptive_longformer.attention.kernels.cuda_library import CudaProgram, visible_architectures
-from adaptive_longformer.attention.kernels.load import kernel_library, kernel_route
+from adaptive_longformer.attention.kernels.build import compiler_of
+from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError, why_not_cached
+from adaptive_longformer.attention.kernels.load import kernel_library, library_place
 
 KINDS = ("cpu", "cuda")
 
@@ -43,16 +43,11 @@ def _build(kind: str) -> str:
     Raises:
         KernelsUnavailableError: with the reason.
     """
-    planned, started = kernel_route(kind), time.monotonic()
-    was_built = planned.count_built() == len(planned.parts)
+    folder, compiler, started = library_place(kind), compiler_of(kind), time.monotonic()
+    was_built = why_not_cached(folder) is None
     if not was_built:
-        print(f"{kind}: {planned.compiler} compiles (up to some minutes)", flush=True)
-    kernels = kernel_library(kind)
-    if isinstance(kernels, CudaProgram):
-        kernels.build(visible_architectures())
-    # NVRTC has taken over if nvcc failed.
-    taken = kernel_route(kind)
-    if was_built and taken.compiler == planned.compiler:
-        return f"already in {taken.folder} (by {taken.compiler})"
-    seconds = time.monotonic() - started
-    return f"built by {taken.compiler} in {seconds:.0f} s in {taken.folder}"
+        print(f"{kind}: {compiler} compiles (up to some minutes)", flush=True)
+    kernel_library(kind)
+    if was_built:
+        return f"already in {folder}"
+    return f"built by {compiler} in {time.monotonic() - started:.0f} s in {folder}"

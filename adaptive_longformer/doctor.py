@@ -9,20 +9,20 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 
 import torch
 import transformers
 
-from adaptive_longformer.attention.backends.choose import choose_backend
+from adaptive_longformer.attention.backends.choose import FUSED, choose_backend
 from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.functional import (
     explain_backends,
     sparse_attention,
 )
 from adaptive_longformer.attention.kernels import cache
-from adaptive_longformer.attention.kernels.build import cpp_compiler, find_nvcc
-from adaptive_longformer.attention.kernels.load import kernel_route
-from adaptive_longformer.attention.kernels.nvrtc import find_nvrtc
+from adaptive_longformer.attention.kernels.build import compiler_of, cpp_compiler, find_nvcc
+from adaptive_longformer.attention.kernels.load import library_place
 from adaptive_longformer.build_kernels import KINDS
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -64,7 +64,6 @@ def _environment() -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use"
     yield "C++ compiler", _version(cpp_compiler().partition(" ")[0])
     yield "nvcc", _version(str(find_nvcc() or "nvcc"))
-    yield "NVRTC", _nvrtc()
     yield "ninja", _version("ninja")
     for kind in KINDS:
         for line in kernels_and_files(kind):
@@ -84,35 +83,21 @@ def _version(program: str) -> str:
     return f"{path}: {chosen.strip()}"
 
 
-def _nvrtc() -> str:
-    try:
-        nvrtc = find_nvrtc(torch.version.cuda)
-    except cache.KernelsUnavailableError as error:
-        return str(error)
-    version = ".".join(map(str, nvrtc.version))
-    return f"{nvrtc.path}: {version}, compiles the cuda kernels where nvcc cannot"
-
-
 def kernels_and_files(kind: str) -> Iterator[str]:
     """By which compiler the kernels come here and where they are, or why they cannot be had; then
-    of each file in the cache why it is trusted or not.
+    why the file in the cache is trusted or not.
     """
     try:
-        route = kernel_route(kind)
-        num_built, num_parts = route.count_built(), len(route.parts)
-        state = "not in the cache yet"
-        if num_built == num_parts:
-            state = "in the cache"
-        elif num_built:
-            state = f"{num_built} of {num_parts} in the cache"
-        yield f"by {route.compiler}, {state} ({route.folder})"
-        for folder in route.parts:
-            found = cache.find(folder)
-            if isinstance(found, cache.CachedFile):
-                with found.file:
-                    yield f"trusted: {found.why_trusted()}"
-            elif folder.exists():
-                yield f"not trusted, built anew at the next use: {found}"
+        folder = library_place(kind)
+        found = cache.find(folder)
+        is_built = isinstance(found, cache.CachedFile)
+        state = "in the cache" if is_built else "not in the cache yet"
+        yield f"by {compiler_of(kind)}, {state} ({folder})"
+        if is_built:
+            with found.file:
+                yield f"trusted: {found.why_trusted()}"
+        elif folder.exists():
+            yield f"not trusted, built anew at the next use: {found}"
     except cache.KernelsUnavailableError as error:
         yield f"none: {error}"
 
@@ -148,4 +133,7 @@ def _backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, s
             yield name, f"yes: {verdict}", False
     long = torch.zeros(1, 1, _LONG_LENGTH, 64, device=device, dtype=dtype)
     chosen = choose_backend(make_call(long, long, long, SlidingWindow(256)))
-    yield "auto", f"takes {chosen.name} for {_LONG_LENGTH} tokens with a window of 512", False
+    takes = f"takes {chosen.name} for {_LONG_LENGTH} tokens with a window of 512"
+    if unusable := list(takewhile(lambda name: name != chosen.name, FUSED[device.type])):
+        takes += f", for want of {' and '.join(unusable)}"
+    yield "auto", takes, False

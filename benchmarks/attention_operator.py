@@ -1,4 +1,4 @@
-"""The attention operator alone, beside torch's dense attention and FlexAttention, side by side.
+"""The attention operator alone, beside torch's dense attention, side by side.
 
     python benchmarks/attention_operator.py --preset quick
     python benchmarks/attention_operator.py --check          # only the claimed ratios
@@ -6,10 +6,9 @@
 
 Every query block of 64 tokens reads a window of 512 tokens and 8 blocks anywhere. Rates count the
 tiles of 64 x 64 that a contestant has to execute: two products forward, seven with the backward
-pass; FlexAttention has to take them in fours, since it has no backward kernel for smaller ones on
-every GPU. Our backends are first compared with the definition. A contestant that fails is named
-with its reason, and the others go on. Times are medians of rounds in which every contestant runs
-once; memory is the peak of a process of its own above the idle process.
+pass. Our backends are first compared with the definition. A contestant that fails is named with its
+reason, and the others go on. Times are medians of rounds in which every contestant runs once;
+memory is the peak of a process of its own above the idle process.
 """
 
 import argparse
@@ -34,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.backends.choose import BACKENDS
-from adaptive_longformer.attention.backends.flex import TILE
 from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
@@ -52,11 +50,10 @@ DENSE = {
     },
 }
 OURS = {"cpu": ("cpp", "blocked"), "cuda": ("cuda", "blocked")}
-FLEX = "flex-compiled"
 # What --check asks of our first backend.
 FASTER = {
     "cpu": {"sdpa": 8.0, "blocked": 1.0},
-    "cuda": {"sdpa-flash": 4.0, FLEX: 1.3, "blocked": 1.0},
+    "cuda": {"sdpa-flash": 4.0, "blocked": 1.0},
 }
 RATE = {"cpu": {"sdpa": 0.8}, "cuda": {"sdpa-flash": 0.6}}
 SETTINGS = ("heads", "head_dim", "device", "dtype")
@@ -100,8 +97,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def contestants(kind: str) -> list[str]:
-    flex = [FLEX] if kind == "cuda" else []
-    return [*OURS[kind], *DENSE[kind], *flex]
+    return [*OURS[kind], *DENSE[kind]]
 
 
 def routed_layout(length: int, device: torch.device) -> BlockLayout:
@@ -128,10 +124,6 @@ def executed_tiles(name: str, layout: BlockLayout, heads: int) -> int:
     """Tiles of 64 x 64 that a contestant computes."""
     if name.startswith("sdpa"):
         return heads * layout.num_query_blocks * layout.num_key_blocks
-    if name == FLEX:
-        side, row = TILE // BLOCK, torch.arange(layout.num_query_blocks)[:, None]
-        pairs = row // side * layout.num_key_blocks + layout.key_blocks[0, 0].cpu() // side
-        return heads * side**2 * pairs[layout.used[0, 0].cpu()].unique().numel()
     return heads * int(layout.counts.sum())
 
 
@@ -147,8 +139,6 @@ def make_attention(
                 return scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
         return dense
-    if name == FLEX:
-        return flex_attention_of(layout)
     seed = torch.zeros((), dtype=torch.int64, device=layout.counts.device) if dropout else None
 
     def sparse(query, key, value):
@@ -157,36 +147,6 @@ def make_attention(
         )
 
     return sparse
-
-
-def flex_attention_of(layout: BlockLayout):
-    """Compiled FlexAttention with the lists of a layout."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    num_blocks = layout.num_key_blocks
-    is_routed = (layout.flags & EntryFlag.SELECTED) != 0
-    routed = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=layout.counts.device)
-    rows = torch.arange(num_blocks, device=routed.device)[:, None]
-    keep = (is_routed & layout.used)[0, 0]
-    ids = layout.key_blocks[0, 0].long()
-    routed.index_put_((rows.expand_as(ids)[keep], ids[keep]), torch.ones_like(routed[0, 0]))
-    radius = WINDOW // 2
-
-    def visible(batch, head, query, key):
-        return ((query - key).abs() <= radius) | routed[query // BLOCK, key // BLOCK]
-
-    mask = create_block_mask(
-        visible, None, None, layout.length, layout.length,
-        device=str(routed.device), BLOCK_SIZE=TILE, _compile=True,
-    )  # fmt: skip
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def attend(query, key, value):
-        # Every length and mode is compiled on its own, more often than torch expects.
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled(query, key, value, block_mask=mask)
-
-    return attend
 
 
 def make_call_of(name: str, length: int, dropout: float, mode: str, args: argparse.Namespace):
@@ -213,8 +173,6 @@ def make_call_of(name: str, length: int, dropout: float, mode: str, args: argpar
 
 def why_not(name: str, length: int, dropout: float, args: argparse.Namespace) -> str | None:
     """Why a contestant cannot run, or None."""
-    if name == FLEX:
-        return "it has no dropout" if dropout else None
     if name in DENSE[args.kind]:
         # With dropout SDPA keeps several [heads, length, length] on the CPU.
         needed = 5 * 4 * args.heads * length**2 if args.kind == "cpu" and dropout else 0

@@ -12,7 +12,7 @@ def test_kernels_are_built_once(sandbox, capsys):
     assert "cpu: built by c++ in" in capsys.readouterr().out
     load.forget()
     assert main(["build-kernels"]) == 0
-    assert f"cpu: already in {build.library_folder('cpu')} (by c++)" in capsys.readouterr().out
+    assert f"cpu: already in {build.library_folder('cpu')}\n" in capsys.readouterr().out
 
 
 def test_a_failed_build_is_told_with_its_reason(sandbox, monkeypatch, capsys):

@@ -232,7 +232,7 @@ def rooms() -> str:
         [("selection", "which blocks are read")],
         [
             ("attention", "what is computed: operator, reference, dropout, padding"),
-            ("backends, kernels", "how: sdpa, cuda, flex, cpp, blocked"),
+            ("backends, kernels", "how: sdpa, cuda, cpp, blocked"),
         ],
         [("patterns", "which keys a query may read, lists of blocks")],
     ]

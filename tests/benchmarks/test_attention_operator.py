@@ -7,7 +7,6 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -22,7 +21,7 @@ def benchmark(monkeypatch):
 def settings():
     return argparse.Namespace(
         device="cpu", kind="cpu", dtype="float32", heads=1, head_dim=8, lengths=[2048],
-        dropout=[0.0], repeats=1, names=["blocked", "flex-compiled", "sdpa"], no_memory=True,
+        dropout=[0.0], repeats=1, names=["blocked", "cpp", "sdpa"], no_memory=True,
     )  # fmt: skip
 
 
@@ -34,8 +33,8 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(
     def make_attention(name, layout, dropout):
         if name == "sdpa":
             return original(name, layout, dropout)
-        if name == "flex-compiled":
-            raise ValueError("no kernel\nfor these tiles")
+        if name == "cpp":
+            raise ValueError("no kernel\nfor these blocks")
 
         def fails_later(query, key, value):
             calls.append(name)
@@ -49,10 +48,10 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(
     cells = benchmark.time_cells(settings, (benchmark.FORWARD,), {})
     found = {cell["name"]: cell for cell in cells}
     assert found["sdpa"]["seconds"] > 0 and "why_not" not in found["sdpa"]
-    assert found["flex-compiled"]["why_not"] == "ValueError: no kernel"
+    assert found["cpp"]["why_not"] == "ValueError: no kernel"
     assert found["blocked"]["why_not"] == "RuntimeError: no memory" and len(calls) == 2
     printed = capsys.readouterr().out
-    assert "flex-compiled failed at" in printed and "blocked failed at" in printed
+    assert "cpp failed at" in printed and "blocked failed at" in printed
     assert "RuntimeError: no memory (length 2048)" in benchmark.notes(cells)
 
 
@@ -82,32 +81,9 @@ def test_memory_that_cannot_be_measured_is_told(benchmark, settings, monkeypatch
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_tiles_of_flex_attention_are_those_that_its_block_mask_lists(benchmark, monkeypatch):
-    from torch.nn.attention import flex_attention
-
-    layout = benchmark.routed_layout(2048, torch.device("cpu"))
-    made = []
-    create = flex_attention.create_block_mask
-
-    def create_uncompiled(*arguments, _compile, **options):
-        made.append(create(*arguments, **options))
-        return made[-1]
-
-    monkeypatch.setattr(flex_attention, "create_block_mask", create_uncompiled)
-    # The benchmark raises it for good; monkeypatch would leave torch without the setting.
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        benchmark.flex_attention_of(layout)
-    (mask,) = made
-    assert mask.BLOCK_SIZE == (128, 128)
-    listed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-    assert benchmark.executed_tiles(benchmark.FLEX, layout, 3) == 3 * 4 * listed
-    # Smaller tiles than FlexAttention's hold less that nobody reads.
-    assert benchmark.executed_tiles("cuda", layout, 3) < 3 * 4 * listed
-
-
 def test_a_run_leaves_a_table_that_says_where_and_when(benchmark, tmp_path, monkeypatch):
     cell = {"name": "blocked", "length": 2048, "dropout": 0.0, "mode": "forward", "seconds": 0.5}
-    missing = {**cell, "name": "flex-compiled", "why_not": "no kernel"}
+    missing = {**cell, "name": "cpp", "why_not": "no kernel"}
     del missing["seconds"]
     monkeypatch.setattr(benchmark, "verify", lambda args: {})
     monkeypatch.setattr(benchmark, "time_cells", lambda *arguments: [cell, missing])
@@ -120,4 +96,4 @@ def test_a_run_leaves_a_table_that_says_where_and_when(benchmark, tmp_path, monk
     assert date.fromisoformat(about["date"]) <= datetime.now(timezone.utc).date()
     heading, *rest = (tmp_path / "attention_operator_cpu.txt").read_text().splitlines()
     assert all(about[name] in heading for name in ("device", "date", "commit"))
-    assert "500 ms" in "".join(rest) and "flex-compiled: no kernel" in rest[-1]
+    assert "500 ms" in "".join(rest) and "cpp: no kernel" in rest[-1]

@@ -245,7 +245,7 @@ def test_any_order_of_warps_gives_the_same_bits(emulator):
     call = make_call(*tensors, SlidingWindow(50))
     results = []
     for seed in (1, 2, 3):
-        emulator.library.adaptive_emulator_seed(seed)
+        emulator.adaptive_emulator_seed(seed)
         output, lse = cuda.forward(call)
         results.append([output, *cuda.backward(output, lse, output, lse, call)[:3]])
     for other in results[1:]:

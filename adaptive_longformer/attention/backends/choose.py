@@ -12,7 +12,6 @@ from adaptive_longformer.attention.backends.compiled import (
     cuda_supports,
     run_compiled,
 )
-from adaptive_longformer.attention.backends.flex import flex_supports, run_flex
 from adaptive_longformer.attention.backends.sdpa import run_sdpa, sdpa_supports
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.load import why_unavailable
@@ -22,8 +21,8 @@ from adaptive_longformer.attention.reference import reference_attention
 # tokens: measured on a CPU, expected on a GPU.
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
 
-# What "auto" tries before "blocked", by device. FlexAttention is slow on a CPU.
-FUSED = {"cuda": ("cuda", "flex"), "cpu": ("cpp",)}
+# What "auto" tries before "blocked", by device, in this order.
+FUSED = {"cuda": ("cuda",), "cpu": ("cpp",)}
 
 # What "auto" stands for in this process; read once, so that torch.compile sees a constant.
 AUTO = os.environ.get("ADAPTIVE_LONGFORMER_BACKEND", "auto")
@@ -48,7 +47,6 @@ BACKENDS = {
     for backend in (
         Backend("sdpa", sdpa_supports, run_sdpa),
         Backend("cuda", cuda_supports, run_compiled),
-        Backend("flex", flex_supports, run_flex),
         Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
         Backend("reference", lambda call: None, reference_attention),

@@ -327,14 +327,26 @@ class CudaArguments(KernelArguments):
             self.point_to_rows(name, tensor)
 
     def run(self, launches: list[Launch]) -> None:
-        """Launches kernels one after the other on torch's current stream."""
+        """Launches kernels one after the other on torch's current stream.
+
+        Raises:
+            RuntimeError: with the kernel and what CUDA says.
+        """
         query = self.call.query
         if query.numel() == 0:
             return
-        kernels, device, stream = kernel_library("cuda"), 0, 0
+        library, stream = kernel_library("cuda"), 0
+        assert library.adaptive_cuda_arguments_size() == ctypes.sizeof(self)
         if query.is_cuda:
-            device = query.device.index
             stream = torch.cuda.current_stream(query.device).cuda_stream
         with torch.cuda.device_of(query):
             for launch in launches:
-                kernels.launch(launch, self, device, stream)
+                error = library.adaptive_cuda_launch(
+                    ctypes.byref(launch), ctypes.byref(self), ctypes.c_void_p(stream)
+                )
+                if error != 0:
+                    explain = library.adaptive_cuda_error
+                    explain.restype = ctypes.c_char_p
+                    raise RuntimeError(
+                        f"the CUDA kernel {launch.name} failed: {explain(error).decode()}"
+                    )

@@ -111,6 +111,11 @@ def build_library(kind: str, folder: Path) -> str:
     return library.name
 
 
+def compiler_of(kind: str) -> str:
+    """What compiles the kernels of a kind."""
+    return "nvcc" if kind == "cuda" else cpp_compiler()
+
+
 def cpp_compiler() -> str:
     """The command that compiles C++."""
     return os.environ.get("CXX", "c++")

@@ -1,17 +1,12 @@
-"""Which CUDA kernels a call launches, and with which grid, threads and shared memory: the same for
-every way in which the kernels were compiled.
-"""
+"""Which CUDA kernels a call launches, and with which grid, threads and shared memory."""
 
 import ctypes
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 # In the order of `KernelName` in csrc/cuda/launch.cuh.
 KERNELS = ("forward", "row_sums", "grad_keys", "add_parts", "grad_queries")
-# These do not depend on head_dim and query block.
-_BY_TYPE = ("row_sums", "add_parts")
 ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 96, 128)
 QUERY_BLOCK_SIZES = (64, 128)
@@ -21,24 +16,6 @@ _ROW_SUM_WARPS = 4
 _HALF, _FLOAT = 2, 4
 # Steps that are kept in shared memory, and the bytes of each.
 _STEPS, _STEP = 64, 16
-
-
-class Instance(NamedTuple):
-    """Which instance of the templates a call needs."""
-
-    element_type: int
-    head_dim: int
-    query_block_size: int
-
-    def expression(self, kernel: str) -> str:
-        """The instance of a kernel as C++ writes it."""
-        parameters = self[:1] if kernel in _BY_TYPE else self
-        return f"adaptive::{kernel}_kernel<{', '.join(map(str, parameters))}>"
-
-
-INSTANCES = [
-    Instance(*values) for values in product(ELEMENT_TYPES.values(), HEAD_DIMS, QUERY_BLOCK_SIZES)
-]
 
 
 class Launch(ctypes.Structure):
@@ -54,15 +31,6 @@ class Launch(ctypes.Structure):
     @property
     def name(self) -> str:
         return KERNELS[self.kernel]
-
-    @property
-    def is_empty(self) -> bool:
-        return 0 in (self.grid_x, self.grid_y, self.grid_z)
-
-
-def instance_of(arguments: Any) -> Instance:
-    """The instance for the argument struct of a call."""
-    return Instance(arguments.element_type, arguments.head_dim, arguments.query_block_size)
 
 
 def forward_launches(arguments: Any) -> list[Launch]:

@@ -1,4 +1,4 @@
-// The few instructions that the kernels are made of. nvcc and NVRTC see inline PTX; a host compiler sees the emulator
+// The few instructions that the kernels are made of. nvcc sees inline PTX; a host compiler sees the emulator
 // of tests/csrc/emulator.h, which runs every thread of a block as a fiber. No CUDA or torch header is included.
 #pragma once
 
@@ -74,7 +74,6 @@ DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// NVRTC has no header that defines INFINITY.
 DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 // exp2f would spend more instructions on denormal results, which no sum of weights can see.
 DEVICE float power_of_two(float exponent) {

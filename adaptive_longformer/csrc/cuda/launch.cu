@@ -1,4 +1,4 @@
-// The library that attention/kernels/cuda_library.py calls: a plain C interface, no header of torch.
+// The library that attention/backends/cuda.py calls: a plain C interface, no header of torch.
 #include <cuda_runtime.h>
 
 #include "launch.cuh"

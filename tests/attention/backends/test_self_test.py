@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from adaptive_longformer.attention.backends import compiled, flex
+from adaptive_longformer.attention.backends import compiled
 from adaptive_longformer.attention.backends.blocked import run_blocked
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.kernels import load
@@ -62,23 +62,18 @@ def test_missing_memory_says_nothing_of_a_kernel():
         why_wrong("hungry", hungry, CPU, torch.float32, 32, 64)
 
 
-@pytest.mark.parametrize(
-    ("backend", "check", "arguments"),
-    [
-        (flex, "_check_on_device", (0, torch.float16, 16)),
-        (compiled, "_check_cuda_kernel", (0, torch.float16, 64, 64)),
-    ],
-    ids=["flex", "cuda"],
-)
-def test_forgetting_has_a_gpu_checked_again(no_library, monkeypatch, backend, check, arguments):
+def test_forgetting_has_a_gpu_checked_again(no_library, monkeypatch):
     gpu = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=2**18)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(compiled, "why_unavailable", lambda kind: None)
     answers = iter(["it failed", None])
-    monkeypatch.setattr(backend, "why_wrong", lambda *_: next(answers))
-    why_not = getattr(backend, check)
+    monkeypatch.setattr(compiled, "why_wrong", lambda *_: next(answers))
+
+    def why_not():
+        return compiled._check_cuda_kernel(0, torch.float16, 64, 64)
+
     load.forget()
-    assert [why_not(*arguments) for _ in range(2)] == ["it failed"] * 2
+    assert [why_not() for _ in range(2)] == ["it failed"] * 2
     load.forget()
-    assert [why_not(*arguments) for _ in range(2)] == [None] * 2
+    assert [why_not() for _ in range(2)] == [None] * 2
     load.forget()
