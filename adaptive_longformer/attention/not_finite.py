@@ -43,9 +43,9 @@ def rows_of_nan(
         run: the backend.
         mark: a backend that takes every call and gives a log-sum-exp.
     """
-    clean, bad_query, bad_key, bad_global = _without(call)
+    clean, bad_rows, bad_key, bad_global = _without(call)
     output, lse = run(clean)
-    if not (bad_query.any() or bad_key.any() or bad_global.any()):
+    if not (bad_rows.any() or bad_key.any() or bad_global.any()):
         return output, lse
     with torch.no_grad():
         # Every key that is read has the same weight.
@@ -62,7 +62,7 @@ def rows_of_nan(
             )
         )  # fmt: skip
         assert sums is not None
-        is_nan = (marked[..., 0] > 0) | (bad_query & (sums != -torch.inf))
+        is_nan = (marked[..., 0] > 0) | (bad_rows & (sums != -torch.inf))
         nan = torch.zeros_like(sums).masked_fill_(is_nan, torch.nan)
     return output + nan[..., None].to(output.dtype), None if lse is None else lse + nan
 
@@ -70,7 +70,7 @@ def rows_of_nan(
 def _without(
     call: AttentionCall,
 ) -> tuple[AttentionCall, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The call with zeros in place of tokens that are not finite, and which these were: queries,
+    """The call with zeros in place of tokens that are not finite, and which these were: rows,
     keys or values, and those that only global queries read; bool [batch, heads, length].
     """
 
@@ -80,27 +80,29 @@ def _without(
             return found
         return found & (call.attention_mask if found.ndim == 2 else call.attention_mask[:, None])
 
-    bad_query, bad_key = bad(call.query), bad(call.key) | bad(call.value)
+    # Padding is no key, but its own row is computed like any other.
+    bad_query = bad_rows = ~call.query.detach().isfinite().all(dim=-1)
+    bad_key = bad(call.key) | bad(call.value)
     bad_global, qkv = torch.zeros_like(bad_key), call.global_qkv
     if qkv is not None:
         assert call.global_mask is not None
         if isinstance(qkv, GlobalProjections):
             states = qkv.hidden_states
-            bad_rows = bad_global = bad(states)[:, None].expand_as(bad_key)
+            bad_global_rows = bad_global = bad(states)[:, None].expand_as(bad_key)
             qkv = qkv._replace(hidden_states=states.masked_fill(bad(states)[..., None], 0.0))
         else:
-            bad_rows, bad_global = bad(qkv[0]), bad(qkv[1]) | bad(qkv[2])
+            bad_global_rows, bad_global = bad(qkv[0]), bad(qkv[1]) | bad(qkv[2])
             qkv = (
-                qkv[0].masked_fill(bad_rows[..., None], 0.0),
+                qkv[0].masked_fill(bad_global_rows[..., None], 0.0),
                 qkv[1].masked_fill(bad_global[..., None], 0.0),
                 qkv[2].masked_fill(bad_global[..., None], 0.0),
             )
-        bad_query = torch.where(call.global_mask[:, None], bad_rows, bad_query)
+        bad_rows = torch.where(call.global_mask[:, None], bad_global_rows, bad_query)
     clean = replace(
         call,
-        query=call.query.masked_fill(bad(call.query)[..., None], 0.0),
+        query=call.query.masked_fill(bad_query[..., None], 0.0),
         key=call.key.masked_fill(bad_key[..., None], 0.0),
         value=call.value.masked_fill(bad_key[..., None], 0.0),
         global_qkv=qkv,
     )
-    return clean, bad_query, bad_key, bad_global
+    return clean, bad_rows, bad_key, bad_global
