@@ -7,12 +7,13 @@ global tokens; what a coarser stage dropped joins by its estimated mass. The mas
 mean, over the queries that vote, of the sum of its p_ij. Padding and global tokens are in no block.
 
 Rows of at most `num_candidates` keys have all blocks as candidates. Longer ones go through the same
-stage with means of 16 keys first, which keeps the places that have the largest mass; it does so
+stage with means of 16 keys first, which keeps the blocks that have the largest mass; it does so
 itself where the means are too many. That is O(length * num_candidates * log length) time and
 O(length) memory: only the scores of a chunk of queries are in memory, and in C++
 (csrc/cpu/select.cpp) none.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,21 +24,13 @@ from adaptive_longformer.selection.compiled_select import can_select, compiled_c
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
 
-# Keys of a place, at least, and the means that stand for them in the coarser stage.
-_KEYS_PER_PLACE, _MEANS_PER_PLACE = 64, 4
+# Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
+# ones of keys cost what more candidates cost, which find more.
+TOKENS_PER_MEAN, MEANS_PER_MEAN = 16, 4
 # Queries that share their places, at least, where they may.
 _QUERIES_PER_LIST = 64
 # Scores in memory at a time, by device.
 _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
-
-
-def tokens_per_mean(block_size: int) -> int:
-    """Keys in a mean of the next coarser stage, of the keys in a block; tokens in the first one."""
-    return _blocks_per_place(block_size) * block_size // _MEANS_PER_PLACE
-
-
-def _blocks_per_place(block_size: int) -> int:
-    return -(-_KEYS_PER_PLACE // block_size)
 
 
 def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
@@ -51,12 +44,15 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         num_candidates: about how many keys a query meets, those of the window aside.
         with_dropped: whether to return `log_dropped`.
     """
-    blocks_per_place = _blocks_per_place(call.keys_per_block)
+    run = MEANS_PER_MEAN if call.tokens_per_key > 1 else TOKENS_PER_MEAN
+    # The fewest blocks that means fill: where a place is larger, much that is near what is sought
+    # takes the room of what is sought elsewhere.
+    blocks_per_place = run // math.gcd(run, call.keys_per_block)
     num_places = max(1, -(-num_candidates // (blocks_per_place * call.keys_per_block)))
     most_blocks = num_places * blocks_per_place
     if call.num_key_blocks > most_blocks:
         rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
-        coarse = _coarser(call, blocks_per_place, num_places, rows_per_list)
+        coarse = _coarser(call, run, blocks_per_place, num_places, rows_per_list)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
         # Whatever comes behind, be it padding or later tokens.
         counts = kept.counts.masked_fill(_blocks_of_lists(call, coarse) <= most_blocks, -1)
@@ -108,11 +104,10 @@ def _blocks_of_lists(call: ExactCall, coarse: ExactCall) -> torch.Tensor:
 
 
 def _coarser(
-    call: ExactCall, blocks_per_place: int, num_places: int, rows_per_list: int
+    call: ExactCall, run: int, blocks_per_place: int, num_places: int, rows_per_list: int
 ) -> ExactCall:
-    """The call whose blocks are places and whose keys are means of keys."""
+    """The call whose blocks are places and whose keys are means of `run` keys."""
     keys = call.num_sequence_keys
-    run = tokens_per_mean(call.keys_per_block)
     if call.means is None:
         counts = None if call.key_counts is None else call.key_counts[:, :keys]
         means, counts = run_means(call.key[:, :, :keys], counts, run)

@@ -56,7 +56,7 @@ class ExactCall:
         tokens_per_key: how many tokens in a row a key stands for, a divisor of block_size.
         places: None: all blocks are candidates.
         means: under causality, where they are known: the means of every complete run of
-            `tokens_per_mean` keys [batch, key_heads, runs, head_dim], and what they count [batch,
+            `TOKENS_PER_MEAN` keys [batch, key_heads, runs, head_dim], and what they count [batch,
             runs].
         shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
             anyway; -1 for none. None: there are none.

@@ -192,23 +192,23 @@ def one_block_reads() -> str:
 def two_stages() -> str:
     """Candidates by means of keys, then the choice among their keys."""
     drawing = Drawing(780, 292, "How blocks are found")
-    left, width = 190, 560
+    left, size = 190, 560 / 64
+    candidates = {4, 9, 10, 11, 21, 22, 23, 29, 30, 37, 38, 47, 52, 53}
     rows = [
-        ("means of 16 keys", 64, {9, 10, 11, 21, 29, 37, 38, 52}, "#edb9c0"),
-        ("keys of candidates", 16, {2, 5, 7, 9, 13}, "#edb9c0"),
-        ("blocks that are read", 64, {10, 22, 29, 38}, CHOSEN),
+        ("means of 16 keys", candidates, "#edb9c0"),
+        ("keys of candidates", candidates, "#edb9c0"),
+        ("blocks that are read", {10, 22, 29, 38}, CHOSEN),
     ]
     lines = (
-        "Longer documents only: every query meets the means, and keeps the places that weigh most.",
+        "Longer documents only: every query meets the means, and keeps the blocks that weigh most.",
         "Every query meets every key there. A block's mass: the share of their attention it gets.",
         "The blocks with the largest mass are read exactly, with window and global tokens.",
     )
-    for number, ((name, count, found, color), line) in enumerate(zip(rows, lines, strict=True)):
+    for number, ((name, found, color), line) in enumerate(zip(rows, lines, strict=True)):
         y = 40 + 86 * number
         drawing.text(left, y - 10, line, 12)
         drawing.text(left - 14, y + 22, name, 12, "end")
-        size = width / count
-        for node in range(count):
+        for node in range(64):
             drawing.box(left + node * size, y, size - 2, 34, color if node in found else SOFT)
         if number < 2:
             drawing.line(left + 275, y + 38, left + 275, y + 58, OTHER, arrow=True)

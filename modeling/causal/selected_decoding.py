@@ -14,7 +14,7 @@ from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection
 from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.dense_attention import dense_attention
-from adaptive_longformer.selection.exact import tokens_per_mean
+from adaptive_longformer.selection.exact import TOKENS_PER_MEAN
 
 
 class SelectedDecoding:
@@ -112,9 +112,8 @@ class SelectedDecoding:
                 is_sink = self.sink_rank[which, seen] < self.cache.num_sinks
             means = None
             if begin - first > self.part.options.num_candidates:
-                run = tokens_per_mean(self.part.options.block_size)
                 members = ordinary_tokens(mask, is_sink)
-                means = self.cache.key_means(rows, slice(first, begin), run, members)
+                means = self.cache.key_means(rows, slice(first, begin), TOKENS_PER_MEAN, members)
             lists = self.part.choose_next(
                 queries[which, :, begin - size - behind : begin + 1 - behind],
                 self.keys[which, :, seen].detach(),
