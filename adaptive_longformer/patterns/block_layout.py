@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.patterns.full import Full
 from adaptive_longformer.patterns.global_tokens import GlobalTokens
 from adaptive_longformer.patterns.pattern import LARGEST, Pattern, check_types, check_whole, union
@@ -399,7 +399,7 @@ def _cached_layout(
         counts=merged.counts.to(device),
         flags=merged.flags.to(device),
     )
-    return known_right(moved)
+    return ready_for_every_stream(known_right(moved), device)
 
 
 def window_entries(

@@ -9,17 +9,18 @@ _in_graphs: dict[int, object] = {}
 
 
 def ready_for_every_stream(value: Cached, device: torch.device) -> Cached:
-    """The value, when its tensors have been made: another stream does not wait for this one.
+    """The value that a cache is about to take, when the device has nothing left to do: other
+    streams may then read its tensors, and none still reads those that the cache drops for it.
 
     Args:
-        value: just made on the current stream.
+        value: just made.
         device: where its tensors are.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and nothing is made before its replay.
     """
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.synchronize(device)
     return value
 
 

@@ -4,6 +4,7 @@ elements.
 
 import gc
 import weakref
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from adaptive_longformer.attention import sparse_attention
 from adaptive_longformer.attention.backends import compiled, cuda
 from adaptive_longformer.attention.call import AttentionCall, make_call
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
-from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import select_blocks
 
@@ -96,6 +97,26 @@ def test_what_a_graph_reads_outlives_its_cache(monkeypatch, is_capturing):
     del value
     gc.collect()
     assert (kept() is not None) == is_capturing
+
+
+def test_the_device_is_idle_when_a_cache_drops_what_another_stream_may_read(monkeypatch):
+    made, alive = [], []
+
+    @lru_cache(maxsize=1)
+    def cached(length):
+        value = torch.ones(length)
+        made.append(weakref.ref(value))
+        return ready_for_every_stream(value, torch.device("cuda"))
+
+    def synchronize(device):
+        gc.collect()
+        alive.append([value() is not None for value in made])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    cached(1), cached(2)
+    gc.collect()
+    assert alive == [[True], [True, True]]
+    assert [value() is not None for value in made] == [False, True]
 
 
 REFUSED = {

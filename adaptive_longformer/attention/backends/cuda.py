@@ -21,6 +21,7 @@ from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
+from adaptive_longformer.patterns.cached_tensors import ready_for_every_stream
 from adaptive_longformer.patterns.pattern import Pattern
 
 # A column of the transposed lists with more entries than this is split into items of so many, whose
@@ -154,11 +155,10 @@ def _pattern_lists(
 ) -> _Lists:
     layout = block_layout(pattern, length, num_heads=heads, device=device)
     lists = _packed_lists(layout, num_packs)
-    # Waiting once for the number of slots saves the room for as many as there could be, and makes
-    # the lists ready for every stream.
+    # Waiting once for the number of slots saves the room for as many as there could be.
     items = lists.items()
     items = replace(items, num_slots=int(items.column_slots.sum()))
-    return replace(lists, known_items=items)
+    return ready_for_every_stream(replace(lists, known_items=items), device)
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.operator import merge_global_rows
 from adaptive_longformer.attention.padding import readable
-from adaptive_longformer.patterns.cached_tensors import kept_in_graphs
+from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
@@ -104,7 +104,7 @@ def _pattern_mask(call: AttentionCall, length: int) -> torch.Tensor | None:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _cached_mask(pattern: Pattern, length: int, heads: int, device: torch.device) -> torch.Tensor:
-    return _dense_mask(pattern, length, heads, device)
+    return ready_for_every_stream(_dense_mask(pattern, length, heads, device), device)
 
 
 def _dense_mask(pattern: Pattern, length: int, heads: int, device: torch.device) -> torch.Tensor:
