@@ -19,7 +19,7 @@ def ready_for_every_stream(value: Cached, device: torch.device) -> Cached:
     Raises:
         RuntimeError: a CUDA graph is being captured, and nothing is made before its replay.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         torch.cuda.synchronize(device)
     return value
 

@@ -2,6 +2,7 @@
 // needs several threads (barriers, shuffles, ldmatrix, mma) is a meeting point. What goes wrong on a GPU only sometimes
 // goes wrong here always, or soon:
 // - shared memory starts as NaN; a copy writes NaN when it is issued and the data only when it is waited for;
+// - no thread may end before its copies;
 // - warps run in a random order, and each for a random number of turns before another may run;
 // - ldmatrix and the copies check their alignment and stay inside the shared memory.
 #pragma once
@@ -113,6 +114,9 @@ inline bool is_shared(const void* address, const char* error) {
 inline void run_thread() {
   Block& all = block();
   all.body();
+  Thread& thread = all.threads[all.current];
+  for (const std::vector<Copy>& group : thread.groups)
+    if (!group.empty()) all.error = "the thread ends before its copies to shared memory";
   all.threads[all.current].is_done = true;
   leave();
 }

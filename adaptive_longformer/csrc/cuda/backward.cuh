@@ -175,6 +175,8 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
     }
     synchronize_block();
   }
+  // Where there was no step, the first copies may still be under way.
+  wait_for_copies<0>();
 
   const int slot = arguments.item_slot[item];
   UNROLL for (int h = 0; h < 2; h++) {
@@ -358,6 +360,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
       arguments.grad_entry_bias[own_list() * arguments.max_entries + entries[index % STEP_ROOM]] = total;
     }
   }
+  // Where there was no step, the first copies may still be under way.
+  wait_for_copies<0>();
 
   UNROLL for (int h = 0; h < 2; h++)
     if (query(h) < arguments.length)

@@ -128,6 +128,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
     multiply_registers<TYPE, D, KEY_BLOCK>(sum, scores, value_tiles + stage * KEY_BLOCK * D, lane);
     synchronize_block();
   }
+  // Where there was no step, the first copies may still be under way.
+  wait_for_copies<0>();
 
   UNROLL for (int h = 0; h < 2; h++) {
     float total = row_total[h];
