@@ -342,6 +342,24 @@ def test_lists_of_a_pattern_are_made_once(emulator, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+def test_heads_are_worked_on_one_after_the_other_and_long_lists_first():
+    layout = random_layout(500, heads=3, batch=2)
+    lists = cuda._packed_lists(layout, 1)
+    order, size = lists.order.view(6, -1).long(), layout.num_query_blocks
+    assert torch.equal(order // size, torch.arange(6)[:, None].expand_as(order))
+    counts = lists.layout.counts.flatten()[order]
+    assert torch.equal(order.flatten().sort().values, torch.arange(6 * size))
+    assert (counts.diff(dim=-1) <= 0).all() and (counts.diff(dim=-1) < 0).any()
+
+    items = cuda.gradient_items(layout, 2)
+    used = items.column >= 0
+    assert used.any() and not used[used.int().sum() :].any()  # what is not used comes last
+    rows = items.column[used] // layout.num_key_blocks
+    lengths = (items.last - items.first)[used]
+    assert (rows.diff() >= 0).all() and torch.equal(rows.unique(), torch.arange(6))
+    assert (lengths.diff()[rows.diff() == 0] <= 0).all()
+
+
 def test_a_pattern_without_split_columns_takes_no_room_for_their_sums(emulator):
     tensors = [torch.randn(1, 1, 70, 32, dtype=torch.bfloat16) for _ in range(3)]
     call = make_call(*tensors, SlidingWindow(9))

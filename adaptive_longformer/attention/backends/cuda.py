@@ -56,7 +56,7 @@ class GradientItems:
 
 
 def gradient_items(layout: BlockLayout, item_entries: int = _ITEM_ENTRIES) -> GradientItems:
-    """Splits the columns of a layout's transposed lists into items, the longest first."""
+    """Splits the columns of a layout's transposed lists into items, ordered as `_Lists.order`."""
     transposed = layout.transpose()
     starts = transposed.starts.long()
     lengths = starts[1:] - starts[:-1]  # [columns]
@@ -74,7 +74,9 @@ def gradient_items(layout: BlockLayout, item_entries: int = _ITEM_ENTRIES) -> Gr
     column_slots = pieces.where(is_split, 0)
     in_slot = is_used & is_split[column]
     slot = (in_slot.cumsum(0) - 1).where(in_slot, -1)
-    order = torch.argsort((last - first).where(is_used, -1), descending=True, stable=True)
+    # By list row, and in each the longest first.
+    row = (column // layout.num_key_blocks).where(is_used, num_columns)
+    order = torch.argsort(row * (item_entries + 1) - (last - first), stable=True)
     return GradientItems(
         query_blocks=transposed.query_blocks,
         entries=transposed.entries.int(),
@@ -96,7 +98,8 @@ class _Lists:
     Attributes:
         layout: with the blocks of packed global keys at the head of every list.
         num_packs: how many these are.
-        order: int32, all lists, the longest first.
+        order: int32, all lists: head by head, so that the second-level cache holds the keys that
+            are read; the longest of a head first, so that none is begun at the end.
         known_items: what `items` gives, if it is known already.
     """
 
@@ -131,8 +134,10 @@ def _packed_lists(layout: BlockLayout, num_packs: int) -> _Lists:
             flags=torch.cat([flags, layout.flags], dim=-1),
             counts=layout.counts + num_packs,
         )
-    order = torch.argsort(layout.counts.flatten(), descending=True, stable=True)
-    return _Lists(layout, num_packs, order.int())
+    order = torch.argsort(layout.counts, dim=-1, descending=True, stable=True)
+    batch, heads, rows = order.shape
+    order += rows * torch.arange(batch * heads, device=order.device).view(batch, heads, 1)
+    return _Lists(layout, num_packs, order.flatten().int())
 
 
 def _lists_of(call: AttentionCall, num_packs: int) -> _Lists:

@@ -39,7 +39,7 @@ struct Arguments {
   const int* key_blocks;
   const int* counts;
   const int* flags;
-  // All lists, the longest first: nothing but the running time depends on the order.
+  // All lists in the order of their blocks of threads: nothing but the running time depends on it.
   const int* order;
   // Lists of a bias per entry, strides in lists, 0 where shared; null: none.
   const float* entry_bias;
