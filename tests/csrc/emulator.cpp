@@ -25,7 +25,9 @@ struct Start {
 extern "C" {
 
 int adaptive_cuda_launch(const adaptive::Launch* launch, const adaptive::Arguments* arguments, void*) {
-  return adaptive::launch_kernel(*launch, *arguments, Start());
+  return adaptive::by_type_and_head_dim(*arguments, [&](auto type, auto head_dim) {
+    return adaptive::launch_by_query_block<type.value, head_dim.value>(*launch, *arguments, Start());
+  });
 }
 
 int adaptive_cuda_arguments_size() { return (int)sizeof(adaptive::Arguments); }

@@ -3,31 +3,21 @@
 
 #include "launch.cuh"
 
-namespace {
+namespace adaptive {
 
-struct Start {
-  cudaStream_t stream;
+// Of instances.cuh, in the file of the type and head dimension.
+template <int TYPE, int D>
+int launch_on_gpu(const Launch& launch, const Arguments& arguments, cudaStream_t stream);
 
-  template <typename Kernel>
-  int operator()(Kernel kernel, const adaptive::Launch& launch, const adaptive::Arguments& arguments) const {
-    if (launch.shared_memory > 48 * 1024) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_memory);
-      if (error != cudaSuccess) return (int)error;
-    }
-    const dim3 grid(launch.grid_x, launch.grid_y, launch.grid_z);
-    kernel<<<grid, launch.threads, launch.shared_memory, stream>>>(arguments);
-    return (int)cudaGetLastError();
-  }
-};
-
-}  // namespace
+}  // namespace adaptive
 
 extern "C" {
 
 // Returns 0, a CUDA error number, or a negative number: there is no such kernel, or it needs other shared memory.
 int adaptive_cuda_launch(const adaptive::Launch* launch, const adaptive::Arguments* arguments, void* stream) {
-  return adaptive::launch_kernel(*launch, *arguments, Start{(cudaStream_t)stream});
+  return adaptive::by_type_and_head_dim(*arguments, [&](auto type, auto head_dim) {
+    return adaptive::launch_on_gpu<type.value, head_dim.value>(*launch, *arguments, (cudaStream_t)stream);
+  });
 }
 
 int adaptive_cuda_arguments_size() { return (int)sizeof(adaptive::Arguments); }

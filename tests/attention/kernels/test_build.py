@@ -4,6 +4,8 @@ import ctypes
 import platform
 import shutil
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils import cpp_extension
 
 from adaptive_longformer.attention.kernels import build
 from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError
+from adaptive_longformer.attention.kernels.cuda_launches import ELEMENT_TYPES, HEAD_DIMS
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None or sys.platform == "win32", reason="no C++ compiler (c++)"
@@ -111,22 +114,34 @@ def test_nvcc_needs_a_gpu_or_a_list_of_architectures_to_compile_for(nvcc, monkey
 
 
 def test_nvcc_compiles_for_the_listed_architectures(nvcc, tmp_path, monkeypatch):
-    nvcc(f'echo "$@" > {tmp_path}/arguments; echo error: enough; exit 1')
+    nvcc(f'echo "$@" >> {tmp_path}/arguments; echo error: enough; exit 1')
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     folder = tmp_path / "build"
     folder.mkdir()
     with pytest.raises(KernelsUnavailableError, match="the build failed: error: enough"):
         build.build_library("cuda", folder)
-    arguments = (tmp_path / "arguments").read_text().split()
-    codes = [argument for argument in arguments if argument.startswith("-gencode")]
-    assert sorted(codes) == [
-        "-gencode=arch=compute_120,code=compute_120",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    ]
-    assert str(build.SOURCES / "cuda" / "launch.cu") in arguments
+    said = [line.split() for line in (tmp_path / "arguments").read_text().splitlines()]
+    compilations = [arguments for arguments in said if "-c" in arguments]
+    assert compilations  # several files may have been begun when the first failed
+    for arguments in compilations:
+        codes = [argument for argument in arguments if argument.startswith("-gencode")]
+        assert sorted(codes) == [
+            "-gencode=arch=compute_120,code=compute_120",
+            "-gencode=arch=compute_120,code=sm_120",
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90a,code=sm_90a",
+        ]
+        (source,) = (argument for argument in arguments if argument.endswith(".cu"))
+        assert Path(source).parent == build.SOURCES / "cuda"
+
+
+def test_every_type_and_head_dim_of_the_cuda_kernels_has_a_file():
+    """What none defines would be missing only when it is launched."""
+    for dtype, head_dim in product(ELEMENT_TYPES, HEAD_DIMS):
+        name = str(dtype).removeprefix("torch.")
+        source = (build.SOURCES / "cuda" / f"{name}_{head_dim}.cu").read_text()
+        assert f"launch_on_gpu<adaptive::{name.upper()}, {head_dim}>" in source
 
 
 def test_a_list_of_architectures_that_are_none_is_the_reason(nvcc, tmp_path, monkeypatch):

@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+template int adaptive::launch_on_gpu<adaptive::BFLOAT16, 32>(const Launch&, const Arguments&, cudaStream_t);
