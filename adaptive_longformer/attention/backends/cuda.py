@@ -230,7 +230,7 @@ class CudaArguments(KernelArguments):
         *fields(RowTensor, "output"),
         *fields(ctypes.c_void_p, "lse"),
         *fields(RowTensor, "grad_output"),
-        *fields(ctypes.c_void_p, "grad_lse row_lse row_delta"),
+        *fields(ctypes.c_void_p, "grad_lse row_lse row_delta row_used"),
         *fields(RowTensor, "grad_query grad_key grad_value"),
         *fields(ctypes.c_void_p, "grad_entry_bias grad_span"),
         *fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
@@ -318,6 +318,7 @@ class CudaArguments(KernelArguments):
             partial_values=query.new_empty(parts, dtype=torch.float32),
             row_lse=query.new_empty(rows, dtype=torch.float32),
             row_delta=query.new_empty(rows, dtype=torch.float32),
+            row_used=query.new_empty((*rows[:2], rows[2] // 64), dtype=torch.int64),
         )
 
     def set_rows(self, **tensors: torch.Tensor) -> None:

@@ -12,7 +12,6 @@ HEAD_DIMS = (32, 64, 96, 128)
 QUERY_BLOCK_SIZES = (64, 128)
 KEY_BLOCK_SIZE = 64
 _QUERY_PART = 64
-_ROW_SUM_WARPS = 4
 _HALF, _FLOAT = 2, 4
 # Steps that are kept in shared memory, and the bytes of each.
 _STEPS, _STEP = 64, 16
@@ -43,7 +42,7 @@ def backward_launches(arguments: Any) -> list[Launch]:
     batches, heads = _repeats(arguments)
     rows = arguments.num_query_blocks * arguments.query_block_size
     grids = {
-        "row_sums": (-(-rows // _ROW_SUM_WARPS), arguments.heads, arguments.batch),
+        "row_sums": (rows // _QUERY_PART, arguments.heads, arguments.batch),
         "grad_keys": (arguments.num_items, batches, heads),
         "add_parts": (
             arguments.list_batches * arguments.list_heads * arguments.num_blocks, batches, heads,
@@ -52,10 +51,8 @@ def backward_launches(arguments: Any) -> list[Launch]:
     if arguments.num_slots == 0:
         del grids["add_parts"]
     shared_memory = shared_memory_bytes(arguments.head_dim, arguments.query_block_size)
-    threads = {"row_sums": _ROW_SUM_WARPS * 32, "grad_keys": 128, "add_parts": 128}
     launches = [
-        Launch(KERNELS.index(name), *grid, threads[name], shared_memory[name])
-        for name, grid in grids.items()
+        Launch(KERNELS.index(name), *grid, 128, shared_memory[name]) for name, grid in grids.items()
     ]
     return [*launches, _over_lists("grad_queries", arguments)]
 

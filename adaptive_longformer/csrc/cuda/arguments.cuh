@@ -64,6 +64,8 @@ struct Arguments {
   // sum(grad_output * output) - grad_lse. Written by row_sums, read by the others.
   float* row_lse;
   float* row_delta;
+  // [batch, heads, num_query_blocks * query_block_size / 64]: a bit for each of 64 rows, whether it has weights. As they.
+  Bits* row_used;
   RowTensor grad_query, grad_key, grad_value;
   float* grad_entry_bias;  // [batch, heads, num_query_blocks, max_entries], zeroed by the caller; null: not wanted
   float* grad_span;        // [batch, heads, num_query_blocks]; null: not wanted

@@ -11,35 +11,41 @@ namespace adaptive {
 template <int D>
 constexpr int CHUNK_COLUMNS = D <= 64 ? 32 : 16;
 
-constexpr int ROW_SUM_WARPS = 4;
+// A warp has 16 query rows, a thread block 64: row_lse, row_delta and row_used, also for the rows behind the end of the
+// sequence.
+constexpr int ROW_SUM_WARPS = 4, ROW_SUM_ROWS = 16;
 
-// One warp per query row: row_lse and row_delta, also for the rows behind the end of the sequence.
 template <int TYPE>
 KERNEL(ROW_SUM_WARPS * 32, 1) row_sums_kernel(const Arguments arguments) {
-  const int lane = (int)threadIdx.x % 32;
-  const int padded_length = arguments.num_query_blocks * arguments.query_block_size;
-  const int query = (int)blockIdx.x * ROW_SUM_WARPS + (int)threadIdx.x / 32;
+  const int lane = (int)threadIdx.x % 32, warp = (int)blockIdx.x * ROW_SUM_WARPS + (int)threadIdx.x / 32;
   const int batch = blockIdx.z, head = blockIdx.y;
-  if (query >= padded_length) return;
-  const long long target = ((long long)batch * arguments.heads + head) * padded_length + query;
-  float lse = -infinity(), delta = 0.0f;
-  if (query < arguments.length) {
-    const long long row = ((long long)batch * arguments.heads + head) * arguments.length + query;
-    lse = arguments.lse[row];
-    const Half* output = row_at(arguments.output, batch, head, query);
-    const Half* grad = row_at(arguments.grad_output, batch, head, query);
-    for (int i = lane; i < arguments.head_dim; i += 32) delta += unpack<TYPE>(output[i]) * unpack<TYPE>(grad[i]);
-    UNROLL for (int distance = 16; distance > 0; distance /= 2) delta += shuffle_xor(delta, distance);
-    delta -= arguments.grad_lse[row];
-    // Garbage in a padded slot has no weights, as a row that sees nothing.
-    const bool is_padding =
-        arguments.is_padding != nullptr && arguments.is_padding[(long long)batch * arguments.length + query];
-    if (is_padding && lse != lse) lse = -infinity();
+  const long long head_row = (long long)batch * arguments.heads + head;
+  const long long first_target = head_row * arguments.num_query_blocks * arguments.query_block_size + warp * ROW_SUM_ROWS;
+  Word used = 0;
+  UNROLL_BY(4) for (int i = 0; i < ROW_SUM_ROWS; i++) {
+    const int query = warp * ROW_SUM_ROWS + i;
+    float lse = -infinity(), delta = 0.0f;
+    if (query < arguments.length) {
+      const long long row = head_row * arguments.length + query;
+      lse = arguments.lse[row];
+      const Half* output = row_at(arguments.output, batch, head, query);
+      const Half* grad = row_at(arguments.grad_output, batch, head, query);
+      for (int k = lane; k < arguments.head_dim; k += 32) delta += unpack<TYPE>(output[k]) * unpack<TYPE>(grad[k]);
+      UNROLL for (int distance = 16; distance > 0; distance /= 2) delta += shuffle_xor(delta, distance);
+      delta -= arguments.grad_lse[row];
+      // Garbage in a padded slot has no weights, as a row that sees nothing.
+      const bool is_padding =
+          arguments.is_padding != nullptr && arguments.is_padding[(long long)batch * arguments.length + query];
+      if (is_padding && lse != lse) lse = -infinity();
+    }
+    const bool is_empty = lse == -infinity();
+    used |= (Word)!is_empty << i;
+    if (lane == 0) {
+      arguments.row_lse[first_target + i] = is_empty ? infinity() : lse * LOG2_E;
+      arguments.row_delta[first_target + i] = is_empty ? 0.0f : delta;
+    }
   }
-  if (lane != 0) return;
-  const bool is_empty = lse == -infinity();
-  arguments.row_lse[target] = is_empty ? infinity() : lse * LOG2_E;
-  arguments.row_delta[target] = is_empty ? 0.0f : delta;
+  if (lane == 0) ((unsigned short*)arguments.row_used)[first_target / ROW_SUM_ROWS] = (unsigned short)used;
 }
 
 // Shared memory of grad_keys_kernel: a block of keys and of values, two stages of 64 queries and output gradients with
@@ -74,6 +80,7 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
   const long long head_row = (long long)row_place.batch * arguments.heads + row_place.head;
   const float* row_lse = arguments.row_lse + head_row * padded_length;
   const float* row_delta = arguments.row_delta + head_row * padded_length;
+  const Bits* row_used = arguments.row_used + head_row * (padded_length / QUERY_PART);
 
   load_keys_and_values<D, 128>(key_tile, value_tile, arguments, row_place, keys);
   commit_copies();
@@ -85,14 +92,15 @@ KERNEL(128, D <= 32 ? 3 : 2) grad_keys_kernel(const Arguments arguments) {
     const int query_block = arguments.transposed_query_blocks[candidate / PARTS];
     const int part = query_block * PARTS + candidate % PARTS, first_query = part * QUERY_PART;
     const Place place = row_place.with_query_block(query_block);
-    return first_query < arguments.length &&
-           step.set(arguments, place, first_query, QUERY_PART, arguments.transposed_entries[candidate / PARTS], keys,
-                    part);
+    const bool is_visible = step.set(arguments, place, first_query, QUERY_PART,
+                                     arguments.transposed_entries[candidate / PARTS], keys, part);
+    step.open = row_used[part];
+    return is_visible && step.open != 0;
   };
   const auto load_step = [&](int index) {
     const int stage = index % 2, first_query = steps[index].tile() * QUERY_PART;
     load_queries_and_grads<D, QUERY_PART, 128>(query_tiles + stage * QUERY_PART * D, grad_tiles + stage * QUERY_PART * D,
-                                               arguments, row_place, first_query, row_lse + first_query);
+                                               arguments, row_place, first_query, &steps[index].open);
     float* rows = row_values + stage * 2 * QUERY_PART;
     const int i = (int)threadIdx.x % (QUERY_PART / 4) * 4;
     if (threadIdx.x < QUERY_PART / 4)
@@ -270,7 +278,8 @@ KERNEL(QUERY_BLOCK * 2, (D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) grad_queries_kern
   };
 
   const float* block_lse = arguments.row_lse + first_padded_row;
-  load_queries_and_grads<D, QUERY_BLOCK, THREADS>(query_tile, grad_tile, arguments, place, first_query, block_lse);
+  load_queries_and_grads<D, QUERY_BLOCK, THREADS>(query_tile, grad_tile, arguments, place, first_query,
+                                                  arguments.row_used + first_padded_row / 64);
   steps.look_ahead(0, count, find_step);
   synchronize_block();
   if (steps.found > 0) load_step(0);

@@ -74,7 +74,7 @@ struct alignas(16) Step {
   // Some pairs are hidden; pairs have a span; only those inside, or outside, of the window are visible; a bias of its own.
   enum Flag { MASKED = 1, SPANNED = 2, INSIDE = 4, OUTSIDE = 8, BIASED = 16 };
 
-  Bits open;  // the keys that can be seen at all
+  Bits open;  // the keys that can be seen at all; in grad_keys_kernel, the queries that have weights
   int tile_and_flags;
   float bias;  // in base 2
 
@@ -272,15 +272,15 @@ DEVICE void load_queries(Half* tile, const Arguments& arguments, const Place& pl
 }
 
 // Starts copying ROWS rows of queries and of the output's gradients; those without weights become zeros, and so do all
-// behind the end.
+// behind the end. `used` has a bit per row.
 template <int D, int ROWS, int THREADS>
 DEVICE void load_queries_and_grads(Half* query_tile, Half* grad_tile, const Arguments& arguments, const Place& place,
-                                   int first_query, const float* row_lse) {
+                                   int first_query, const Bits* used) {
   const Share<D, THREADS> share;
   const Half* query = row_at(arguments.query, place.batch, place.head, first_query + share.row) + share.element;
   const Half* grad = row_at(arguments.grad_output, place.batch, place.head, first_query + share.row) + share.element;
   UNROLL for (int step = 0; step < ROWS / share.STEP; step++) {
-    const bool is_used = row_lse[share.row + step * share.STEP] < infinity();
+    const bool is_used = used[step * share.STEP / 64] >> (share.row + step * share.STEP % 64) & 1;
     share.start(query_tile, step, query, is_used);
     share.start(grad_tile, step, grad, is_used);
     query += share.STEP * (int)arguments.query.row_stride;
