@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVAL
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest lint format docs docs-data gpu gpu-all clean
+.PHONY: help quickstart test test-all test-oldest lint format docs docs-data gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -81,26 +81,9 @@ docs-data:  ## Draw the pictures and write the tables of docs from benchmarks/re
 	$(PYTHON) docs/make/pictures.py
 	$(PYTHON) docs/make/tables.py
 
-# With the current Python: torch, transformers and pytest are enough, so that only the files with
-# GPU tests are read. The first run also compiles the kernels. The benchmark runs whatever the tests
-# say: it names what is wrong and times the rest.
-ON_GPU := $(OFFLINE) PYTHONPATH=. $(PYTHON)
-GPU_TEST := $(ON_GPU) -m pytest -q -m gpu --durations=10 $(PYTEST_ARGS) \
-	$$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests)
-GPU_RESULTS := benchmarks/results
-# BENCHMARK_ARGS=--allow-dirty where the tree is of no commit.
-BENCHMARK_ARGS ?=
-gpu:  ## GPU tests and a short benchmark (minutes), results in benchmarks/results
-	$(GPU_TEST); tested=$$?; \
-	$(ON_GPU) benchmarks/attention_operator.py --lengths 4096 16384 --dropout 0 --no-memory \
-		--results $(GPU_RESULTS) $(BENCHMARK_ARGS) && exit $$tested
-
-gpu-all:  ## The GPU tests and all benchmarks (long), results also in benchmarks/results/gpu
-	$(GPU_TEST); status=$$?; \
-	$(ON_GPU) benchmarks/attention_operator.py --preset long --results $(GPU_RESULTS) $(BENCHMARK_ARGS) || status=1; \
-	for name in attention_speed model_throughput selection_speed; do \
-		$(ON_GPU) benchmarks/$$name.py --repeats 20 --results $(GPU_RESULTS)/gpu $(BENCHMARK_ARGS) || status=1; \
-	done; exit $$status
+# With the current Python, which needs torch, transformers, pytest and ninja.
+gpu:  ## Test and measure on a GPU, nine minutes at most, into gpu-session/
+	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/gpu_session.py --output gpu-session
 
 clean:  ## Remove the environments, caches and build outputs
 	rm -rf .venv .venv-docs .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
