@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig
 from adaptive_longformer.conversion.family import HEADS, SHARED_FIELDS, Family
 from adaptive_longformer.conversion.tables import BERT_BODY, BERT_LM_HEAD, Table
 
+_ATTENTION_TYPES = ("original_full", "block_sparse")
+
 
 class BlockSparseFamily(Family):
     """A family that attends by blocks or, as its configuration says, to everything."""
@@ -14,6 +16,11 @@ class BlockSparseFamily(Family):
     def target_fields(self, config: PreTrainedConfig, head: str) -> dict[str, Any]:
         """Return the fields of our configuration that equals a source configuration."""
         fields = super().target_fields(config, head)
+        if config.attention_type not in _ATTENTION_TYPES:
+            raise ValueError(
+                f"source: attention_type is {config.attention_type!r}, one of {_ATTENTION_TYPES} "
+                "is needed"
+            )
         is_sparse = config.attention_type == "block_sparse"
         fields["attention_pattern"] = "big_bird" if is_sparse else "full"
         fields["zero_padded_rows"] = is_sparse

@@ -61,6 +61,13 @@ def test_source_that_is_a_file(tmp_path, source):
     assert_refused(tmp_path, source / "config.json", FileNotFoundError, "is a file")
 
 
+def test_big_bird_of_no_known_attention(tmp_path):
+    source = write_source(tmp_path / "source", "big_bird", "ForMaskedLM")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "attention_type": ""}))
+    assert_refused(tmp_path, source, ValueError, "attention_type is ''", "'block_sparse'")
+
+
 def test_other_family(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(
         tmp_path / "gpt2"
