@@ -156,6 +156,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 before = set(sys.modules)
 import adaptive_longformer
 heavy = ("torch.utils.cpp_extension", "datasets", "evaluate", "sklearn", "matplotlib", "peft")
+heavy += ("triton",)
 print(*[name for name in heavy if name in sys.modules and name not in before])
 """
     run = subprocess.run(

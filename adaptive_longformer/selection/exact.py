@@ -10,7 +10,7 @@ Rows of at most `num_candidates` keys have all blocks as candidates. Longer ones
 stage with means of 16 keys first, which keeps the blocks that have the largest mass; it does so
 itself where the means are too many. That is O(length * num_candidates * log length) time and
 O(length) memory: only the scores of a chunk of queries are in memory, and in C++
-(csrc/cpu/select.cpp) none.
+(csrc/cpu/select.cpp) and Triton (triton_select.py) none.
 """
 
 import math
@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
@@ -60,6 +61,12 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         call = replace(call, places=Places(*places))
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)
+    if why_no_triton(call.query.device) is None:
+        # Imported here as it takes a second, and Triton is not everywhere.
+        from adaptive_longformer.selection.triton_select import can_choose, triton_choice
+
+        if can_choose(call):
+            return triton_choice(call, with_dropped=with_dropped)
     return torch_choice(call, with_dropped=with_dropped)
 
 

@@ -44,8 +44,8 @@ class ExactCall:
         num_blocks: blocks chosen per query block, at most.
         block_size, query_block_size: tokens.
         voters: bool [batch, length], the tokens that vote; None: all.
-        key_counts: float [batch, num_keys], of tokens that a key stands for; 0 for what is in no
-            block, as padding and global tokens. None: 1.
+        key_counts: float or bool [batch, num_keys], of tokens that a key stands for; 0 for what is
+            in no block, as padding and global tokens. None: 1.
         ends: int64 [batch], one more than the last token that is not padding; None: `length`.
         global_positions: int64 [batch, global tokens], ascending, filled up with `length`; None:
             there are none.

@@ -170,7 +170,7 @@ def selection_operator(
     """`select_blocks` as one operator, whose inside torch.compile need not see."""
     call = SelectionCall.from_numbers(numbers, scale)
     options, length = call.options, key.shape[2]
-    result = _empty_result(query, options)
+    for_all = _nothing_for_all(query, options)
     if global_mask is not None and attention_mask is not None:
         global_mask = global_mask & attention_mask
     members = ordinary_tokens(attention_mask, global_mask)
@@ -182,7 +182,7 @@ def selection_operator(
         positions = pack_global_tokens(global_mask, call.max_global_tokens)
     with torch.autocast(query.device.type, enabled=False):
         if options.num_global_blocks:
-            shared = _choose_for_all(key, members, global_directions, options.block_size, result)
+            shared = _choose_for_all(key, members, global_directions, options.block_size, for_all)
         exact = ExactCall(
             query,
             key,
@@ -193,7 +193,7 @@ def selection_operator(
             options.block_size,
             options.query_block_size,
             voters=members,
-            key_counts=None if members is None else members.to(result.mass.dtype),
+            key_counts=members,
             ends=ends,
             global_positions=positions,
             is_causal=call.is_causal,
@@ -204,33 +204,38 @@ def selection_operator(
         if shared is not None:
             first, last = covered_blocks(exact)
             is_far = (shared[:, :, None] < first) | (shared[:, :, None] > last)
-            result.global_open.copy_(is_far & (shared >= 0)[:, :, None])
+            for_all[1].copy_(is_far & (shared >= 0)[:, :, None])
         choice = exact_choice(exact, options.num_candidates)
-    for name in ("key_blocks", "counts", "mass", "covered"):
-        getattr(result, name).copy_(getattr(choice, name))
-    return tuple(result)  # type: ignore[return-value]
+    return choice.key_blocks, choice.counts, choice.mass, choice.covered, *for_all
 
 
 @selection_operator.register_fake
 def _(
     query, key, attention_mask, global_mask, global_directions, means, mean_counts, numbers, scale
 ):  # fmt: skip
-    return tuple(_empty_result(query, SelectionCall.from_numbers(numbers, scale).options))
-
-
-def _empty_result(query: torch.Tensor, options: SelectionOptions) -> SelectedBlocks:
-    batch, heads, length, head_dim = query.shape
-    shape = (batch, heads, -(-length // options.query_block_size))
-    ranked, shared = options.num_blocks, options.num_global_blocks
+    options = SelectionCall.from_numbers(numbers, scale).options
+    shape = (*query.shape[:2], -(-query.shape[2] // options.query_block_size))
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return SelectedBlocks(
-        key_blocks=query.new_zeros(*shape, ranked, dtype=torch.int32),
-        counts=query.new_zeros(shape, dtype=torch.int32),
-        mass=query.new_zeros(*shape, ranked, dtype=dtype),
-        covered=query.new_zeros(shape, dtype=dtype),
-        global_blocks=query.new_zeros(batch, heads, shared, dtype=torch.int32),
-        global_open=query.new_zeros(*shape, shared, dtype=torch.bool),
-        global_means=query.new_zeros(batch, heads, shared, head_dim, dtype=dtype),
+    return (
+        query.new_empty(*shape, options.num_blocks, dtype=torch.int32),
+        query.new_empty(shape, dtype=torch.int32),
+        query.new_empty(*shape, options.num_blocks, dtype=dtype),
+        query.new_empty(shape, dtype=dtype),
+        *_nothing_for_all(query, options),
+    )
+
+
+def _nothing_for_all(
+    query: torch.Tensor, options: SelectionOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """global_blocks, global_open and global_means of `SelectedBlocks` without any."""
+    batch, heads, length, head_dim = query.shape
+    rows, num_blocks = -(-length // options.query_block_size), options.num_global_blocks
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_zeros(batch, heads, num_blocks, dtype=torch.int32),
+        query.new_zeros(batch, heads, rows, num_blocks, dtype=torch.bool),
+        query.new_zeros(batch, heads, num_blocks, head_dim, dtype=dtype),
     )
 
 
@@ -239,12 +244,14 @@ def _choose_for_all(
     members: torch.Tensor | None,
     directions: torch.Tensor | None,
     block_size: int,
-    result: SelectedBlocks,
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """The blocks that all query blocks of a row read, by direction . mean + log count: int64
-    [batch, heads, num_global_blocks], -1 where there is none. Writes them into the result.
+    [batch, heads, num_global_blocks], -1 where there is none. Writes them into `global_blocks` and
+    `global_means`, the first and last of the result.
     """
-    batch, heads, wanted = result.global_blocks.shape
+    global_blocks, _, global_means = result
+    batch, heads, wanted = global_blocks.shape
     means, counts = run_means(key, members, block_size)
     means = means.repeat_interleave(heads // key.shape[1], dim=1)  # [batch, heads, blocks, d]
     log_counts = counts.log()[:, None]
@@ -255,8 +262,8 @@ def _choose_for_all(
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :wanted]
     is_block = scores.gather(-1, order) > -torch.inf
     found = order.shape[-1]
-    result.global_blocks[..., :found] = order.where(is_block, 0)
-    result.global_means[:, :, :found] = means.take_along_dim(order[..., None], dim=2)
-    shared = torch.full_like(result.global_blocks, -1, dtype=torch.int64)
+    global_blocks[..., :found] = order.where(is_block, 0)
+    global_means[:, :, :found] = means.take_along_dim(order[..., None], dim=2)
+    shared = torch.full_like(global_blocks, -1, dtype=torch.int64)
     shared[..., :found] = order.where(is_block, -1)
     return shared
