@@ -165,6 +165,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         query_block_size: tokens per block of queries.
         num_selected_blocks: blocks of keys that a block of queries may choose.
         num_sinks: sinks of a sequence, seen from everywhere after them; 0: there are none.
+        heads_per_key_head: heads of queries that share a head of keys.
 
     Attributes:
         queries: [batch, heads, at most 3 * query_block_size, head_dim], the last ones.
@@ -173,8 +174,8 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         most_blocks: at least the largest of the counts.
         chosen_at: int64 [batch] on the host, the slot where the block of each row's list begins;
             -1: the row has no list.
-        means, mean_counts: [batch, heads, room, head_dim] and [batch, room], means of runs of keys
-            from each row's first slot on, and how many of them count.
+        means, mean_counts: [batch, key_heads, room, head_dim] and [batch, room], means of runs of
+            keys from each row's first slot on, and how many of them count.
         num_means: int64 [batch] on the host, how many means are there.
     """
 
@@ -183,10 +184,17 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         "mean_counts", "num_means",
     )  # fmt: skip
 
-    def __init__(self, query_block_size: int, num_selected_blocks: int, num_sinks: int) -> None:
+    def __init__(
+        self,
+        query_block_size: int,
+        num_selected_blocks: int,
+        num_sinks: int,
+        heads_per_key_head: int = 1,
+    ) -> None:
         super().__init__()
         self.query_block_size, self.num_sinks = query_block_size, num_sinks
         self.num_selected_blocks = num_selected_blocks
+        self.heads_per_key_head = heads_per_key_head
         # Buffers with room for more tokens, whose beginning `keys` and `values` are.
         self._roomy: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -194,14 +202,15 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
     ) -> None:
         super().lazy_initialization(key_states, value_states)
-        batch, heads, _, head_dim = key_states.shape
+        batch, key_heads, _, head_dim = key_states.shape
+        heads = key_heads * self.heads_per_key_head
         self.queries = key_states.new_zeros(batch, heads, 0, head_dim)
         shape = (batch, heads, self.num_selected_blocks)
         self.key_blocks = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int64, device=self.device)
         self.most_blocks = 0
         self.chosen_at = torch.full((batch,), -1)
-        self.means = key_states.new_zeros(batch, heads, 0, head_dim)
+        self.means = key_states.new_zeros(batch, key_heads, 0, head_dim)
         self.mean_counts = key_states.new_zeros(batch, 0)
         self.num_means = torch.zeros(batch, dtype=torch.int64)
 

@@ -6,15 +6,41 @@ made: from the means of all kept keys, which grow as keys come, and the keys of 
 """
 
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
+from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.attention.reference import span_log_weight
-from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection
 from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.dense_attention import dense_attention
+from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.exact import TOKENS_PER_MEAN
+from adaptive_longformer.selection.options import SelectionOptions
+
+
+class Choice(Protocol):
+    """What chooses and weighs, such as `AdaptiveSelection`."""
+
+    options: SelectionOptions
+    window: SlidingWindow
+
+    def attention_span(self) -> AttentionSpan | None: ...
+
+    def rank_limit(self) -> torch.Tensor: ...
+
+    def rank_bias(self, num_blocks: int) -> torch.Tensor: ...
+
+    def choose_next(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        means: tuple[torch.Tensor, torch.Tensor] | None = None,
+        validate: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class SelectedDecoding:
@@ -37,7 +63,7 @@ class SelectedDecoding:
 
     def __init__(
         self,
-        part: AdaptiveSelection,
+        part: Choice,
         cache: SelectionLayer,
         attention_mask: torch.Tensor | None,
         sink_rank: torch.Tensor | None,
@@ -49,7 +75,8 @@ class SelectedDecoding:
         assert cache.keys is not None and cache.values is not None
         self.part, self.cache = part, cache
         self.keys, self.values = cache.keys, cache.values
-        self.batch, self.heads, self.total, _ = self.keys.shape
+        self.batch, key_heads, self.total, _ = self.keys.shape
+        self.heads = key_heads * cache.heads_per_key_head
         self.device = self.keys.device
         self.attention_mask, self.sink_rank = attention_mask, sink_rank
         self.first_slots = [0] * self.batch if first_slots is None else first_slots.tolist()
@@ -133,8 +160,9 @@ class SelectedDecoding:
         parts = [self._sinks(slot), self._window(near, slot), self._blocks(slot)]
         slots = [slots for slots, _ in parts]
         key, value = (
-            torch.cat([_at(slots[0], kept), kept[:, :, near], _at(slots[2], kept)], dim=2)
+            torch.cat([self._at(slots[0], kept), near_kept, self._at(slots[2], kept)], dim=2)
             for kept in (self.keys, self.values)
+            for near_kept in [self._of_all_heads(kept[:, :, near])]
         )
         shape = (self.batch, self.heads, end - begin, -1)
         bias = torch.cat([bias.to(query.dtype).expand(shape) for _, bias in parts], dim=3)
@@ -152,6 +180,16 @@ class SelectedDecoding:
         dense = weights.new_zeros(*weights.shape[:3], self.total)
         index = torch.cat([part.expand(self.batch, self.heads, -1) for part in slots], dim=2)
         return output, dense.scatter_add(3, index[:, :, None].expand_as(weights), weights)
+
+    def _of_all_heads(self, kept: torch.Tensor) -> torch.Tensor:
+        repeats = self.cache.heads_per_key_head
+        return kept if repeats == 1 else kept.repeat_interleave(repeats, dim=1)
+
+    def _at(self, slots: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Kept keys or values at slots [batch, heads or 1, keys], for every head of queries."""
+        batch = torch.arange(self.batch, device=self.device)[:, None, None]
+        head = torch.arange(self.heads, device=self.device)[:, None]
+        return kept[batch, head // self.cache.heads_per_key_head, slots]
 
     # Each of the three below returns the slots of keys, int64 [batch or 1, heads or 1, keys], and
     # what is added to their scores, [batch or 1, heads or 1, queries, keys]. A key counts once: as
@@ -198,13 +236,6 @@ class SelectedDecoding:
             rank = self.sink_rank.take_along_dim(slots, dim=1)
             is_ordinary = is_ordinary & (rank >= self.cache.num_sinks)
         return is_ordinary
-
-
-def _at(slots: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Kept keys or values at slots [batch, heads or 1, keys]: [batch, heads, keys, head_dim]."""
-    batch = torch.arange(kept.shape[0], device=kept.device)[:, None, None]
-    head = torch.arange(kept.shape[1], device=kept.device)[:, None]
-    return kept[batch, head, slots]
 
 
 def _closed_unless(is_seen: torch.Tensor) -> torch.Tensor:

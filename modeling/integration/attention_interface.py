@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -20,6 +21,12 @@ from transformers.masking_utils import (
 from adaptive_longformer.attention.dropout import fresh_dropout
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_keys import limit_global_tokens
+from adaptive_longformer.modeling.integration.cached_attention import (
+    ForeignSelectionLayer,
+    attend_after_cached,
+    attend_after_cached_choosing,
+    layer_of,
+)
 from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
@@ -154,11 +161,6 @@ def adaptive_sparse_attention_forward(
             raise _not_implemented(f"{meaning} ({name})")
     if _is_cross_attention(module):
         raise _not_implemented(f"the cross-attention of {type(module).__name__}")
-    if query.shape[2] != key.shape[2]:
-        raise _not_implemented(
-            f"{query.shape[2]} queries for {key.shape[2]} keys "
-            "(cross-attention, or decoding with a cache: pass use_cache=False)"
-        )
     if value.shape[-1] != query.shape[-1]:
         raise _not_implemented("values of another head size than the queries")
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -172,6 +174,18 @@ def adaptive_sparse_attention_forward(
         options = replace(options, num_global_tokens=0, num_selected_blocks=0)
         window = SlidingWindow(sliding_window - 1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    cache = layer_of(key)
+    if cache is not None:
+        _check_same_options(cache, options)
+    queries = None if cache is None else cache.add_queries(query)
+    if attention_mask is not None:  # a static cache has room behind the last token
+        key, value = (rows[:, :, : attention_mask.shape[1]] for rows in (key, value))
+    if query.shape[2] != key.shape[2]:
+        output = _attend_after_cached(
+            cache, query, queries, key, value, attention_mask, window, options, causal, scaling,
+            dropout,
+        )  # fmt: skip
+        return output.transpose(1, 2).contiguous(), None
     # Blocks start at the first real token, wherever the padding is.
     padding = LeftPadding.of(attention_mask) if options.num_selected_blocks else LeftPadding()
     query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
@@ -189,14 +203,17 @@ def adaptive_sparse_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """The padding mask as it is, with the signature of AttentionMaskInterface.
 
     Returns:
-        bool [batch, length], True where a token is not padding, or None.
+        bool [batch, length], True where a token is not padding, or None: all are. Under causality
+        it ends with the last query, also where a static cache has room behind it.
 
     Raises:
+        ValueError: the mask does not reach over cached and new tokens.
         NotImplementedError: the model asks for more than causality, padding and a sliding window,
             such as packed sequences.
     """
@@ -205,18 +222,38 @@ def adaptive_sparse_mask(
             "a mask beyond causality, padding and a sliding window (chunks, or "
             "packed sequences; if positions are regular, pass an attention_mask of ones)"
         )
-    return attention_mask
+    if causal_mask_function not in (mask_function, *_joined(mask_function)):
+        return attention_mask
+    end = int(q_offset) + q_length
+    length = min(kv_length, end - kv_offset)
+    if attention_mask is None:
+        shape = batch_size, length
+        return None if length == kv_length else torch.ones(shape, dtype=torch.bool, device=device)
+    if kv_offset and attention_mask.shape[1] == length:
+        return attention_mask  # `generate` has cut it already, for a static cache
+    if attention_mask.shape[1] < end:
+        raise ValueError(
+            f"attention_mask is for {attention_mask.shape[1]} tokens, {end} are needed: the cached "
+            "and the new ones"
+        )
+    return attention_mask[:, kv_offset : kv_offset + length]
 
 
 def _is_sliding_window(mask_function: Callable) -> bool:
     """Whether it is the mask of a layer's own window, whose size the layer also passes as
-    `sliding_window`: an overlay and causality, or nothing, joined by `and_masks`.
+    `sliding_window`: an overlay and causality, or nothing.
     """
-    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
-    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
+    parts = _joined(mask_function)
+    if len(parts) != 2:
         return False
-    overlay, rest = parts[0]
+    overlay, rest = parts
     return rest in _PLAIN_MASKS and getattr(overlay, "__code__", None) in _WINDOW_OVERLAYS
+
+
+def _joined(mask_function: Callable) -> tuple:
+    """The mask functions that `and_masks` has joined to one."""
+    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
@@ -225,6 +262,46 @@ def _is_cross_attention(module: nn.Module) -> bool:
     """
     of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
     return of_decoder or "Cross" in type(module).__name__
+
+
+def adaptive_sparse_cache(config: PreTrainedConfig) -> Cache:
+    """An empty cache for a causal model with `attn_implementation="adaptive_sparse"`.
+
+        model.generate(**inputs, past_key_values=adaptive_sparse_cache(model.config))
+
+    A block of queries chooses by the queries of the block before, which only this cache keeps.
+    Where no blocks are chosen every cache of Transformers will do.
+
+    Args:
+        config: the model's configuration. Options come from it and from the context
+            `adaptive_sparse_options`, and must stay the same while the cache is in use.
+    """
+    cache = DynamicCache(config=config)
+    config = config.get_text_config(decoder=True)
+    options = _options(config)
+    if not options.num_selected_blocks:
+        return cache
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    sizes = options.selection_options(), options.num_global_tokens, heads // key_heads
+    cache.layers = [
+        ForeignSelectionLayer(*sizes) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def _check_same_options(cache: ForeignSelectionLayer, options: AdaptiveSparseOptions) -> None:
+    made_for = (cache.options, cache.num_sinks)
+    if not options.num_selected_blocks or made_for != (
+        options.selection_options(),
+        options.num_global_tokens,
+    ):
+        raise ValueError(
+            f"past_key_values was made for {cache.options} and {cache.num_sinks} global tokens, "
+            f"the options are {options} now: make the cache by adaptive_sparse_cache where they "
+            "hold"
+        )
 
 
 def _options(config: Any) -> AdaptiveSparseOptions:
@@ -288,6 +365,40 @@ def _attend(
     )
     assert isinstance(output, torch.Tensor)  # return_lse=False
     return output
+
+
+def _attend_after_cached(
+    cache: ForeignSelectionLayer | None,
+    query: torch.Tensor,
+    queries: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    window: SlidingWindow,
+    options: AdaptiveSparseOptions,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """The same for the last tokens of those that the keys are of."""
+    lengths = f"{query.shape[2]} queries for {key.shape[2]} keys"
+    if not is_causal:
+        raise _not_implemented(f"{lengths} without causality, such as cross-attention")
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    if cache is not None:
+        assert queries is not None
+        return attend_after_cached_choosing(
+            cache, query, queries, attention_mask, window, factor, dropout_p
+        )
+    if options.num_selected_blocks:
+        raise ValueError(
+            f"past_key_values: {lengths}, choosing blocks after cached tokens takes a cache of its "
+            "own: pass past_key_values=adaptive_sparse_cache(model.config), or choose none "
+            "(num_selected_blocks=0), or pass use_cache=False"
+        )
+    return attend_after_cached(
+        query, key, value, attention_mask, window, options.num_global_tokens, factor, dropout_p
+    )
 
 
 def remembering_the_choice(choose: Callable[..., str]) -> Callable[..., str]:

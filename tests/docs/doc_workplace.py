@@ -17,6 +17,8 @@ from transformers import (
     BigBirdForMaskedLM,
     LEDConfig,
     LEDForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     LongformerConfig,
     LongformerForMaskedLM,
     LongformerForQuestionAnswering,
@@ -123,6 +125,14 @@ def modern_bert() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return ModernBertForMaskedLM(config), tokenizer
 
 
+def llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = byte_level_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=1, **ENCODER, eos_token_id=2
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
 # What stands in the pages -> what makes it. The names are folders in the page's own folder.
 CHECKPOINTS: dict[str, Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]] = {
     "allenai/longformer-base-4096": longformer,
@@ -135,6 +145,7 @@ CHECKPOINTS: dict[str, Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBa
     "google-bert/bert-base-uncased": bert,
     "FacebookAI/roberta-base": roberta,
     "google/bigbird-roberta-base": big_bird,
+    "meta-llama/Llama-3.2-1B": llama,
 }
 
 
