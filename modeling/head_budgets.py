@@ -133,13 +133,22 @@ class HeadBudgets(nn.Module):
         with torch.no_grad():
             limit = (self._rank_weight(self.options.num_blocks) > 0).sum(dim=-1)
             limit = torch.minimum(limit, self.head_budgets)
-            return limit * (self.gate > 0) * (self.strength > 0)
+            return limit * (whole(self.gate) > 0) * (self.strength > 0)
 
     def window_limit(self) -> torch.Tensor:
         """How many tokens each head sees to either side with a weight above 0: int64 [heads]."""
         with torch.no_grad():
             reach = precise(self._span_length()) + WINDOW_RAMP
             return (reach.ceil() - 1).clamp(max=self.window.left).long()
+
+    def most_keys(self) -> float:
+        """How many keys a query in the middle of a long document reads at most, mean over heads,
+        without global tokens.
+        """
+        window = self.window_limit() * (1 if self.is_causal else 2) + 1
+        is_open = (whole(self.gate) > 0) & (self.strength > 0)
+        blocks = self.rank_limit() + self.options.num_global_blocks * is_open
+        return (window + blocks * self.options.block_size).float().mean().item()
 
     def density(self) -> torch.Tensor:
         """About the share of the keys of the full budget with a weight above 0, mean over heads.
@@ -153,9 +162,10 @@ class HeadBudgets(nn.Module):
         blocks = float(self.options.num_blocks * self.options.block_size)
         # Of the blocks at the end of a list, BUDGET_RAMP - 1 have less than their full weight.
         ramp = (BUDGET_RAMP - 1.0) / self.options.num_blocks
-        blocks_left = ((self.budget + ramp) / (1.0 + ramp)).clamp(min=0.0) * (self.gate > 0)
+        budget, gate, span = whole(self.budget), whole(self.gate), whole(self.span)
+        blocks_left = ((budget + ramp) / (1.0 + ramp)).clamp(min=0.0) * (gate > 0)
         ramp = WINDOW_RAMP / radius
-        window_left = ((self.span + ramp) / (1.0 + ramp)).clamp(min=1.0 / (radius + WINDOW_RAMP))
+        window_left = ((span + ramp) / (1.0 + ramp)).clamp(min=1.0 / (radius + WINDOW_RAMP))
         return ((blocks_left * blocks + window_left * window) / (blocks + window)).mean()
 
     def record_losses(self, task: torch.Tensor, total: torch.Tensor) -> None:
@@ -172,7 +182,7 @@ class HeadBudgets(nn.Module):
     def _rank_weight(self, num_blocks: int) -> torch.Tensor:
         """The budget's weight of the best, second best, ... block: [heads, num_blocks]."""
         rank = torch.arange(1, num_blocks + 1, device=self.budget.device)
-        kappa = precise(self.budget)[:, None] * self.options.num_blocks
+        kappa = precise(whole(self.budget))[:, None] * self.options.num_blocks
         return ((kappa + BUDGET_RAMP - rank) / BUDGET_RAMP).clamp(0.0, 1.0)
 
     def rank_bias(self, num_blocks: int) -> torch.Tensor:
@@ -202,7 +212,7 @@ class HeadBudgets(nn.Module):
         Below 0 where a window is shorter than the ramp; a token always sees itself.
         """
         radius = self.window.left
-        length = (self.span * radius).clamp(min=1.0 - WINDOW_RAMP)
+        length = (whole(self.span) * radius).clamp(min=1.0 - WINDOW_RAMP)
         # No weight is left one token beyond the calibrated window.
         longest = (self.head_windows + 1 - WINDOW_RAMP).to(length.dtype)
         is_open = (self.head_windows >= radius) | (length <= longest)
@@ -227,6 +237,20 @@ class HeadBudgets(nn.Module):
 def precise(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter, also outside its layer, where FSDP leaves each process a part of it.
+
+    Raises:
+        RuntimeError: DeepSpeed's ZeRO-3 has taken it away.
+    """
+    if parameter.numel() == 0:
+        raise RuntimeError(
+            "outside its layer an adaptive parameter has no elements under ZeRO-3: train with "
+            "target_density under ZeRO-2, FSDP2 or DDP"
+        )
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def density_loss(parts: Sequence[HeadBudgets], target: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
 
@@ -16,9 +16,9 @@ class SelectionRampCallback(TrainerCallback):
     model and in its configuration. A resumed training goes on where it was.
 
     Beside every logged loss it logs `selection_strength`, `selection_density` (about the share of
-    keys that is still read) and, with `config.target_density`, `task_loss`: the loss without the
-    density's share. They are in `state.log_history`, in what is printed, and in the logs of
-    callbacks behind this one.
+    keys that is still read), `selection_keys` (what a query in the middle of a long document reads
+    at most) and, with `config.target_density`, `task_loss`: the loss without the density's share.
+    They are in `state.log_history` and in what is printed; with `add_to` trackers show them too.
 
     Args:
         ramp_ratio: share of the training over which the strength rises.
@@ -40,6 +40,12 @@ class SelectionRampCallback(TrainerCallback):
         self.ramp_ratio = ramp_ratio
         self.final_strength = final_strength
         self._last: float | None = None
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Adds the callback before all others. Those of `Trainer(callbacks=...)` come after the
+        trackers (TensorBoard and the like), which have then sent their values already.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +76,11 @@ class SelectionRampCallback(TrainerCallback):
             return
         parts = selections(kwargs["model"])
         density = sum(part.density().item() for part in parts) / len(parts)
-        more = {"selection_strength": parts[0].strength.item(), "selection_density": density}
+        more = {
+            "selection_strength": parts[0].strength.item(),
+            "selection_density": density,
+            "selection_keys": sum(part.most_keys() for part in parts) / len(parts),
+        }
         if (share := parts[0].share_of_task()) is not None:
             more["task_loss"] = logs["loss"] * share
         logs.update(more)

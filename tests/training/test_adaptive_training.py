@@ -2,10 +2,12 @@ import sys
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from adaptive_longformer.analysis.sparsity import sparsity_report
 from adaptive_longformer.modeling import modeling_adaptive_sparse as modeling
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
+from adaptive_longformer.modeling.head_budgets import density_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForSequenceClassification,
@@ -88,6 +90,40 @@ def test_the_log_tells_the_task_from_the_density(tmp_path, head, accumulation):
     assert first["loss"] - first["task_loss"] == pytest.approx(expected, rel=0.02)
     assert second["loss"] - second["task_loss"] == pytest.approx(expected, rel=0.04)
     assert second["task_loss"] > 0.5  # about log 2
+
+
+class Tracker(TrainerCallback):
+    """As those of `report_to`: sends away what it is given, at once."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.sent = [*getattr(self, "sent", []), dict(logs)]
+
+
+def test_trackers_see_the_selection(tmp_path):
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification)
+    tracker, ramp = Tracker(), SelectionRampCallback(ramp_ratio=1.0)
+    trainer = trainer_of(model, tmp_path, tracker, 2, logging_steps=1)
+    ramp.add_to(trainer)
+    trainer.train()
+    losses = [logs for logs in tracker.sent if "loss" in logs]
+    assert [logs["selection_strength"] for logs in losses] == [0.5, 1.0]
+    report = sparsity_report(model, tiny_inputs(model, 600, batch_size=1, padding="none"))
+    # Every head has less at the ends of a document, and no head more.
+    assert (
+        0.8 * losses[-1]["selection_keys"] < report.keys_per_query <= losses[-1]["selection_keys"]
+    )
+    assert losses == [
+        {name: entry[name] for name in logs}
+        for logs, entry in zip(losses, trainer.state.log_history)
+    ]
+
+
+def test_zero_3_is_refused_where_a_density_is_asked_for():
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, target_density=0.5)
+    for part in selections(model):  # as ZeRO-3 leaves a parameter outside its layer
+        part.budget.data = part.budget.data.new_empty(0)
+    with pytest.raises(RuntimeError, match="train with target_density under ZeRO-2"):
+        density_loss(selections(model), 0.5)
 
 
 def test_training_that_selects_nothing_warns_once(monkeypatch):
