@@ -250,7 +250,8 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
             "outside its layer an adaptive parameter has no elements under ZeRO-3: train with "
             "target_density under ZeRO-2, FSDP2 or DDP"
         )
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 def density_loss(parts: Sequence[HeadBudgets], target: float) -> torch.Tensor:
