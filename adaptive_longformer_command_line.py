@@ -50,7 +50,17 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         help="with --reverse: leave out a selection of blocks that is in use (other logits)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that is at TARGET"
+        "--overwrite",
+        action="store_true",
+        help="replace a checkpoint that is at TARGET, and the model of --push-to",
+    )
+    parser.add_argument(
+        "--push-to",
+        metavar="USER/NAME",
+        help="also put TARGET on the hub, as the user whose token is stored (hf auth login)",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push-to: nobody else sees a new model"
     )
 
 
