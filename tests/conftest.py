@@ -1,6 +1,7 @@
 """Fixtures that tests of several folders use."""
 
 import pytest
+from triton_on_cpu import interpreter
 
 from adaptive_longformer.attention.kernels import build
 from adaptive_longformer.testing import use_library
@@ -23,3 +24,10 @@ def sandbox(no_library, tmp_path, monkeypatch):
     monkeypatch.delenv("ADAPTIVE_LONGFORMER_KERNELS", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter():
+    """Calls a function, by module and name, where Triton interprets; see `triton_on_cpu`."""
+    with interpreter() as call:
+        yield call

@@ -424,8 +424,7 @@ def window_entries(
         left, right = (reach.clamp(max=side)[:, None, None] for side in (left, right))
     first = (start - left).clamp(min=0) // key_block_size
     last = (end + right).clamp(max=length - 1) // key_block_size
-    most = (window.left + window.right + query_block_size - 2) // key_block_size + 2
-    width = min(most, -(-length // key_block_size))
+    width = most_window_entries(window, length, query_block_size, key_block_size)
     blocks = first + torch.arange(width, device=device)
     key_start = blocks * key_block_size
     key_end = (key_start + key_block_size).clamp(max=length) - 1
@@ -433,6 +432,15 @@ def window_entries(
     flags = torch.where(full, int(EntryFlag.WINDOW | EntryFlag.FULL), int(EntryFlag.WINDOW))
     blocks, flags = blocks.int(), torch.where(blocks <= last, flags, 0).int()
     return (blocks[None], flags[None]) if reach is None else (blocks, flags)
+
+
+def most_window_entries(
+    window: SlidingWindow, length: int, query_block_size: int, key_block_size: int
+) -> int:
+    """How many entries of a window a list has, at most."""
+    assert window.right is not None
+    most = (window.left + window.right + query_block_size - 2) // key_block_size + 2
+    return min(most, -(-length // key_block_size))
 
 
 def window_layout(

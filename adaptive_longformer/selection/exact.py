@@ -55,19 +55,25 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
         coarse = _coarser(call, run, blocks_per_place, num_places, rows_per_list)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
-        # Whatever comes behind, be it padding or later tokens.
-        counts = kept.counts.masked_fill(_blocks_of_lists(call, coarse) <= most_blocks, -1)
+        counts = _without_short_lists(call, coarse, kept.counts, most_blocks)
         places = (kept.key_blocks, counts, blocks_per_place, rows_per_list, kept.log_dropped)
         call = replace(call, places=Places(*places))
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)
-    if why_no_triton(call.query.device) is None:
-        # Imported here as it takes a second, and Triton is not everywhere.
-        from adaptive_longformer.selection.triton_select import can_choose, triton_choice
+    if _is_in_triton(call):
+        from adaptive_longformer.selection.triton_select import triton_choice
 
-        if can_choose(call):
-            return triton_choice(call, with_dropped=with_dropped)
+        return triton_choice(call, with_dropped=with_dropped)
     return torch_choice(call, with_dropped=with_dropped)
+
+
+def _is_in_triton(call: ExactCall) -> bool:
+    if why_no_triton(call.query.device) is not None:
+        return False
+    # Imported only here, as Triton takes a second and is not everywhere.
+    from adaptive_longformer.selection.triton_select import can_choose
+
+    return can_choose(call)
 
 
 def covered_blocks(call: ExactCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,18 +102,20 @@ def _covered_range(
     return first, last
 
 
-def _blocks_of_lists(call: ExactCall, coarse: ExactCall) -> torch.Tensor:
-    """How many blocks there are for the query blocks of the coarser stage: int64, broadcasts to
-    [batch, heads, query_blocks].
+def _without_short_lists(
+    call: ExactCall, coarse: ExactCall, counts: torch.Tensor, most_blocks: int
+) -> torch.Tensor:
+    """The counts of a coarser stage, -1 for query blocks for which there are at most so many blocks
+    of the finer call, whatever comes behind, be it padding or later tokens.
     """
-    device = call.query.device
     if call.is_causal:
-        numbers = torch.arange(coarse.num_rows, device=device) + coarse.first_row
-        return numbers * coarse.query_block_size // call.block_size
-    ends = call.ends
-    if ends is None:
-        ends = torch.full((1,), call.length, device=device)
-    return (-(-ends // call.block_size))[:, None, None]
+        limit = -(-(most_blocks + 1) * call.block_size // coarse.query_block_size)
+        counts[:, :, : max(limit - coarse.first_row, 0)].fill_(-1)
+        return counts
+    if call.ends is None:
+        return counts  # there was no coarser stage if all blocks were so few
+    is_short = call.ends <= most_blocks * call.block_size
+    return counts.masked_fill(is_short[:, None, None], -1)
 
 
 def _coarser(
@@ -117,7 +125,12 @@ def _coarser(
     keys = call.num_sequence_keys
     if call.means is None:
         counts = None if call.key_counts is None else call.key_counts[:, :keys]
-        means, counts = run_means(call.key[:, :, :keys], counts, run)
+        if _is_in_triton(call):
+            from adaptive_longformer.selection.triton_inputs import triton_means
+
+            means, counts = triton_means(call.key[:, :, :keys], counts, run)
+        else:
+            means, counts = run_means(call.key[:, :, :keys], counts, run)
     else:
         means, counts = call.means
         # Whatever comes behind the last complete run is near.

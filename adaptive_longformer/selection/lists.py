@@ -2,10 +2,13 @@
 
 import torch
 
+from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
+from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,
     known_right,
+    most_window_entries,
     window_entries,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -13,6 +16,9 @@ from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
 _SELECTED, _FULL = int(EntryFlag.SELECTED), int(EntryFlag.FULL)
+# Further than any token is.
+_FAR = 2**30
+Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def selection_layout(
@@ -40,6 +46,80 @@ def selection_layout(
         chosen block an entry is, 0 for the best, num_blocks and up for those of the whole row, -1
         for the window and the filling.
     """
+    query_size, key_size = options.query_block_size, options.block_size
+    if why_no_triton(selected.key_blocks.device) is None:
+        assert window.right is not None
+        width = most_window_entries(window, length, query_size, key_size)
+        sides = [min(side, _FAR) for side in (window.left, window.right)]
+        key_blocks, counts, flags, slots = lists_operator(
+            selected.key_blocks, selected.counts, selected.global_blocks, selected.global_open,
+            rank_limit, reach, [*sides, length, query_size, key_size, width],
+        )  # fmt: skip
+    else:
+        key_blocks, counts, flags, slots = _torch_lists(
+            selected, window, length, options, rank_limit, reach
+        )
+    layout = BlockLayout(
+        key_blocks=key_blocks,
+        counts=counts,
+        flags=flags,
+        query_block_size=query_size,
+        key_block_size=key_size,
+        length=length,
+        window=window,
+    )
+    return known_right(layout), slots
+
+
+@torch.library.custom_op(
+    "adaptive_longformer::selection_lists", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
+)
+def lists_operator(
+    key_blocks: torch.Tensor,
+    counts: torch.Tensor,
+    global_blocks: torch.Tensor,
+    global_open: torch.Tensor,
+    rank_limit: torch.Tensor | None,
+    reach: torch.Tensor | None,
+    sizes: list[int],
+) -> Lists:
+    """The lists in Triton, whose inside torch.compile need not see; see `triton_lists`."""
+    from adaptive_longformer.selection.triton_lists import triton_lists
+
+    results = _empty_lists(key_blocks, counts, global_blocks, sizes)
+    triton_lists(
+        key_blocks.contiguous(), counts.contiguous(), global_blocks.contiguous(),
+        global_open.contiguous(), rank_limit, reach, tuple(sizes), results,
+    )  # fmt: skip
+    return results
+
+
+@lists_operator.register_fake
+def _(key_blocks, counts, global_blocks, global_open, rank_limit, reach, sizes):
+    return _empty_lists(key_blocks, counts, global_blocks, sizes)
+
+
+def _empty_lists(
+    key_blocks: torch.Tensor, counts: torch.Tensor, global_blocks: torch.Tensor, sizes: list[int]
+) -> Lists:
+    shape = (*counts.shape, sizes[-1] + key_blocks.shape[-1] + global_blocks.shape[-1])
+    return (
+        key_blocks.new_empty(shape),
+        torch.empty_like(counts, memory_format=torch.contiguous_format),
+        key_blocks.new_empty(shape),
+        key_blocks.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def _torch_lists(
+    selected: SelectedBlocks,
+    window: SlidingWindow,
+    length: int,
+    options: SelectionOptions,
+    rank_limit: torch.Tensor | None,
+    reach: torch.Tensor | None,
+) -> Lists:
+    """Key blocks, counts, flags and slots, on any device."""
     device = selected.key_blocks.device
     query_size, key_size = options.query_block_size, options.block_size
     near_blocks, near_flags = window_entries(
@@ -82,13 +162,4 @@ def selection_layout(
     far_flags = torch.where(is_outside, _SELECTED | _FULL, _SELECTED)
     flags = torch.where(is_near, near_flags.gather(-1, near_index), far_flags)
     slots = torch.where(is_near | ~used, -1, far_slots.gather(-1, far_index))
-    layout = BlockLayout(
-        key_blocks=key_blocks,
-        counts=counts.int(),
-        flags=torch.where(used, flags, 0).int(),
-        query_block_size=query_size,
-        key_block_size=key_size,
-        length=length,
-        window=window,
-    )
-    return known_right(layout), slots
+    return key_blocks, counts.int(), torch.where(used, flags, 0).int(), slots

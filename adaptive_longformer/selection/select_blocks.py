@@ -16,6 +16,7 @@ import torch
 
 from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.global_keys import limit_global_tokens, pack_global_tokens
+from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.exact import covered_blocks, exact_choice
@@ -101,12 +102,6 @@ def select_blocks(
     _check_call(query, key, options, is_causal)
     if validate:
         _check_finite(query, key, attention_mask)
-    if max_global_tokens is not None and global_mask is not None:
-        if attention_mask is not None:
-            global_mask = global_mask & attention_mask
-        global_mask = limit_global_tokens(global_mask, max_global_tokens)
-    if query.device.type in _READ_BACK:
-        max_global_tokens = None
     assert window.right is not None
     factor = query.shape[3] ** -0.5 if scale is None else scale
     call = SelectionCall(options, window.left, window.right, is_causal, factor, max_global_tokens)
@@ -171,15 +166,8 @@ def selection_operator(
     call = SelectionCall.from_numbers(numbers, scale)
     options, length = call.options, key.shape[2]
     for_all = _nothing_for_all(query, options)
-    if global_mask is not None and attention_mask is not None:
-        global_mask = global_mask & attention_mask
-    members = ordinary_tokens(attention_mask, global_mask)
-    ends = positions = shared = None
-    if attention_mask is not None:
-        slot = torch.arange(1, length + 1, device=query.device)
-        ends = (attention_mask * slot).amax(dim=1)
-    if global_mask is not None:
-        positions = pack_global_tokens(global_mask, call.max_global_tokens)
+    members, ends, positions = choice_masks(attention_mask, global_mask, call.max_global_tokens)
+    shared = None
     with torch.autocast(query.device.type, enabled=False):
         if options.num_global_blocks:
             shared = _choose_for_all(key, members, global_directions, options.block_size, for_all)
@@ -207,6 +195,36 @@ def selection_operator(
             for_all[1].copy_(is_far & (shared >= 0)[:, :, None])
         choice = exact_choice(exact, options.num_candidates)
     return choice.key_blocks, choice.counts, choice.mass, choice.covered, *for_all
+
+
+def choice_masks(
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor | None,
+    max_global_tokens: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The tokens that are neither padding nor global, bool [batch, length]; and `ends` and
+    `global_positions` of an `ExactCall`.
+    """
+    mask = attention_mask if global_mask is None else global_mask
+    if mask is None:
+        return None, None, None
+    is_known = global_mask is None or max_global_tokens is not None
+    if is_known and why_no_triton(mask.device) is None:
+        from adaptive_longformer.selection.triton_inputs import triton_masks
+
+        return triton_masks(attention_mask, global_mask, max_global_tokens or 0)
+    ends = positions = None
+    if attention_mask is not None:
+        slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        ends = (attention_mask * slot).amax(dim=1)
+    if global_mask is not None:
+        if attention_mask is not None:
+            global_mask = global_mask & attention_mask
+        if max_global_tokens is not None:
+            global_mask = limit_global_tokens(global_mask, max_global_tokens)
+        width = None if mask.device.type in _READ_BACK else max_global_tokens
+        positions = pack_global_tokens(global_mask, width)
+    return ordinary_tokens(attention_mask, global_mask), ends, positions
 
 
 @selection_operator.register_fake

@@ -1,10 +1,11 @@
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from calls import pairwise, readable
 from selection_calls import compare, make_call, stages_of
-from triton_on_cpu import compile_only, interpreter, needs_triton, resources
+from triton_on_cpu import compile_only, needs_triton, resources
 
 from adaptive_longformer.selection.exact import torch_choice
 from adaptive_longformer.selection.exact_call import ExactCall
@@ -27,10 +28,9 @@ GRID = {
 MODULE = "adaptive_longformer.selection.triton_select"
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    with interpreter() as call:
-        yield lambda *arguments, **options: call(MODULE, "triton_choice", *arguments, **options)
+@pytest.fixture
+def interpreted(triton_interpreter):
+    return functools.partial(triton_interpreter, MODULE, "triton_choice")
 
 
 def check(call, actual):
