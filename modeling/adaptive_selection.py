@@ -139,8 +139,10 @@ class AdaptiveSelection(HeadBudgets):
             )
             if state is not None:
                 state.selected = selected
-        is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
-        read = selected._replace(global_open=selected.global_open & is_open)
+        read = selected
+        if self.global_direction is not None:
+            is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
+            read = selected._replace(global_open=selected.global_open & is_open)
         layout, slots = selection_layout(
             read, self.window, length, options, self.rank_limit(), reach
         )
