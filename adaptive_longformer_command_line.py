@@ -50,7 +50,17 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         help="with --reverse: leave out a selection of blocks that is in use (other logits)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that is at TARGET"
+        "--overwrite",
+        action="store_true",
+        help="replace a checkpoint that is at TARGET, and the model of --push-to",
+    )
+    parser.add_argument(
+        "--push-to",
+        metavar="USER/NAME",
+        help="also put TARGET on the hub, as the user whose token is stored (hf auth login)",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push-to: nobody else sees a new model"
     )
 
 
@@ -126,6 +136,37 @@ def _quickstart(parser: argparse.ArgumentParser) -> None:
         help="longest document in tokens (default: 4096)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a converted encoder")
+    parser.add_argument("target", metavar="TARGET", help="folder to write")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="onnx (default): model.onnx; torch: model.pt2, for torch.export.load",
+    )
+    parser.add_argument(
+        "--max-global-tokens",
+        type=int,
+        metavar="N",
+        help="room for so many global tokens per sequence, the first ones (default: the model's "
+        "own; or 1 where only the first token is global, 64 elsewhere)",
+    )
+    parser.add_argument(
+        "--global-attention-mask",
+        action="store_true",
+        help="have global_attention_mask as an input (default: the model marks its default tokens)",
+    )
+    parser.add_argument(
+        "--window-only",
+        action="store_true",
+        help="leave out a selection of blocks that is in use (other results)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint or an export at TARGET"
+    )
 
 
 def _build_kernels(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +253,12 @@ COMMANDS = {
         "adaptive_longformer.analysis.command",
         "say what the layers of an adaptive checkpoint read in a document",
         _report,
+    ),
+    "export": Command(
+        "adaptive_longformer.export",
+        "write an encoder as a graph for ONNX Runtime, or for torch.export.load",
+        _export,
+        "Batch size and length stay open; the result is compared with the model.",
     ),
     "doctor": Command(
         "adaptive_longformer.doctor",

@@ -30,6 +30,15 @@ _CLASSES = {
     ),
 }
 
+_IMPORT = """try:
+    from adaptive_longformer import {}
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "this model needs the package adaptive-longformer: `pip install .` in a clone of its "
+        "source, as the model card says"
+    ) from error
+"""
+
 
 def auto_map(model_type: str) -> dict[str, str]:
     """`auto_map` in config.json: Auto class -> file and class."""
@@ -51,14 +60,12 @@ def auto_class(architecture: str) -> str:
 def remote_code_files(model_type: str) -> dict[str, str]:
     """File name -> content of the files that `auto_map` names.
 
-    Imports only: a copy of the classes would be a second class with the same name.
+    Imports only: a copy of the classes would be a second class with the same name. In a `try`, as
+    Transformers would else tell to install whatever has the package's name on PyPI.
     """
     configuration, models = _CLASSES[model_type]
     names = {"configuration": configuration, "modeling": ", ".join(models.values())}
-    return {
-        f"{part}_{model_type}.py": f"from adaptive_longformer import {name}\n"
-        for part, name in names.items()
-    }
+    return {f"{part}_{model_type}.py": _IMPORT.format(name) for part, name in names.items()}
 
 
 def write_remote_code(folder: str | os.PathLike, model_type: str) -> None:

@@ -148,7 +148,7 @@ def default_global_mask(
     else:
         return first
     chosen = chosen & valid & found
-    return torch.where(chosen.any(dim=1, keepdim=True), chosen, first)
+    return chosen | (first & ~chosen.any(dim=1, keepdim=True))
 
 
 def question_tokens(input_ids: torch.Tensor, sep_token_id: int) -> torch.Tensor:
@@ -159,7 +159,7 @@ def question_tokens(input_ids: torch.Tensor, sep_token_id: int) -> torch.Tensor:
     separators = input_ids == sep_token_id
     first_slot = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
     found = separators.any(dim=1, keepdim=True)
-    return torch.where(found, _through_first(separators), first_slot)
+    return (_through_first(separators) & found) | (first_slot & ~found)
 
 
 def question_of_length(

@@ -45,7 +45,9 @@ def first_valid_token(
     if attention_mask is None:
         return hidden_states[:, 0]
     index = first_slots(attention_mask.to(hidden_states.device) > 0)
-    return hidden_states.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+    # By `take_along_dim` a graph would keep the size of the batch.
+    index = index[:, None, None].expand(-1, 1, hidden_states.shape[2])
+    return hidden_states.gather(1, index).squeeze(1)
 
 
 class LeftPadding:

@@ -23,6 +23,7 @@ def test_doctor_says_for_every_backend_whether_it_runs_or_why_not(no_kernels, ca
         "cuda": "no:",
         "cpp": "no:",
         "blocked": "yes:",
+        "exportable": "yes:",
         "reference": "yes:",
     }
     assert "ADAPTIVE_LONGFORMER_KERNELS is 'off'" in next(line for line in on_cpu if "cpp" in line)

@@ -33,6 +33,7 @@ LAYERS = {
     "": 7,
     "build_kernels": 8,
     "doctor": 8,
+    "export": 8,
     "quickstart": 8,
     "__main__": 9,
 }

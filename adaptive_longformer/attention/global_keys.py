@@ -43,6 +43,8 @@ def global_keys(
     width = None
     if max_global_tokens is not None:
         global_mask = limit_global_tokens(global_mask, max_global_tokens)
+        if torch.compiler.is_exporting():
+            return GlobalKeys(global_mask, _first_positions(global_mask, max_global_tokens))
         # On a CPU nobody waits for the number, and columns without a token cost time.
         width = None if global_mask.device.type == "cpu" else max_global_tokens
     if width is None and not _may_read(global_mask):
@@ -74,6 +76,15 @@ def pack_global_tokens(global_mask: torch.Tensor, width: int | None = None) -> t
         width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
     order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
     return order.where(global_mask.gather(1, order), global_mask.shape[1])
+
+
+def _first_positions(global_mask: torch.Tensor, width: int) -> torch.Tensor:
+    """As `pack_global_tokens`, but so many columns whatever the length, which need not be known."""
+    batch, length = global_mask.shape
+    slot = (global_mask.cumsum(dim=1) - 1).where(global_mask, width)
+    position = torch.arange(length, device=global_mask.device).expand(batch, -1)
+    filled = position.new_full((batch, width + 1), length)
+    return filled.scatter(1, slot, position)[:, :width]
 
 
 def _may_read(tensor: torch.Tensor) -> bool:

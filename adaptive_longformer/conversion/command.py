@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
             reverse=args.reverse,
             drop_adaptive=args.drop_adaptive,
             overwrite=args.overwrite,
+            push_to=args.push_to,
+            private=args.private,
             progress=progress,
         )
     sys.stdout.write(_summary(report))
@@ -34,5 +36,7 @@ def _summary(report: ConversionReport) -> str:
     ]
     if report.max_logit_difference is not None:
         lines.append(f"max |logit difference|: {report.max_logit_difference:.3g}")
+    if report.address is not None:
+        lines.append(f"on the hub: {report.address}")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines) + "\n"

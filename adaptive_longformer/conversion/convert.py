@@ -26,6 +26,7 @@ from adaptive_longformer.conversion.companions import (
 )
 from adaptive_longformer.conversion.families import FAMILIES
 from adaptive_longformer.conversion.from_adaptive_sparse import plan_reversal
+from adaptive_longformer.conversion.hub import check_push, push
 from adaptive_longformer.conversion.model_card import model_card
 from adaptive_longformer.conversion.plan import EXTRA_FILE, NAMES_FILE, Plan
 from adaptive_longformer.conversion.source import locate
@@ -57,6 +58,7 @@ class ConversionReport:
         num_parameters: how many numbers the weights are.
         size_bytes: how much room the folder takes.
         max_logit_difference: the largest difference found by `verify`; None if not asked for.
+        address: where it is on the hub; None if it was not put there.
         notes: what the user should know, one sentence each.
     """
 
@@ -67,6 +69,7 @@ class ConversionReport:
     num_parameters: int
     size_bytes: int
     max_logit_difference: float | None = None
+    address: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -80,6 +83,8 @@ def convert_checkpoint(
     reverse: bool = False,
     drop_adaptive: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint of another family to ours, with equal logits, or back.
@@ -100,7 +105,10 @@ def convert_checkpoint(
         reverse: the source is one of our checkpoints and goes back to the family it came from.
         drop_adaptive: with reverse, leave out a selection of blocks that is in use; the logits
             then differ.
-        overwrite: replace a checkpoint that is at the target.
+        overwrite: replace a checkpoint that is at the target, and a model on the hub.
+        push_to: USER/NAME, under which the target is also put on the hub. The token, the user and
+            the name are looked at before anything is written.
+        private: with push_to, nobody else sees a model that is new on the hub.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
@@ -108,14 +116,15 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: no such source.
-        FileExistsError: something is at the target.
+        FileExistsError: something is at the target, or a model of that name is on the hub.
         ValueError: an argument is not allowed, the source is of another family or damaged, or the
             logits differ.
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable, or the hub refuses.
     """
     _check_arguments(max_positions, attention_window, reverse, drop_adaptive)
     folder = locate(source, TARGETS if reverse else FAMILIES)
     target_folder = check_target(target, folder, overwrite)
+    check_push(push_to, private, overwrite)
     if reverse:
         plan = plan_reversal(folder, drop_adaptive)
     else:
@@ -123,22 +132,16 @@ def convert_checkpoint(
     if verify:
         check_finite(Checkpoint(folder))
     progress = progress or _no_progress
-    difference = None
     plan.notes += left_behind(target_folder)
     with staged_folder(target_folder) as staging:
         _write(plan, folder, staging, progress)
-        if verify:
-            difference = _verify(plan, folder, staging, reverse, progress)
+        difference = _verify(plan, folder, staging, reverse, progress) if verify else None
         if not reverse:
-            card = model_card(
-                plan,
-                name=target_folder.name,
-                source=str(source),
-                folder=folder,
-                difference=difference,
-            )
+            name = push_to or target_folder.name
+            card = model_card(plan, name, str(source), folder, difference)
             (staging / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
+    address = None if push_to is None else push(target_folder, push_to, private)
     return ConversionReport(
         source=str(source),
         target=str(target_folder),
@@ -147,6 +150,7 @@ def convert_checkpoint(
         num_parameters=plan.num_parameters,
         size_bytes=size,
         max_logit_difference=difference,
+        address=address,
         notes=plan.notes,
     )
 

@@ -219,7 +219,7 @@ def rooms() -> str:
     """The rooms of the package; imports go down."""
     drawing = Drawing(780, 414, "The rooms of the package")
     floors = [
-        [("command line", "__main__, doctor, quickstart, build_kernels")],
+        [("command line", "__main__, doctor, export, quickstart, build_kernels")],
         [
             ("conversion", "from and to other families"),
             ("training", "collator, ramp, calibrate"),

@@ -55,7 +55,7 @@ def test_auto_classes_load_converted_folders_without_our_import(tmp_path):
             assert config["auto_map"][auto] == f"modeling_adaptive_sparse.AdaptiveSparse{head}"
 
 
-def test_a_converted_folder_asks_for_the_package_where_it_is_missing(tmp_path):
+def test_a_converted_folder_says_what_to_install_where_the_package_is_missing(tmp_path):
     source = write_source(tmp_path / "source", "bert", "Model")
     convert_checkpoint(source, tmp_path / "target")
     code = f"""
@@ -66,4 +66,6 @@ AutoModel.from_pretrained({str(tmp_path / "target")!r}, trust_remote_code=True)
 """
     done = python(code, tmp_path)
     assert done.returncode != 0
-    assert "adaptive_longformer" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    # Transformers' own words would be `pip install adaptive_longformer`, whatever that is on PyPI.
+    assert "ImportError: this model needs the package adaptive-longformer: `pip install .`" in last

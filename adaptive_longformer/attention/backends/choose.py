@@ -12,6 +12,10 @@ from adaptive_longformer.attention.backends.compiled import (
     cuda_supports,
     run_compiled,
 )
+from adaptive_longformer.attention.backends.exportable import (
+    exportable_supports,
+    run_exportable,
+)
 from adaptive_longformer.attention.backends.sdpa import run_sdpa, sdpa_supports
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.load import why_unavailable
@@ -49,6 +53,7 @@ BACKENDS = {
         Backend("cuda", cuda_supports, run_compiled),
         Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
+        Backend("exportable", exportable_supports, run_exportable),
         Backend("reference", lambda call: None, reference_attention),
     )
 }
@@ -73,6 +78,11 @@ def choose_backend(call: AttentionCall, name: str = "auto") -> Backend:
     if name == "auto":
         name = AUTO
     if name == "auto":
+        if torch.compiler.is_exporting():
+            # The others compare sizes, or are operators that no other program knows.
+            for name in ("exportable", "sdpa"):
+                if BACKENDS[name].unsupported(call) is None:
+                    return BACKENDS[name]
         if (
             call.query.shape[2] <= DENSE_CROSSOVER.get(call.query.device.type, 0)
             and sdpa_supports(call) is None
