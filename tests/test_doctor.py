@@ -21,6 +21,7 @@ def test_doctor_says_for_every_backend_whether_it_runs_or_why_not(no_kernels, ca
     assert verdicts == {
         "sdpa": "yes:",
         "cuda": "no:",
+        "triton": "no:",
         "cpp": "no:",
         "blocked": "yes:",
         "exportable": "yes:",

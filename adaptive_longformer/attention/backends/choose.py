@@ -17,6 +17,7 @@ from adaptive_longformer.attention.backends.exportable import (
     run_exportable,
 )
 from adaptive_longformer.attention.backends.sdpa import run_sdpa, sdpa_supports
+from adaptive_longformer.attention.backends.triton import run_triton, triton_supports
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.load import why_unavailable
 from adaptive_longformer.attention.reference import reference_attention
@@ -26,7 +27,7 @@ from adaptive_longformer.attention.reference import reference_attention
 DENSE_CROSSOVER = {"cpu": 768, "cuda": 2048}
 
 # What "auto" tries before "blocked", by device, in this order.
-FUSED = {"cuda": ("cuda",), "cpu": ("cpp",)}
+FUSED = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}
 
 # What "auto" stands for in this process; read once, so that torch.compile sees a constant.
 AUTO = os.environ.get("ADAPTIVE_LONGFORMER_BACKEND", "auto")
@@ -51,6 +52,7 @@ BACKENDS = {
     for backend in (
         Backend("sdpa", sdpa_supports, run_sdpa),
         Backend("cuda", cuda_supports, run_compiled),
+        Backend("triton", triton_supports, run_triton),
         Backend("cpp", cpp_supports, run_compiled),
         Backend("blocked", blocked_supports, run_blocked),
         Backend("exportable", exportable_supports, run_exportable),

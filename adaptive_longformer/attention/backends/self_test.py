@@ -8,6 +8,7 @@ import torch
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.reference import reference_attention
 from adaptive_longformer.patterns.block_layout import block_layout
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,13 @@ def why_wrong(
     dtype: torch.dtype,
     head_dim: int,
     query_block_size: int,
+    key_block_size: int = 64,
 ) -> str | None:
     """None if a backend gets a small problem right, else the reason, which is also logged.
 
     Args:
         name: of the backend.
-        run, device, dtype, head_dim, query_block_size: see `largest_error`.
+        run, device, dtype, head_dim, query_block_size, key_block_size: see `largest_error`.
 
     Raises:
         torch.OutOfMemoryError: there was no memory for it, which says nothing of the kernel.
@@ -39,7 +41,7 @@ def why_wrong(
             "captured: call it once before"
         )
     try:
-        error = largest_error(run, device, dtype, head_dim, query_block_size)
+        error = largest_error(run, device, dtype, head_dim, query_block_size, key_block_size)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, ImportError) as problem:
@@ -58,6 +60,7 @@ def largest_error(
     dtype: torch.dtype,
     head_dim: int,
     query_block_size: int,
+    key_block_size: int = 64,
 ) -> float:
     """The largest relative error of output and gradients, against float64.
 
@@ -67,9 +70,9 @@ def largest_error(
         run: gives output and log-sum-exp of a call.
         device, dtype: of the tensors.
         head_dim: of the tensors.
-        query_block_size: of the lists; their key blocks have 64 tokens.
+        query_block_size, key_block_size: of the lists.
     """
-    window = SlidingWindow(90)
+    pattern, length = SlidingWindow(40) | RandomBlocks(1, 128), 400
     generator = torch.Generator("cpu").manual_seed(0)
     quiet = torch.autocast(device.type, enabled=False)
     # A checkpointed layer, in which the first call may be, counts what is saved for its backward
@@ -77,17 +80,20 @@ def largest_error(
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     with torch.inference_mode(False), torch.enable_grad(), quiet, unhooked, device:
         tensors = [
-            torch.randn(1, 2, 200, head_dim, generator=generator, device="cpu").to(device, dtype)
+            torch.randn(1, 2, length, head_dim, generator=generator, device="cpu").to(device, dtype)
             for _ in range(4)
         ]
         query, key, value = (tensor.requires_grad_() for tensor in tensors[:3])
-        layout = block_layout(window, 200, query_block_size=query_block_size, device=device)
+        layout = block_layout(
+            pattern, length, query_block_size=query_block_size, key_block_size=key_block_size,
+            device=device,
+        )  # fmt: skip
         call = AttentionCall(query, key, value, head_dim**-0.5, layout=layout)
         output, _ = run(call)
         grads = torch.autograd.grad(output, (query, key, value), tensors[3])
         actual = [output.detach(), *grads]
         exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-        call = AttentionCall(exact[0], exact[1], exact[2], head_dim**-0.5, pattern=window)
+        call = AttentionCall(exact[0], exact[1], exact[2], head_dim**-0.5, pattern=pattern)
         output, _ = reference_attention(call)
         expected = [output.detach(), *torch.autograd.grad(output, exact[:3], exact[3])]
     ratios = [(a.double() - b).norm() / b.norm() for a, b in zip(actual, expected)]

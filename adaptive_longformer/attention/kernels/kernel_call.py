@@ -38,7 +38,7 @@ class KernelArguments(ctypes.Structure):
 
     def __init__(self, call: AttentionCall) -> None:
         super().__init__()
-        _check_shapes(call)
+        check_shapes(call)
         self.call = call
         self._kept_alive: list[torch.Tensor] = []
         self.batch, self.heads, self.length, self.head_dim = call.query.shape
@@ -87,21 +87,29 @@ class KernelArguments(ctypes.Structure):
     def bias_gradients(
         self, grad_bias: torch.Tensor | None, grad_span: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of entry_bias and span.length in their shapes and types.
-
-        Args:
-            grad_bias: [batch, heads, query_blocks, entries], or None.
-            grad_span: [batch, heads, query_blocks], or None.
-        """
-        bias, span = self.call.entry_bias, self.call.span
-        if grad_bias is not None and bias is not None:
-            grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype).contiguous()
-        if grad_span is not None and span is not None:
-            grad_span = grad_span.sum(dim=(0, 2)).to(span.length.dtype)
-        return grad_bias, grad_span
+        """See `gradients_of_biases`."""
+        return gradients_of_biases(self.call, grad_bias, grad_span)
 
 
-def _check_shapes(call: AttentionCall) -> None:
+def gradients_of_biases(
+    call: AttentionCall, grad_bias: torch.Tensor | None, grad_span: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of entry_bias and span.length in their shapes and types.
+
+    Args:
+        call: whose gradients these are.
+        grad_bias: [batch, heads, query_blocks, entries], or None.
+        grad_span: [batch, heads, query_blocks], or None.
+    """
+    bias, span = call.entry_bias, call.span
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+    if grad_span is not None and span is not None:
+        grad_span = grad_span.sum(dim=(0, 2)).to(span.length.dtype)
+    return grad_bias, grad_span
+
+
+def check_shapes(call: AttentionCall) -> None:
     """Raises ValueError on what would be read behind its end: an operator may be called directly,
     without the checks of `sparse_attention`.
     """
