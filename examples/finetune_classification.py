@@ -1,160 +1,170 @@
 r"""Fine-tune a long-document classifier with the Trainer.
 
     python examples/finetune_classification.py --model allenai/longformer-base-4096 \
-        --data-file documents.jsonl
+        --data-file documents.jsonl --early-stopping 3
+    python examples/finetune_classification.py --model my-checkpoint --streaming --max-steps 5000 \
+        --data-file train.jsonl --eval-file validation.jsonl --test-file test.jsonl
     accelerate launch examples/finetune_classification.py --model my-checkpoint \
         --dataset ccdv/patent-classification
 
-The data file (csv, json, jsonl or parquet) has a text and a label column; a fifth of it,
-stratified, is held out. A Longformer, RoBERTa or BERT is converted on the fly, to as many positions
-as `--max-length` asks for. Which tokens are global is left to the model's configuration, so that a
-pipeline on the result scores as the training does.
+A row of a data file (csv, json, jsonl or parquet) has a text and a label: a name, a list of names
+with `--problem-type multi_label_classification`, a number with `regression`. If there is no other
+file, a fifth is held out to test on and a tenth of the rest to choose the best model by. What the
+best model says about the test documents is written to `predictions.jsonl`.
+
+All options of TrainingArguments are options here. A Longformer, RoBERTa or BERT is converted on the
+fly, to as many positions as `--max-length` asks for. Which tokens are global is left to the model's
+configuration, so that a pipeline on the result scores as the training does.
 """
 
-import argparse
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
-from accelerate import PartialState
-from datasets import ClassLabel, DatasetDict, load_dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
-from adaptive_longformer.gpu import has_bfloat16_gpu
-from adaptive_longformer.training import (
-    classification_metrics,
-    load_labelled_documents,
-    stratified_split,
+from adaptive_longformer.training.class_weights import WeightedLoss
+from adaptive_longformer.training.labelled_documents import class_names, read_label
+from adaptive_longformer.training.metrics import METRICS
+from adaptive_longformer.training.script_arguments import (
+    DataArguments,
+    RunArguments,
+    option,
+    parse_script_arguments,
 )
-from adaptive_longformer.training.resume import last_complete_checkpoint
+from adaptive_longformer.training.script_data import load_splits
+from adaptive_longformer.training.script_run import (
+    in_file_order,
+    one_line_for_mistakes,
+    train_and_evaluate,
+    write_predictions,
+)
 from adaptive_longformer.training.take_over import take_over_checkpoint
 
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fine-tune a long-document classifier.")
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data-file", help="csv, json, jsonl or parquet file")
-    data.add_argument("--dataset", help="hub id of a data set")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--output", default="outputs/classification")
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens read per document")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--batch-size", type=int, default=8, help="documents per step and process")
-    parser.add_argument("--gradient-accumulation", type=int, default=1)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order")
-    parser.add_argument("--split-seed", type=int, default=0, help="of the held-out fifth")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
-    return parser.parse_args(argv)
+SINGLE = "single_label_classification"
 
 
-def load_documents(args: argparse.Namespace) -> DatasetDict:
-    """Splits "train" and "test" with the columns "text" and "label"."""
-    if args.data_file:
-        documents = load_labelled_documents(
-            args.data_file, text_column=args.text_column, label_column=args.label_column
-        )
-        return stratified_split(documents, seed=args.split_seed)
-    documents = load_dataset(args.dataset)
-    documents = documents.rename_columns(
-        {
-            column: name
-            for column, name in ((args.text_column, "text"), (args.label_column, "label"))
-            if column != name
-        }
-    ).select_columns(["text", "label"])
-    if not isinstance(documents["train"].features["label"], ClassLabel):
-        documents = documents.class_encode_column("label")
-    if "test" not in documents:
-        return stratified_split(documents["train"], seed=args.split_seed)
-    return documents
+@dataclass
+class Arguments(DataArguments):
+    text_column: str = "text"
+    label_column: str = "label"
+    problem_type: Literal[
+        "single_label_classification", "multi_label_classification", "regression"
+    ] = SINGLE
+    class_weights: bool = option(False, help="rare classes count as much as frequent ones")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_weights and self.problem_type != SINGLE:
+            raise ValueError(f"--class-weights needs --problem-type {SINGLE}")
+
+    def examples(self, place: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        text, label = row.get(self.text_column), row.get(self.label_column)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place} has no text in {self.text_column!r}; it has {[*row]}")
+        label = read_label(place, label, self.problem_type)
+        label = str(label) if self.problem_type == SINGLE else label
+        yield {"row": place, "text": text, "label": label}
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Arguments, RunArguments]:
+    return parse_script_arguments(
+        Arguments, RunArguments, argv, "Fine-tune a long-document classifier.",
+        output_dir="outputs/classification", train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+
+
+def label_ids(labels: list, names: list[str], problem_type: str) -> list:
+    """What the model's loss takes."""
+    if problem_type == "regression":
+        return labels
+    if problem_type == SINGLE:
+        if unknown := set(labels) - set(names):
+            raise ValueError(f"the labels {unknown} are not among {names}, those of the training")
+        return [names.index(label) for label in labels]
+    return [[float(name in map(str, label)) for name in names] for label in labels]
+
+
+def read_scores(logits: np.ndarray, names: list[str], problem_type: str) -> dict[str, Any]:
+    """What the model says about a document, as a pipeline shows it."""
+    if problem_type == "regression":
+        return {"value": float(logits[0])}
+    scores = torch.tensor(logits).float()
+    scores = scores.softmax(-1) if problem_type == SINGLE else scores.sigmoid()
+    named = dict(zip(names, scores.tolist(), strict=True))
+    best = max(named, key=named.__getitem__)
+    found = best if problem_type == SINGLE else [name for name in named if named[name] > 0.5]
+    return {"label": found, "scores": named}
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = parse_arguments(argv)
-    output = Path(args.output)
-    PartialState(cpu=args.cpu)
+    data, args = parse_arguments(argv)
+    kind = data.problem_type
 
     # Data
-    try:
-        documents = load_documents(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    names = documents["train"].features["label"].names
-    model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
+    with one_line_for_mistakes():
+        splits = load_splits(
+            data, data.examples, group=lambda row: row["text"], stratum=lambda row: row["label"]
+        )
+        known = [row["label"] for row in (splits.eval if data.streaming else splits.train)]
+        names = []
+        if kind != "regression":
+            names = class_names(known if kind == SINGLE else chain.from_iterable(known))
+        loss = WeightedLoss(known, names) if data.class_weights else None
+        converted = Path(args.output_dir) / "converted"
+        model_path = take_over_checkpoint(data.model, converted, data.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    config = AutoConfig.from_pretrained(model_path)
-    # Saved with the model: a pipeline with truncation=True reads what is read here.
-    tokenizer.model_max_length = min(args.max_length, config.max_sequence_length)
-    encoded = documents.map(
-        lambda batch: tokenizer(batch["text"], truncation=True),
-        batched=True,
-        remove_columns="text",
-    )
+
+    def encoded(rows: list | IterableDataset | None) -> Dataset | IterableDataset | None:
+        rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+        return rows and rows.map(
+            lambda batch: {
+                **tokenizer(batch["text"], truncation=True),
+                "label": label_ids(batch["label"], names, kind),
+            },
+            batched=True,
+            remove_columns=["row", "text"],
+        )
 
     # Model
     set_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_path,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
+        id2label=dict(enumerate(names or ["value"])),
+        label2id={name: index for index, name in enumerate(names or ["value"])},
+        problem_type=kind,
         ignore_mismatched_sizes=True,
+        **data.model_options,
     )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-
-    # TrainingArguments
-    training_args = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=10,
-        report_to="none",
-        seed=args.seed,
-        bf16=not args.cpu and has_bfloat16_gpu(),
-        use_cpu=args.cpu,
-    )
+    # Saved with the model: a pipeline with truncation=True reads what is read here.
+    tokenizer.model_max_length = min(data.max_length, model.config.max_sequence_length)
 
     # Trainer
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["test"],
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics,
-    )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output) if args.resume else None)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    result = {
-        name: metrics[f"eval_{name}"] for name in ("accuracy", "balanced_accuracy", "macro_f1")
-    }
-    result["test_size"] = len(encoded["test"])
-    if trainer.is_world_process_zero():
-        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        for name, value in result.items():
-            print(f"{name:>18}: {value:.4f}" if name != "test_size" else f"{name:>18}: {value}")
-    return result
+    with one_line_for_mistakes():
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=encoded(splits.train),
+            eval_dataset=encoded(splits.eval),
+            processing_class=tokenizer,
+            compute_metrics=METRICS[kind],
+            compute_loss_func=loss,
+        )
+    metrics = train_and_evaluate(trainer)
+    if splits.test:
+        found = in_file_order(trainer).predict(encoded(splits.test))
+        logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+        rows = (
+            {"row": example["row"], **read_scores(scores, names, kind)}
+            for example, scores in zip(splits.test, logits, strict=True)
+        )
+        metrics |= write_predictions(trainer, found.metrics, rows)
+    return metrics
 
 
 if __name__ == "__main__":

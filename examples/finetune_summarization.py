@@ -3,174 +3,118 @@ r"""Fine-tune an encoder-decoder to summarise long documents.
     python examples/finetune_summarization.py --model allenai/led-base-16384 \
         --dataset ccdv/arxiv-summarization --document-column article --target-column abstract
     python examples/finetune_summarization.py --model my-led \
-        --data-file train.jsonl --eval-file validation.jsonl
+        --data-file train.jsonl --eval-file validation.jsonl --test-file test.jsonl
 
 A row of a data file (csv, json, jsonl or parquet) has a "document" and a "summary" (or other names,
 see the options), and possibly a "query" that says what to summarise; "queries" of {"query",
-"answer"} are read too. An LED or BigBird-Pegasus is converted on the fly.
+"answer"} are read too. What is held out, `predictions.jsonl` and the options are as in
+`finetune_classification.py`. An LED or BigBird-Pegasus is converted on the fly.
 """
 
-import argparse
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from accelerate import PartialState
-from datasets import load_dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    EvalPrediction,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer, set_seed
 
-from adaptive_longformer.gpu import has_bfloat16_gpu
 from adaptive_longformer.inference.summarization import DEFAULTS
-from adaptive_longformer.training.document_pairs import DocumentPair, load_document_pairs
-from adaptive_longformer.training.resume import last_complete_checkpoint
+from adaptive_longformer.training.document_pairs import DocumentPair, pairs_of_row
+from adaptive_longformer.training.script_arguments import (
+    DataArguments,
+    Seq2SeqRunArguments,
+    option,
+    parse_script_arguments,
+)
+from adaptive_longformer.training.script_data import load_splits
+from adaptive_longformer.training.script_run import (
+    one_line_for_mistakes,
+    train_and_evaluate,
+    write_predictions,
+)
 from adaptive_longformer.training.take_over import take_over_checkpoint
-from adaptive_longformer.training.text_metrics import RougeMetric
+from adaptive_longformer.training.text_metrics import RougeMetric, TextsMetric
 from adaptive_longformer.training.text_to_text_collator import TextToTextCollator
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fine-tune a long-document summariser.")
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data-file", help="JSON lines to train on")
-    data.add_argument("--dataset", help="hub id of a data set")
-    parser.add_argument("--eval-file", help="JSON lines to evaluate on (default: a tenth held out)")
-    parser.add_argument("--document-column", default="document")
-    parser.add_argument("--target-column", default="summary")
-    parser.add_argument("--output", default="outputs/summarization")
-    parser.add_argument("--max-length", type=int, default=16384, help="tokens read per document")
-    parser.add_argument("--max-target-length", type=int, default=512)
-    parser.add_argument("--max-train", type=int, help="documents to train on, the first ones")
-    parser.add_argument("--max-eval", type=int, help="documents to evaluate on, the first ones")
-    parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--batch-size", type=int, default=2, help="documents per step and process")
-    parser.add_argument("--gradient-accumulation", type=int, default=4)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
-    return parser.parse_args(argv)
+@dataclass
+class Arguments(DataArguments):
+    max_length: int = option(16384, help="tokens read per document")
+    max_target_length: int = 512
+    document_column: str = "document"
+    target_column: str = "summary"
+    max_train: int | None = option(None, help="documents to train on, the first ones")
+    max_eval: int | None = option(None, help="documents to evaluate on, the first ones")
+    num_beams: int = 4
+
+    def pairs(self, place: str, row: dict[str, Any]) -> Iterator[DocumentPair]:
+        return pairs_of_row(place, row, self.document_column, self.target_column)
 
 
-def load_pairs(args: argparse.Namespace) -> tuple[list[DocumentPair], list[DocumentPair]]:
-    """Pairs to train and to evaluate on."""
-    columns = {"document_column": args.document_column, "target_column": args.target_column}
-    if args.data_file:
-        train = load_document_pairs(args.data_file, **columns)
-        held_out = load_document_pairs(args.eval_file, **columns) if args.eval_file else None
-    else:
-        splits = load_dataset(args.dataset)
-        train, held_out = (
-            [
-                DocumentPair(
-                    document=row[args.document_column], query="", targets=[row[args.target_column]]
-                )
-                for row in splits[name]
-            ]
-            for name in ("train", "validation")
-        )
-    if held_out is None:
-        if len(train) < 2:
-            raise ValueError(f"{args.data_file} has one text to write, at least two are needed")
-        cut = len(train) - max(1, len(train) // 10)
-        train, held_out = train[:cut], train[cut:]
-    return train[: args.max_train], held_out[: args.max_eval]
+def parse_arguments(argv: list[str] | None = None) -> tuple[Arguments, Seq2SeqRunArguments]:
+    return parse_script_arguments(
+        Arguments, Seq2SeqRunArguments, argv, "Fine-tune a long-document summariser.",
+        output_dir="outputs/summarization",
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        predict_with_generate=True, remove_unused_columns=False,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = parse_arguments(argv)
-    output = Path(args.output)
-    PartialState(cpu=args.cpu)
+    data, args = parse_arguments(argv)
 
     # Data
-    try:
-        train, held_out = load_pairs(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    model_path = take_over_checkpoint(args.model, output / "converted", args.max_length)
+    with one_line_for_mistakes():
+        splits = load_splits(data, data.pairs, group=lambda pair: pair["document"])
+        converted = Path(args.output_dir) / "converted"
+        model_path = take_over_checkpoint(data.model, converted, data.max_length)
+    train = splits.train if data.streaming else splits.train[: data.max_train]
+    held_out = splits.eval[: data.max_eval]
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    config = AutoConfig.from_pretrained(model_path)
-    collator = TextToTextCollator(
-        tokenizer,
-        max_length=min(args.max_length, config.max_sequence_length),
-        max_target_length=args.max_target_length,
-    )
-    print(f"{collator.coverage(held_out):.1%} of the documents' tokens are read", flush=True)
 
     # Model
     set_seed(args.seed)
-    has_queries = all(pair["query"] for pair in train + held_out)
+    known = held_out if data.streaming else [*train, *held_out]
+    has_queries = all(pair["query"] for pair in known)
     model = AutoModelForSeq2SeqLM.from_pretrained(
-        model_path, default_global_tokens="question" if has_queries else "first"
+        model_path,
+        default_global_tokens="question" if has_queries else "first",
+        **data.model_options,
     )
     # Saved with the model: `adaptive-longformer summarize` writes as it is evaluated here.
-    settings = {**DEFAULTS, "num_beams": args.num_beams, "max_length": args.max_target_length}
-    if args.num_beams == 1:
+    settings = {**DEFAULTS, "num_beams": data.num_beams, "max_length": data.max_target_length}
+    if data.num_beams == 1:
         del settings["length_penalty"]  # it compares the ends of beams
     model.generation_config.update(**settings)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-
-    # TrainingArguments
-    training_args = Seq2SeqTrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        warmup_steps=0.1,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=10,
-        predict_with_generate=True,
-        remove_unused_columns=False,
-        report_to="none",
-        seed=args.seed,
-        bf16=not args.cpu and has_bfloat16_gpu(),
-        use_cpu=args.cpu,
+    collator = TextToTextCollator(
+        tokenizer,
+        max_length=min(data.max_length, model.config.max_sequence_length),
+        max_target_length=data.max_target_length,
     )
+    print(f"{collator.coverage(held_out):.1%} of the documents' tokens are read", flush=True)
 
     # Trainer
     metric = RougeMetric()
-
-    def metrics_of(prediction: EvalPrediction) -> dict[str, float]:
-        token_ids = np.where(
-            prediction.predictions < 0, tokenizer.pad_token_id, prediction.predictions
+    with one_line_for_mistakes():
+        trainer = Seq2SeqTrainer(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            compute_metrics=TextsMetric(metric, tokenizer, held_out),
         )
-        texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return metric.compute(predictions=texts, references=[pair["targets"] for pair in held_out])
-
-    trainer = Seq2SeqTrainer(
-        model=model,
-        args=training_args,
-        data_collator=collator,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        compute_metrics=metrics_of,
-    )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output) if args.resume else None)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    names = ("loss", "rouge1", "rouge2", "rougeL", "rougeLsum")
-    result = {name: metrics[f"eval_{name}"] for name in names}
-    if trainer.is_world_process_zero():
-        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        for name, value in result.items():
-            print(f"{name:>10}: {value:.4f}")
-    return result
+    metrics = train_and_evaluate(trainer)
+    if splits.test:
+        trainer.compute_metrics = in_test = TextsMetric(metric, tokenizer, splits.test)
+        found = trainer.predict(splits.test)
+        rows = (
+            {"query": pair["query"], "text": text, "targets": pair["targets"]}
+            for pair, text in zip(splits.test, in_test.texts(found.predictions), strict=True)
+        )
+        metrics |= write_predictions(trainer, found.metrics, rows)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -42,10 +42,33 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     if ending == ".parquet":
         rows = _parquet_rows(path)
     else:
-        rows = list((_csv_rows if ending == ".csv" else _json_rows)(path, _text(path)))
+        text = _text(path)
+        if ending == ".csv":
+            rows = list(_csv_rows(path, text))
+        elif ending == ".json" and text.lstrip().startswith("["):
+            rows = [*_objects(_numbered(path, "row", _parsed(text, str(path))))]
+        else:
+            rows = list(_json_rows(path, text.split("\n")))
     if not rows:
         raise ValueError(f"{path} is empty, it has no rows")
     return rows
+
+
+def stream_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_rows`, of a jsonl or parquet file of any size: a row is read when it is needed."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give a jsonl or parquet file")
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=100)
+        yield from _numbered(path, "row", (row for batch in batches for row in batch.to_pylist()))
+    elif path.suffix.lower() == ".jsonl":
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from _json_rows(path, lines)
+    else:
+        raise ValueError(f"{path} ends in {path.suffix!r}, only .jsonl and .parquet are streamed")
 
 
 def _text(path: Path) -> str:
@@ -73,12 +96,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         csv.field_size_limit(usual)
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        rows = _numbered(path, "row", _parsed(text, str(path)))
-    else:
-        lines = _numbered(path, "line", text.split("\n"))
-        rows = ((place, _parsed(line, place)) for place, line in lines if line.strip())
+def _json_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = _numbered(path, "line", text)
+    return _objects((place, _parsed(line, place)) for place, line in lines if line.strip())
+
+
+def _objects(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{place} is no JSON object, but {str(row)[:40]!r}")

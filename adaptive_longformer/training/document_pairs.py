@@ -41,13 +41,14 @@ def load_document_pairs(
     return [
         pair
         for place, row in read_rows(path)
-        for pair in _pairs(place, row, document_column, target_column)
+        for pair in pairs_of_row(place, row, document_column, target_column)
     ]
 
 
-def _pairs(
+def pairs_of_row(
     place: str, row: dict[str, Any], document_column: str, target_column: str
 ) -> Iterator[DocumentPair]:
+    """The pairs of one row; see `load_document_pairs`."""
     document = row.get(document_column)
     if not isinstance(document, str) or not document.strip():
         raise ValueError(f"{place} has no text in {document_column!r}; it has {', '.join(row)}")

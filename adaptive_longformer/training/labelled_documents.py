@@ -2,8 +2,9 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptive_longformer.training.data_files import read_rows
 
@@ -46,12 +47,12 @@ def load_labelled_documents(
                 f"{path} has no column {column!r} for the {option}; "
                 f"it has {', '.join(map(repr, columns)) or 'none'}"
             )
-    label_by_text: dict[str, str | int] = {}
+    label_by_text: dict[str, Any] = {}
     for place, row in rows:
         text = row.get(text_column)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{place} has no text")
-        label_by_text.setdefault(text, _label(place, row.get(label_column)))
+        label_by_text.setdefault(text, read_label(place, row.get(label_column)))
     if len(rows) > len(label_by_text):
         logger.info("%s: left out %d repeated documents", path, len(rows) - len(label_by_text))
     counts = Counter(label_by_text.values())
@@ -65,14 +66,30 @@ def load_labelled_documents(
             f"{path}: the class {rarest!r} has one document; at least two of each class are "
             f"needed ({len(counts)} classes in {len(label_by_text)} documents)"
         )
-    classes = sorted(counts, key=_order)
+    classes = sorted(counts, key=order_of)
     number = {label: index for index, label in enumerate(classes)}
     features = Features({"text": Value("string"), "label": ClassLabel(names=[*map(str, classes)])})
     numbers = [number[label] for label in label_by_text.values()]
     return Dataset.from_dict({"text": list(label_by_text), "label": numbers}, features=features)
 
 
-def _label(place: str, label: object) -> str | int:
+def read_label(
+    place: str, label: object, problem_type: str = "single_label_classification"
+) -> str | int | float | list:
+    """A class, a list of classes, or a number to be found by regression.
+
+    Raises:
+        ValueError: the label is not what the problem type of Transformers' configurations asks for.
+    """
+    if problem_type == "regression":
+        try:
+            return float(label)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise ValueError(f"{place} has the label {label!r}; a number is needed") from None
+    if problem_type == "multi_label_classification":
+        if not isinstance(label, list):
+            raise ValueError(f"{place} has the label {label!r}; a list of names is needed")
+        return [read_label(place, name) for name in label]
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int) or label == "":
@@ -80,7 +97,19 @@ def _label(place: str, label: object) -> str | int:
     return label
 
 
-def _order(label: str | int) -> tuple[bool, int, str]:
+def class_names(labels: Iterable[object]) -> list[str]:
+    """The names of all classes that occur, numbers in their order.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    names = set(map(str, labels))
+    if len(names) < 2:
+        raise ValueError(f"the labels are {sorted(names)}; at least two different ones are needed")
+    return sorted(names, key=order_of)
+
+
+def order_of(label: str | int) -> tuple[bool, int, str]:
     """Numbers come first; in a csv file they are text."""
     is_number = str(label).removeprefix("-").isdecimal() and len(str(label)) < 20
     return not is_number, int(label) if is_number else 0, str(label)

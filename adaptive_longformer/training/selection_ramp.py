@@ -44,7 +44,16 @@ class SelectionRampCallback(TrainerCallback):
     def add_to(self, trainer: Trainer) -> None:
         """Adds the callback before all others. Those of `Trainer(callbacks=...)` come after the
         trackers (TensorBoard and the like), which have then sent their values already.
+
+        Raises:
+            ValueError: the Trainer computes the loss itself, without what the model adds to it.
         """
+        model: nn.Module = trainer.model  # type: ignore[assignment]
+        if trainer.compute_loss_func is not None and selections(model)[0].config.target_density:
+            raise ValueError(
+                "compute_loss_func (or class weights) leaves out what the model adds to its loss: "
+                "None is needed with config.target_density"
+            )
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(

@@ -5,9 +5,14 @@ import string
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from datasets import Features, List, Value
 from evaluate import Metric, MetricInfo
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from adaptive_longformer.training.document_pairs import DocumentPair
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,6 +88,38 @@ class RougeMetric(_TextMetric):
         targets = [_one_per_line(summary) for summary in references]
         scores = self._scorer.score_multi(targets, _one_per_line(prediction))
         return {name: scores[name].fmeasure for name in ROUGE}
+
+
+class TextsMetric:
+    """A metric of texts for `Seq2SeqTrainer(compute_metrics=...)`, of tokens that were generated.
+
+    Args:
+        metric: of the texts.
+        tokenizer: that decodes them.
+        pairs: of the data set that is evaluated, in its order.
+    """
+
+    def __init__(
+        self,
+        metric: _TextMetric,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[DocumentPair],
+    ) -> None:
+        self.metric = metric
+        self.tokenizer = tokenizer
+        self.references = [pair["targets"] for pair in pairs]
+
+    def texts(self, token_ids: np.ndarray) -> list[str]:
+        """The generated texts; -100, which fills up, is left out."""
+        padding: Any = self.tokenizer.pad_token_id
+        token_ids = np.where(token_ids < 0, padding, token_ids)
+        return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        texts = self.texts(np.asarray(prediction.predictions))
+        found = self.metric.compute(predictions=texts, references=self.references)
+        assert found is not None
+        return found
 
 
 def split_sentences(text: str) -> list[str]:

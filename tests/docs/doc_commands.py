@@ -60,6 +60,15 @@ def understand(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert "=" in word or word in targets, f"{command}: the Makefile has no {word}"
     elif program == "pip":
         _understand_pip(command, arguments)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(arguments)
+        _understand_script([args.training_script, *args.training_script_args], monkeypatch)
+    elif program == "sbatch":
+        job = next(word for word in arguments if word.endswith(".sh"))
+        assert (ROOT / job).is_file(), f"{command}: there is no {job}"
+        _understand_script(arguments[arguments.index(job) + 1 :], monkeypatch)
     elif program == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 

@@ -181,6 +181,22 @@ def prepare(folder: Path, text: str) -> None:
         for i in range(6)
     ]
     write_lines(folder / "papers.jsonl", rows)
+    words = SENTENCES[1].split()
+    rows = [
+        {"tokens": words[i % 5 :], "tags": [f"{word.istitle()}" for word in words[i % 5 :]]}
+        for i in range(10)
+    ]
+    write_lines(folder / "words.jsonl", rows)
+    rows = [
+        {
+            "document": f"Case {i}. {DOCUMENT}",
+            "question": "Who wrote the notes?",
+            "choices": ["Ada", "Nobody", "The court", "The dog"],
+            "answer": 0,
+        }
+        for i in range(6)
+    ]
+    write_lines(folder / "choices.jsonl", rows)
 
 
 def write_lines(file: Path, rows: list[dict]) -> None:

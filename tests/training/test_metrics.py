@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from adaptive_longformer.training.metrics import classification_metrics
+from adaptive_longformer.training.metrics import (
+    classification_metrics,
+    multi_label_metrics,
+    regression_metrics,
+)
 
 
 def test_metrics_of_a_case_computed_by_hand():
@@ -33,3 +37,14 @@ def test_ignored_labels_and_extra_outputs_are_left_out():
     assert classification_metrics(prediction)["accuracy"] == 1.0
     with pytest.raises(ValueError, match="holds no label"):
         classification_metrics(EvalPrediction(logits, np.array([[-100, -100]])))
+
+
+def test_metrics_of_several_labels_and_of_numbers_computed_by_hand():
+    logits = np.array([[2.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    found = multi_label_metrics(EvalPrediction(logits, np.array([[1.0, 0], [1.0, 0], [0, 1.0]])))
+    # Class 0 is right twice; class 1 is named once too often and missed once.
+    assert found == pytest.approx({"micro_f1": 4 / 6, "macro_f1": 0.5, "exact_match": 1 / 3})
+    numbers = EvalPrediction((np.array([[1.0], [4.0]]), np.zeros(2)), np.array([2.0, 2.0]))
+    assert regression_metrics(numbers) == pytest.approx(
+        {"mean_absolute_error": 1.5, "root_mean_squared_error": 2.5**0.5}
+    )

@@ -29,3 +29,18 @@ def test_one_that_was_not_finished_is_left_out_with_a_line(output, capsys, state
 def test_without_any_the_training_starts_anew(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rng_state_0.pth", "rng_state_1.pth"], "was written by 2 processes, these are 1"),
+        (["rng_state.pth", "pytorch_model_fsdp_0/.metadata"], "is sharded by FSDP, this training"),
+    ],
+)
+def test_one_of_other_processes_is_refused(output, names, message):
+    for name in names:
+        (output / "checkpoint-10" / name).parent.mkdir(exist_ok=True)
+        (output / "checkpoint-10" / name).touch()
+    with pytest.raises(ValueError, match=message):
+        last_complete_checkpoint(output)

@@ -6,6 +6,7 @@ settings of `examples/accelerate/fsdp2.yaml`.
 
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,10 +87,12 @@ def sharded(model, name=""):
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=False
     )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.gradient_checkpointing_enable()
     plugin.set_auto_wrap_policy(model)
-    model = fsdp2_prepare_model(accelerator, fsdp2_apply_ac(accelerator, model))
-    layers = [m for m in model.modules() if type(m).__name__ == "FSDPCheckpointWrapper"]
-    assert isinstance(model, FSDPModule) and len(layers) >= 2
+    model = fsdp2_prepare_model(accelerator, model)
+    layers = [m for m in model.modules() if type(m).__name__.endswith("Layer")]
+    assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers)
     return model
 
 
@@ -130,7 +133,7 @@ def train(model, rank, steps=range(STEPS), optimizer=None):
 
 
 def plain(name):
-    return name.replace("module.", "").replace("_checkpoint_wrapped_", "")
+    return name.replace("module.", "")
 
 
 def whole(tensor):
@@ -253,7 +256,10 @@ def test_a_sharded_training_resumes_exactly_and_is_read_by_one_process(folder):
     ("name", "expected"),
     [
         ("ddp", {"multi_gpu": True}),
-        ("fsdp2", {"use_fsdp": True, "fsdp_version": 2, "fsdp_activation_checkpointing": True}),
+        (
+            "fsdp2",
+            {"use_fsdp": True, "fsdp_version": 2, "fsdp_state_dict_type": "SHARDED_STATE_DICT"},
+        ),
         ("deepspeed_zero2", {"use_deepspeed": True, "zero_stage": 2}),
         ("deepspeed_zero3", {"use_deepspeed": True, "zero_stage": 3}),
     ],
@@ -264,5 +270,56 @@ def test_accelerate_understands_our_files(name, expected):
     assert (found["num_processes"], found["mixed_precision"]) == (4, "bf16")
 
 
+@pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_why_accelerate_does_not_checkpoint_activations(where, monkeypatch):
+    """A layer that is computed again needs the same dropout, which accelerate does not keep."""
+
+    def gradient(checkpointing):
+        model = classifier(**{where: 0.1})
+        if checkpointing == "ours":
+            model.gradient_checkpointing_enable()
+        elif checkpointing == "accelerate's":
+            for name, value in prepare_multi_gpu_env(launched("fsdp2")).items():
+                monkeypatch.setenv(name, value)
+            plugin = FullyShardedDataParallelPlugin()
+            plugin.set_auto_wrap_policy(model)
+            fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)
+        torch.manual_seed(0)
+        model(**batch_of(model, 0, None)).loss.backward()
+        return model.model.embeddings.word_embeddings.weight.grad
+
+    expected = gradient(None)
+    assert torch.equal(gradient("ours"), expected)
+    assert (gradient("accelerate's") - expected).norm() > 0.05 * expected.norm()
+
+
 def test_there_are_no_other_files():
     assert len(list(SETTINGS.glob("*.yaml"))) == 4
+
+
+def test_slurm_starts_a_launcher_on_every_machine(tmp_path):
+    """With commands of our own in place of SLURM's and of accelerate, which say what they get."""
+    commands = {
+        "scontrol": "printf 'first\\nsecond\\n'",
+        "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@"; done',
+        "accelerate": 'printf "%s " "$@"; echo',
+        "adaptive-longformer": ":",
+    }
+    for name, command in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = subprocess.run(
+        ["bash", SETTINGS / "slurm.sh", "script.py", "--model", "a b"],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIG": "fsdp2",
+            "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
+        },
+        capture_output=True, text=True, check=True, cwd=SETTINGS.parents[1],
+    ).stdout.splitlines()  # fmt: skip
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        words = line.split()
+        assert words.pop(0) == "launch" and line.endswith("script.py --model a b ")
+        args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+        assert (args.num_machines, args.num_processes) == (2, 8) and args.use_fsdp
+        assert (args.machine_rank, args.main_process_ip) == (rank, "first")
