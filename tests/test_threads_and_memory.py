@@ -34,6 +34,7 @@ from adaptive_longformer.testing import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+FULL_GRID = os.environ.get("ADAPTIVE_LONGFORMER_FULL_GRID") == "1"
 # Dense attention on a CPU up to 768 tokens, kernels beyond.
 LENGTHS = [5, 64, 70, 300, 769, 800, 900, 1000]
 CACHES = [
@@ -151,6 +152,28 @@ def test_calls_of_changing_lengths_take_no_more_memory():
         if count % 500 == 0:
             used.append(resident_megabytes())
     assert max(used[1:]) - used[0] < 8, used
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells the memory")
+def test_requests_of_changing_lengths_take_no_more_memory():
+    """As a server answers them: three models in turn, hardly two requests of one shape.
+
+    ADAPTIVE_LONGFORMER_FULL_GRID=1 makes them 10,000, and longer.
+    """
+    count, short = (10_000, 1000) if FULL_GRID else (400, 250)
+    models = [MODELS[name]() for name in ("longformer", "big_bird", "adaptive")]
+    used = []
+    for request in range(1, count + 1):
+        length = 1 + request * 7919 % short + (769 if request % 20 == 0 else 0)
+        model = models[request % len(models)]
+        with torch.inference_mode():
+            model(**tiny_inputs(model, min(length, 1000), batch_size=1 + request % 2))
+        if request % (count // 20) == 0:
+            used.append(resident_megabytes())
+    print(used)
+    assert all(cached.cache_info().maxsize for cached in CACHES)
+    # The caches are full after half of them, whose sizes then still change.
+    assert max(used[10:]) - max(used[:10]) < 16, used
 
 
 def assert_same_results(model, other):
