@@ -213,11 +213,26 @@ def recall() -> str:
     return f"{markdown(head, rows)}\n\n{source('selection_recall.json', result['environment'])}"
 
 
+def embedding() -> str:
+    name = "embedding_throughput.json"
+    result = read(name)
+    found = {
+        (cell["name"], cell["length"]): cell["documents_per_second"] for cell in result["cells"]
+    }
+    columns = dict.fromkeys(one for one, _ in found)
+    rows = [
+        [f"{length:,} tokens", *(f"{found[one, length]:.2g}" for one in columns)]
+        for length in dict.fromkeys(length for _, length in found)
+    ]
+    head = ["", *(NAMES.get(one, f"RoBERTa, {one}") for one in columns)]
+    return f"{markdown(head, rows)}\n\n{source(name, result['environment'])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
         layer, operator, small_encoder, training_step, families, quality, candidates, hyperpartisan,
-        fidelity, recall,
+        fidelity, recall, embedding,
     )
 }  # fmt: skip
 
