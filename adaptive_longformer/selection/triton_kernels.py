@@ -280,7 +280,7 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
     row = first_row + row_slot
     is_row = (row_slot < tile.rows) & (row < sizes.num_rows)
     at = pair.to(tl.int64) * sizes.num_rows + row
-    covered = tl.zeros((tile.row_slots,), tl.float32)
+    covered = tl.full((tile.row_slots,), 0.0, tl.float32)  # tl.zeros takes no tile of Triton 3.6
     query_row = first_row + tl.arange(0, tile.queries) // tile.query_slots
     if inputs.global_positions is not None:
         for first in range(0, sizes.num_global, 16):

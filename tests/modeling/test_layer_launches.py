@@ -1,0 +1,40 @@
+"""How many kernels an adaptive layer launches on a GPU, and that it never waits for the device."""
+
+import pytest
+import torch
+from launches import launches
+from triton_on_cpu import needs_triton
+
+from adaptive_longformer.attention.backends.choose import BACKENDS
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+
+pytestmark = needs_triton
+
+# What a layer knows about its parameters on the host, as `HeadBudgets` reads it once.
+KNOWN = {"strength": True, "head_budgets": 2**31 - 1, "span": False, "head_windows": False}
+
+
+# Most of them are small ones: of the weights of heads and ranks, and with masks of left padding
+# and the rows of global queries. To be lowered, never raised.
+@pytest.mark.parametrize("has_masks, forward, in_all", [(False, 75, 138), (True, 178, 317)])
+def test_a_training_step_of_a_layer(has_masks, forward, in_all, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(unsupported=lambda _: None))
+    config = AdaptiveSparseConfig(
+        attention_pattern="adaptive",
+        selection_strength=1.0,
+        max_global_tokens=16,
+        attention_backend="triton",
+        attention_probs_dropout_prob=0.0,
+    )
+    layer = AdaptiveSparseAttention(config, 0).to("meta", torch.bfloat16)
+    assert layer.adaptive is not None
+    monkeypatch.setattr(layer.adaptive, "_on_host", lambda name, read, safe: KNOWN[name])
+    hidden_states = torch.empty(1, 4096, config.hidden_size, dtype=torch.bfloat16, device="meta")
+    mask = torch.empty(1, 4096, dtype=torch.bool, device="meta") if has_masks else None
+    with launches() as counts:
+        context, _ = layer(hidden_states.requires_grad_(), mask, mask)
+        assert counts["attention_forward"] == counts["masses_kernel"] == 1
+        assert counts.total() <= forward, counts
+        context.sum().backward()
+    assert counts.total() <= in_all, counts
