@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,29 @@ def test_links_lead_to_the_top_level_folders(name):
     if not link.is_symlink():
         pytest.skip(f"{link} is not a link: this checkout was made without symbolic links")
     assert link.resolve() == ROOT / name
+
+
+def test_a_wheel_of_a_checkout_without_links_holds_modules_and_kernels(tmp_path):
+    """Git writes a text file in place of a link where `core.symlinks` is off, as on Windows."""
+    pytest.importorskip("build", reason="build is not installed: the extra dev has it")
+    checkout = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__", *LINKED)
+    shutil.copytree(PACKAGE, checkout / PACKAGE.name, ignore=ignore)
+    for name in LINKED:
+        shutil.copytree(ROOT / name, checkout / name)
+        (checkout / PACKAGE.name / name).write_text(f"../{name}")
+    for name in ("pyproject.toml", "README.md", "LICENSE", f"{COMMAND_LINE}.py"):
+        shutil.copy(ROOT / name, checkout)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+    run = subprocess.run([*command, checkout], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    found = set(zipfile.ZipFile(wheel).namelist())
+    others = [path for path in (PACKAGE / "csrc").rglob("*") if path.is_file()]
+    others += [PACKAGE / "py.typed", PACKAGE / "conversion" / "model_card.md"]
+    names = {f"{PACKAGE.name}/{name}" for name in FILES}
+    names |= {path.relative_to(ROOT).as_posix() for path in others}
+    assert len(others) > 10 and names | {f"{COMMAND_LINE}.py"} <= found
 
 
 @pytest.mark.parametrize("name", FILES)
