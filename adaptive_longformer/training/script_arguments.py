@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
+from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.gpu import has_bfloat16_gpu
 
 
@@ -40,6 +41,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if (self.data_file is None) == (self.dataset is None):
             raise ValueError("one of --data-file and --dataset is needed")
+        AdaptiveSparseConfig(**self.model_options)  # raises for an unknown pattern
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from adaptive_longformer.training.data_files import read_rows, stream_rows
 from adaptive_longformer.training.script_arguments import DataArguments
+from adaptive_longformer.training.script_run import one_line_for_mistakes
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -97,8 +98,9 @@ def _stream(data: DataArguments, examples_of: Examples) -> "IterableDataset":
     from datasets import IterableDataset
 
     def examples() -> Iterator[Any]:
-        for place, row in _rows(data, "train") or ():
-            yield from examples_of(place, row)
+        with one_line_for_mistakes():  # also in the middle of the training
+            for place, row in _rows(data, "train") or ():
+                yield from examples_of(place, row)
 
     next(examples(), None)  # a mistake at the start is told at the start
     return IterableDataset.from_generator(examples).shuffle(

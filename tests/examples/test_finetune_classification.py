@@ -153,6 +153,7 @@ def test_a_full_disk_leaves_whole_checkpoints_and_one_line(tmp_path, files, exam
         (["--report-to", "a-notebook"], "a-notebook is not supported"),
         (["--class-weights", "--problem-type", "regression"], "--class-weights needs"),
         (["--gradient-acumulation", "3"], "unrecognized arguments"),
+        (["--attention-pattern", "none"], "attention_pattern is 'none', allowed are"),
         (["--early-stopping", "3", "--eval-strategy", "steps"], "the save and eval strategy"),
     ],
 )

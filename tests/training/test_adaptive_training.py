@@ -118,6 +118,14 @@ def test_trackers_see_the_selection(tmp_path):
     ]
 
 
+def test_a_loss_of_the_trainer_is_refused_where_the_model_adds_to_the_loss(tmp_path):
+    model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, target_density=0.5)
+    trainer = trainer_of(model, tmp_path, Tracker(), 1)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss
+    with pytest.raises(ValueError, match=r"None is needed with config\.target_density"):
+        SelectionRampCallback().add_to(trainer)
+
+
 def test_zero_3_is_refused_where_a_density_is_asked_for():
     model = tiny_adaptive_model(AdaptiveSparseForSequenceClassification, target_density=0.5)
     for part in selections(model):  # as ZeRO-3 leaves a parameter outside its layer

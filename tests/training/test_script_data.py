@@ -88,6 +88,14 @@ def test_a_stream_is_read_when_it_is_needed(files):
         next(stream_rows(__file__))
 
 
+def test_a_mistake_in_the_middle_of_a_stream_ends_with_one_line(files):
+    with (files / "train.jsonl").open("a") as file:
+        file.write("\nno json")
+    found = splits(files, streaming=True, eval_file=str(files / "other.jsonl"))
+    with pytest.raises(SystemExit, match="line 61 is no JSON"):
+        list(found.train)
+
+
 def test_a_stream_is_shuffled_and_complete(files):
     found = splits(files, streaming=True, eval_file=str(files / "other.jsonl"))
     rows = list(found.train)
