@@ -200,9 +200,17 @@ def _power_of_two(number: int) -> int:
 
 
 def _launch(kernel: Any, programs: int, num_warps: int, *arguments: Any, **options: Any) -> None:
-    """Launches a kernel on torch's current stream of the current device; nothing for no program."""
-    if programs > 0:
+    """Launches a kernel on torch's current stream of the current device; nothing for no program.
+
+    Raises:
+        RuntimeError: Triton cannot compile it, or the device lacks what it needs.
+    """
+    if programs == 0:
+        return
+    try:
         kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+    except importlib.import_module("triton.errors").TritonError as error:
+        raise RuntimeError(f"Triton kernel {kernel.fn.__name__}: {error}") from error
 
 
 def _window(call: AttentionCall) -> Any:
@@ -322,9 +330,10 @@ class _Problem:
             HEAD_DIM=constant(head_dim),
             CAUSAL=constant(call.is_causal),
         )
-        is_large = max(query_block, key_block) > 64
-        self.num_warps = 8 if is_large else 4
-        self.num_stages = 2 if is_large or head_dim > 64 else 3
+        # Large tiles leave less shared memory for copies that are under way.
+        num_large = int(max(query_block, key_block) > 64) + int(head_dim > 64)
+        self.num_warps = 8 if num_large else 4
+        self.num_stages = 3 - num_large
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         """Launches one of the attention kernels, which take the call first."""

@@ -427,6 +427,29 @@ def _grad_of_key_tile(
     return key, sums, is_written
 
 
+@triton.jit
+def _grad_of_packed_tile(call, parts, sizes, row, pack):
+    """Columns and gradients of a tile of packed global keys."""
+    D: tl.constexpr = call.HEAD_DIM
+    num_packs = tl.cdiv(sizes.num_packed, KEY_TILE)
+    num_parts = tl.cdiv(tl.cdiv(sizes.length, QUERY_TILE), PACKED_PART)
+    column = tl.arange(0, KEY_TILE)
+    slot = (row * num_packs + pack) * num_parts + column * 0
+    sums = _no_sums(KEY_TILE, D)
+    sums = _add_parts(
+        parts.packed_keys, parts.packed_values, sums, slot, column, column * 0 + num_parts,
+        KEY_TILE, D,
+    )  # fmt: skip
+    return pack * KEY_TILE + column, sums
+
+
+@triton.jit
+def _store_sums(call, grad_key, grad_value, batch, head, key, is_written, sums):
+    D: tl.constexpr = call.HEAD_DIM
+    store_rows(grad_key, batch, head, key, is_written, sums[0] * call.scale, D)
+    store_rows(grad_value, batch, head, key, is_written, sums[1], D)
+
+
 @triton.jit(do_not_specialize=["length", "num_packed", "width", "max_slots"])
 def grad_keys(
     call, readers, upstream, parts, grad_key, grad_value, length, num_packed, width, max_slots,
@@ -434,7 +457,6 @@ def grad_keys(
 ):  # fmt: skip
     """A program writes the gradients of a tile of keys, or of packed global keys."""
     sizes = Sizes(length, num_packed, width)
-    D: tl.constexpr = call.HEAD_DIM
     N: tl.constexpr = KEY_TILE if call.KEY_BLOCK < KEY_TILE else call.KEY_BLOCK
     num_key_tiles = tl.cdiv(length, N)
     num_packs = tl.cdiv(num_packed, KEY_TILE)
@@ -444,18 +466,9 @@ def grad_keys(
         key, sums, is_written = _grad_of_key_tile(
             call, readers, upstream, parts, sizes, place, tile, max_slots, UNSPLIT
         )
-        store_rows(grad_key, batch, head, key, is_written, sums[0] * call.scale, D)
-        store_rows(grad_value, batch, head, key, is_written, sums[1], D)
+        _store_sums(call, grad_key, grad_value, batch, head, key, is_written, sums)
     elif call.positions is not None:
-        num_parts = tl.cdiv(tl.cdiv(length, QUERY_TILE), PACKED_PART)
-        column = tl.arange(0, KEY_TILE)
-        pack = tile - num_key_tiles
-        slot = (row * num_packs + pack) * num_parts + column * 0
-        sums = _no_sums(KEY_TILE, D)
-        sums = _add_parts(
-            parts.packed_keys, parts.packed_values, sums, slot, column, column * 0 + num_parts,
-            KEY_TILE, D,
-        )  # fmt: skip
-        key = packed_positions(call, sizes, batch, pack * KEY_TILE + column)
-        store_rows(grad_key, batch, head, key, key < length, sums[0] * call.scale, D)
-        store_rows(grad_value, batch, head, key, key < length, sums[1], D)
+        pack, packed_sums = _grad_of_packed_tile(call, parts, sizes, row, tile - num_key_tiles)
+        position = packed_positions(call, sizes, batch, pack)
+        is_token = position < length
+        _store_sums(call, grad_key, grad_value, batch, head, position, is_token, packed_sums)
