@@ -198,19 +198,21 @@ def fidelity() -> str:
 
 def recall() -> str:
     result = read("selection_recall.json")
-    cells = [cell for cell in result["cells"] if cell["candidates"] < cell["length"]]
-    names = ("recall", "target", "missed_mass")
+    found: dict[tuple, list[float]] = {}
+    for cell in result["cells"]:
+        if cell["candidates"] < cell["length"]:
+            name = (cell["keys"], cell["length"], cell["candidates"])
+            found.setdefault(name, []).append(cell["recall"])
+    most = sorted({name[2] for name in found})
     rows = []
-    for keys, length, most in dict.fromkeys(
-        (cell["keys"], cell["length"], cell["candidates"]) for cell in cells
-    ):
-        where = {"keys": keys, "length": length, "candidates": most}
-        found = [cell for cell in cells if where.items() <= cell.items()]
-        means = [statistics.mean(cell[name] for cell in found) for name in names]
-        numbers = [f"{length:,}", f"{most:,}", str(len(found))]
-        rows.append([keys, *numbers, *(f"{mean:.3f}" for mean in means)])
-    head = ("keys", "tokens", "candidates", "seeds", "recall", "targets found", "missed mass")
-    return f"{markdown(head, rows)}\n\n{source('selection_recall.json', result['environment'])}"
+    for keys, length in dict.fromkeys(name[:2] for name in found):
+        cells = [found.get((keys, length, candidates)) for candidates in most]
+        shares = ["all" if cell is None else f"{statistics.mean(cell):.2f}" for cell in cells]
+        rows.append([keys, f"{length:,}", *shares])
+    seeds = len(next(iter(found.values())))
+    head = ("keys", "tokens", *(f"{candidates:,} candidates" for candidates in most))
+    about = source("selection_recall.json", result["environment"])
+    return f"{markdown(head, rows)}\n\nMeans of {seeds} seeds. {about}"
 
 
 def embedding() -> str:
