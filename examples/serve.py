@@ -1,9 +1,9 @@
-r"""Serve a long-document classifier over HTTP.
+"""Serve a long-document classifier over HTTP.
 
-    pip install fastapi uvicorn
-    adaptive-longformer build-kernels cpu
     python examples/serve.py outputs/classification --port 8000
-    curl -s localhost:8000/classify -H 'Content-Type: application/json' -d '{"text": "..."}'
+
+needs `pip install fastapi uvicorn`; `adaptive-longformer build-kernels cpu` saves the first start
+half a minute. Ask by `curl localhost:8000/classify --json '{"text": "..."}'`.
 
 Requests that come while the model is busy are batched, documents of about the same length together:
 a batch costs what its longest document does, times the documents. One batch runs at a time, with

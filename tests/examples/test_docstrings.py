@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
+# A server reads no data; tests/examples/test_serve.py starts it.
+READ_DATA = [path for path in sorted(ROOT.glob("examples/*.py")) if path.stem != "serve"]
 
 
 def commands(script: Path) -> list[list[str]]:
@@ -26,7 +28,7 @@ def test_a_docstring_shows_how_to_run_the_script(script):
         assert words[: words.index(path)] in (["python"], ["accelerate", "launch"]), words
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", READ_DATA, ids=lambda path: path.stem)
 def test_its_arguments_are_understood(script):
     parse_arguments = runpy.run_path(str(script))["parse_arguments"]
     for words in commands(script):
@@ -35,7 +37,7 @@ def test_its_arguments_are_understood(script):
         assert given and (found[0] if isinstance(found, tuple) else found).model
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", READ_DATA, ids=lambda path: path.stem)
 @pytest.mark.parametrize("content, words", [(None, "is no file"), ('{"text": 1}', "line 1 has no")])
 def test_a_mistake_in_the_data_ends_with_one_line(script, content, words, tmp_path):
     data = tmp_path / "data.jsonl"
