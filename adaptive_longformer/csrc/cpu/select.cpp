@@ -573,23 +573,15 @@ class Selection {
     if (!weigh_voters(batch, head, first_row, row, blocks, end, unit)) return;
     store_means(unit.sums.data(), first_vector, 0, blocks, unit, unit.shares.data());
     store_means(unit.sums.data(), first_vector, unit.num_blocks, end, unit, unit.shares.data());
-    const float* shares = unit.shares.data();
+    float* shares = unit.shares.data();
     if (call.share != nullptr)
       for (int64_t i = 0; i < blocks; i++)
         call.share[result * ((call.length + call.block_size - 1) / call.block_size) + unit.entries[i]] = shares[i];
 
-    // By what blocks are ranked: the bits of a positive float, then lower numbers first.
-    unit.ranking.resize(blocks);
-    int64_t candidates = 0;
-    const auto consider = [&](int64_t i) {
-      uint32_t bits;
-      std::memcpy(&bits, shares + i, 4);
-      unit.ranking[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
-      candidates += shares[i] > 0.0f;  // not NaN
-    };
     const auto cover = [&](int64_t i) {
       call.covered[result] += shares[i];
       if (call.log_dropped != nullptr) take(i, first_vector, unit);
+      shares[i] = 0.0f;
     };
     int64_t first_covered, last_covered;
     covered(entries, number, first_covered, last_covered);
@@ -599,10 +591,20 @@ class Selection {
       if ((entry >= first_covered && entry <= last_covered) ||
           (call.num_shared > 0 && std::find(shared, shared + call.num_shared, entry) != shared + call.num_shared))
         cover(i);
-      else
-        consider(i);
     }
     for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
+
+    // By what blocks are ranked: the bits of a positive float, then lower numbers first.
+    unit.ranking.resize(blocks);
+    uint64_t* const ranks = unit.ranking.data();
+    const float least = least_chosen(shares, blocks);
+    int64_t candidates = 0;
+    for (int64_t i = 0; i < blocks; i++) {
+      uint32_t bits;
+      std::memcpy(&bits, shares + i, 4);
+      ranks[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
+      candidates += shares[i] > 0.0f && shares[i] >= least;  // not NaN
+    }
 
     const int64_t count = call.counts[result] = (int32_t)std::min(call.num_selected, candidates);
     const auto ranking = unit.ranking.begin();
@@ -617,6 +619,19 @@ class Selection {
     if (call.log_dropped != nullptr) store_dropped(batch, head, first_row, row, unit);
   }
 
+  // At least `num_selected` shares are not below it, if there are as many: the least of the maxima of as many groups.
+  float least_chosen(const float* shares, int64_t blocks) const {
+    const int64_t groups = round_up((int)call.num_selected, WIDTH), rows = blocks / groups;
+    if (rows < 2) return 0.0f;
+    Floats least = broadcast(-INFINITE);  // with the other sign
+    for (int64_t group = 0; group < groups; group += WIDTH) {
+      Floats largest = {};
+      for (int64_t row = 0; row < rows; row++) largest = maximum(load<Floats>(shares + row * groups + group), largest);
+      least = maximum(-largest, least);
+    }
+    return -horizontal_maximum(least);
+  }
+
   // Turns voters into what one unit of their sums adds to the mean; false if nobody votes.
   bool weigh_voters(int64_t batch, int64_t head, int first_row, int row, int64_t blocks, int64_t end,
                     Unit<Word>& unit) const {
@@ -628,8 +643,13 @@ class Selection {
     for (int vector = first_vector; vector < last_vector; vector++) {
       const float* sums = unit.sums.data() + vector * stride;
       Floats total = rest(batch, head, first_row, row, vector, unit);
-      for (int64_t i = 0; i < blocks; i++) total += load<Floats>(sums + i * WIDTH);
+      Floats parts[4] = {};  // additions that need not wait for each other
+      for (int64_t i = 0; i + 4 <= blocks; i += 4)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) parts[part] += load<Floats>(sums + (i + part) * WIDTH);
+      for (int64_t i = blocks / 4 * 4; i < blocks; i++) total += load<Floats>(sums + i * WIDTH);
       for (int64_t i = unit.num_blocks; i < end; i++) total += load<Floats>(sums + i * WIDTH);
+      total += (parts[0] + parts[1]) + (parts[2] + parts[3]);
       total = maximum(total, broadcast(std::numeric_limits<float>::min()));
       store(unit.total.data() + vector * WIDTH, total);
       float* voter = unit.voter.data() + vector * WIDTH;
