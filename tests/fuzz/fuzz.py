@@ -245,6 +245,11 @@ def compare(draw: random.Random, call: dict[str, Any]) -> None:
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         return value
 
+    def most(tensor: torch.Tensor | None) -> float:
+        if tensor is None or tensor.numel() == 0:
+            return 0.0
+        return float(tensor.nan_to_num(0, 0, 0).abs().max())
+
     call = {"backend": draw.choice(["auto", "auto", "sdpa", "cpp", "blocked", "blocked"]), **call}
     actual = sparse_attention(**call)
     expected = sparse_attention(
@@ -252,9 +257,10 @@ def compare(draw: random.Random, call: dict[str, Any]) -> None:
     )
     if abs(call.get("scale") or 0) > 100:
         return  # the largest score takes all, and which one that is differs with the rounding
-    sizes = [float(call[name].nan_to_num(0, 0, 0).abs().max()) for name in ("query", "key")]
-    # Scores have the rounding of their size.
-    tolerance = 1e-4 + sizes[0] * sizes[1] * abs(call.get("scale") or 1) * 2**-22
+    # Scores, and biases beside them, have the rounding of their size.
+    size = most(call["query"]) * most(call["key"]) * abs(call.get("scale") or 1)
+    size += most(call.get("entry_bias")) + most(getattr(call["pattern_or_layout"], "bias", None))
+    tolerance = 1e-4 + size * 2**-22
     results = [value if isinstance(value, tuple) else (value,) for value in (actual, expected)]
     for name, found, wanted in zip(("output", "lse"), *results, strict=False):
         try:
