@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from adaptive_longformer.gpu import has_bfloat16_gpu
-from adaptive_longformer.training.data_files import read_rows
+from adaptive_longformer.training.data_files import read_rows, text_of
 from adaptive_longformer.training.take_over import take_over_checkpoint
 
 
@@ -46,9 +46,7 @@ def load_pairs(args: argparse.Namespace) -> Dataset:
     pairs: dict[str, list[str]] = {"query": [], "document": []}
     for place, row in read_rows(args.data_file):
         for name, column in (("query", args.query_column), ("document", args.document_column)):
-            if not isinstance(text := row.get(column), str) or not text.strip():
-                raise ValueError(f"{place} has no text in {column!r}; it has {', '.join(row)}")
-            pairs[name].append(text)
+            pairs[name].append(text_of(place, row, column))
     if len(pairs["query"]) < 2:
         raise ValueError(f"{args.data_file} has one pair, at least two are needed")
     return Dataset.from_dict(pairs)

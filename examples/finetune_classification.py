@@ -29,6 +29,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from adaptive_longformer.training.class_weights import WeightedLoss
+from adaptive_longformer.training.data_files import text_of
 from adaptive_longformer.training.labelled_documents import class_names, read_label
 from adaptive_longformer.training.metrics import METRICS
 from adaptive_longformer.training.script_arguments import (
@@ -64,10 +65,8 @@ class Arguments(DataArguments):
             raise ValueError(f"--class-weights needs --problem-type {SINGLE}")
 
     def examples(self, place: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        text, label = row.get(self.text_column), row.get(self.label_column)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place} has no text in {self.text_column!r}; it has {[*row]}")
-        label = read_label(place, label, self.problem_type)
+        text = text_of(place, row, self.text_column)
+        label = read_label(place, row.get(self.label_column), self.problem_type)
         label = str(label) if self.problem_type == SINGLE else label
         yield {"row": place, "text": text, "label": label}
 

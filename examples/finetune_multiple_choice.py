@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from adaptive_longformer.training.data_files import text_of
 from adaptive_longformer.training.metrics import classification_metrics
 from adaptive_longformer.training.script_arguments import (
     DataArguments,
@@ -49,16 +50,14 @@ class Arguments(DataArguments):
     num_choices: int = option(4, help="answers to choose from, in every row")
 
     def questions(self, place: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for name in ("document", "question"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{place} has no text in {name!r}; it has {[*row]}")
+        document, question = (text_of(place, row, name) for name in ("document", "question"))
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or len(choices) != self.num_choices:
             raise ValueError(f"{place}: a list of --num-choices = {self.num_choices} is needed")
         if answer not in range(self.num_choices):
             raise ValueError(f"{place} has the answer {answer!r}, 0 to {self.num_choices - 1} are")
-        asked = [f"{row['question']} {choice}" for choice in choices]
-        yield {"row": place, "document": row["document"], "asked": asked, "labels": answer}
+        asked = [f"{question} {choice}" for choice in choices]
+        yield {"row": place, "document": document, "asked": asked, "labels": answer}
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Arguments, RunArguments]:

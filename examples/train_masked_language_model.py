@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from adaptive_longformer.training.data_files import text_of
 from adaptive_longformer.training.script_arguments import (
     DataArguments,
     RunArguments,
@@ -48,10 +49,7 @@ class Arguments(DataArguments):
     mask_probability: float = option(0.15, help="share of the tokens to be guessed")
 
     def texts(self, place: str, row: dict[str, Any]) -> Iterator[dict[str, str]]:
-        text = row.get(self.text_column)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place} has no text in {self.text_column!r}; it has {[*row]}")
-        yield {"text": text}
+        yield {"text": text_of(place, row, self.text_column)}
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Arguments, RunArguments]:

@@ -3,7 +3,7 @@
 import torch
 
 from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
-from adaptive_longformer.attention.kernels.triton_device import why_no_triton
+from adaptive_longformer.attention.kernels.triton_device import FAR, why_no_triton
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
     EntryFlag,
@@ -16,8 +16,6 @@ from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
 _SELECTED, _FULL = int(EntryFlag.SELECTED), int(EntryFlag.FULL)
-# Further than any token is.
-_FAR = 2**30
 Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -50,7 +48,7 @@ def selection_layout(
     if why_no_triton(selected.key_blocks.device) is None:
         assert window.right is not None
         width = most_window_entries(window, length, query_size, key_size)
-        sides = [min(side, _FAR) for side in (window.left, window.right)]
+        sides = [min(side, FAR) for side in (window.left, window.right)]
         key_blocks, counts, flags, slots = lists_operator(
             selected.key_blocks, selected.counts, selected.global_blocks, selected.global_open,
             rank_limit, reach, [*sides, length, query_size, key_size, width],

@@ -126,6 +126,19 @@ def _load_queries(inputs, sizes, pair, tile_number, tile: tl.constexpr):
 
 
 @triton.jit
+def _load_keys(inputs, batch, key_head, number, is_key, tile: tl.constexpr):
+    """Keys by their numbers, zeros where there is none: [head_dim, keys]."""
+    start = inputs.key + batch.to(tl.int64) * inputs.key_batch
+    start += key_head.to(tl.int64) * inputs.key_head
+    dim = tl.arange(0, tile.dim_slots)
+    return tl.load(
+        start + number.to(tl.int64)[None, :] * inputs.key_token + dim[:, None],
+        mask=is_key[None, :] & (dim < tile.head_dim)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
 def _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile: tl.constexpr):
     """Scores of the candidates from one on, with the logarithms of counts; -inf for none."""
     slot = tl.arange(0, tile.keys)
@@ -138,14 +151,7 @@ def _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile: tl.c
     key_heads = sizes.heads // sizes.heads_per_key_head
     weights += (batch * key_heads + key_head).to(tl.int64) * sizes.num_keys
     weight = tl.load(weights + key_number, mask=is_key, other=float("-inf"))
-    start = inputs.key + batch.to(tl.int64) * inputs.key_batch
-    start += key_head.to(tl.int64) * inputs.key_head
-    dim = tl.arange(0, tile.dim_slots)
-    key = tl.load(
-        start + key_number.to(tl.int64)[None, :] * inputs.key_token + dim[:, None],
-        mask=is_key[None, :] & (dim < tile.head_dim)[:, None],
-        other=0.0,
-    )
+    key = _load_keys(inputs, batch, key_head, key_number, is_key, tile)
     scores = tl.dot(query, key, input_precision="ieee") * (sizes.scale * _LOG2E)
     is_seen = (weight > float("-inf"))[None, :]
     if tile.is_causal:
@@ -165,14 +171,7 @@ def _global_scores(inputs, sizes, pair, query, row, first, tile: tl.constexpr):
     is_key = position < sizes.length
     global_keys = inputs.global_keys + batch.to(tl.int64) * inputs.global_keys_batch
     number = tl.load(global_keys + slot, mask=is_key, other=0)
-    start = inputs.key + batch.to(tl.int64) * inputs.key_batch
-    start += key_head.to(tl.int64) * inputs.key_head
-    dim = tl.arange(0, tile.dim_slots)
-    key = tl.load(
-        start + number.to(tl.int64)[None, :] * inputs.key_token + dim[:, None],
-        mask=is_key[None, :] & (dim < tile.head_dim)[:, None],
-        other=0.0,
-    )
+    key = _load_keys(inputs, batch, key_head, number, is_key, tile)
     is_bad = tl.max((~(tl.abs(key) < float("inf"))).to(tl.int32), axis=0)
     scores = tl.dot(query, key, input_precision="ieee") * (sizes.scale * _LOG2E)
     is_seen = (is_key & (is_bad == 0))[None, :]

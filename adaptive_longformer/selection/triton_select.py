@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from adaptive_longformer.attention.kernels.triton_device import FAR
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice
 from adaptive_longformer.selection.triton_kernels import (
     best_kernel,
@@ -29,8 +30,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 64
 # Masses of a query block in registers, at most.
 _MOST_CANDIDATES = 16384
-# Further than any token is.
-_FAR = 2**30
 
 
 class _Inputs(NamedTuple):
@@ -231,8 +230,8 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_lists=0 if places is None else places.numbers.shape[2],
         num_candidates=_num_candidates(call),
         num_blocks=call.num_blocks,
-        left=min(call.left, _FAR),
-        right=min(call.right, _FAR),
+        left=min(call.left, FAR),
+        right=min(call.right, FAR),
     )
 
 

@@ -54,6 +54,14 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def text_of(place: str, row: dict[str, Any], column: str) -> str:
+    """The text in a column of a row; raises ValueError if there is none, or nothing but space."""
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place} has no text in {column!r}; it has {', '.join(row)}")
+    return text
+
+
 def stream_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `read_rows`, of a jsonl or parquet file of any size: a row is read when it is needed."""
     path = Path(path)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-from adaptive_longformer.training.data_files import read_rows
+from adaptive_longformer.training.data_files import read_rows, text_of
 
 
 class DocumentPair(TypedDict):
@@ -49,9 +49,7 @@ def pairs_of_row(
     place: str, row: dict[str, Any], document_column: str, target_column: str
 ) -> Iterator[DocumentPair]:
     """The pairs of one row; see `load_document_pairs`."""
-    document = row.get(document_column)
-    if not isinstance(document, str) or not document.strip():
-        raise ValueError(f"{place} has no text in {document_column!r}; it has {', '.join(row)}")
+    document = text_of(place, row, document_column)
     if target_column in row:
         found = [(row.get("query") or "", row[target_column])]
     elif isinstance(queries := row.get("queries"), list) and all(

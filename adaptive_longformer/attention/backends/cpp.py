@@ -5,7 +5,12 @@ import ctypes
 import torch
 
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.kernels.kernel_call import KernelArguments, RowTensor, fields
+from adaptive_longformer.attention.kernels.kernel_call import (
+    KernelArguments,
+    RowTensor,
+    fields,
+    gradients_of_biases,
+)
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.padding import ordinary_tokens
@@ -53,7 +58,7 @@ def backward(
         grad_span = torch.empty(rows, dtype=torch.float32)
         arguments.set_arrays(grad_span=grad_span)
     arguments.run("adaptive_attention_backward")
-    return *grads, *arguments.bias_gradients(grad_bias, grad_span)
+    return *grads, *gradients_of_biases(call, grad_bias, grad_span)
 
 
 class CpuArguments(KernelArguments):

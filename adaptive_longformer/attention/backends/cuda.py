@@ -16,7 +16,12 @@ from adaptive_longformer.attention.kernels.cuda_launches import (
     backward_launches,
     forward_launches,
 )
-from adaptive_longformer.attention.kernels.kernel_call import KernelArguments, RowTensor, fields
+from adaptive_longformer.attention.kernels.kernel_call import (
+    KernelArguments,
+    RowTensor,
+    fields,
+    gradients_of_biases,
+)
 from adaptive_longformer.attention.kernels.load import kernel_library
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.padding import ordinary_tokens
@@ -209,7 +214,7 @@ def backward(
     arguments.run(backward_launches(arguments))
     if grad_bias is not None:
         grad_bias = grad_bias[..., arguments.num_packs :]
-    return *grads, *arguments.bias_gradients(grad_bias, grad_span)
+    return *grads, *gradients_of_biases(call, grad_bias, grad_span)
 
 
 class CudaArguments(KernelArguments):

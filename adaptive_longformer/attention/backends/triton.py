@@ -17,7 +17,7 @@ from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import threshold
 from adaptive_longformer.attention.kernels.kernel_call import check_shapes, gradients_of_biases
 from adaptive_longformer.attention.kernels.load import until_forgotten
-from adaptive_longformer.attention.kernels.triton_device import why_no_triton
+from adaptive_longformer.attention.kernels.triton_device import FAR, why_no_triton
 from adaptive_longformer.attention.memory_format import like_projection
 from adaptive_longformer.attention.operator import define_operator, run_operator
 from adaptive_longformer.patterns.block_layout import split_window
@@ -223,8 +223,7 @@ def _window(call: AttentionCall) -> Any:
     if window is None:
         return None
     assert window.right is not None
-    most = 2**30
-    return _kernels("tiles").Window(min(window.left, most), min(window.right, most))
+    return _kernels("tiles").Window(min(window.left, FAR), min(window.right, FAR))
 
 
 def _lists_of(call: AttentionCall) -> _Lists | None:

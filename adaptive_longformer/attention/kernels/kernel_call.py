@@ -84,12 +84,6 @@ class KernelArguments(ctypes.Structure):
             column_words=column_keys(call.dropout_seed, length),
         )
 
-    def bias_gradients(
-        self, grad_bias: torch.Tensor | None, grad_span: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """See `gradients_of_biases`."""
-        return gradients_of_biases(self.call, grad_bias, grad_span)
-
 
 def gradients_of_biases(
     call: AttentionCall, grad_bias: torch.Tensor | None, grad_span: torch.Tensor | None

@@ -6,6 +6,8 @@ import torch
 
 from adaptive_longformer.attention.kernels.cache import KernelsUnavailableError, kernels_mode
 
+# What kernels take for a side of a window that is longer: further than any token is.
+FAR = 2**30
 # Of a GPU: products of matrices in bfloat16, and copies that do not wait.
 _LEAST_CAPABILITY = (8, 0)
 
