@@ -3,8 +3,12 @@
     python benchmarks/masked_names.py --model BERT_FOLDER \
         --train-file train.jsonl --eval-file validation.jsonl --seeds 0 1
 
-A pretrained BERT is converted to read long documents and goes on as a masked language model, the
-same steps on the same pieces for every pattern at about 256 keys per query, and for full attention.
+A pretrained BERT first learns to predict masked words again, in pieces of its own length, as
+published encoders come without that head. Then it is converted to read long documents and goes on,
+the same steps on the same pieces for every pattern at about 256 keys per query, and for full
+attention.
+Its position table is repeated as in any conversion; in the arms "averaged" and "interpolated" it is
+made longer in another way, see `POSITIONS`.
 Beside ordinary masking some words are masked that also stand more than 256 tokens away: everywhere
 within 256 tokens, so that no window shows them. What counts is how well these words of unseen
 documents are found: bits of surprise and accuracy, with the standard error over documents.
@@ -27,18 +31,22 @@ from pathlib import Path
 
 import torch
 import transformers
-from side_by_side.measure import environment
+from side_by_side.measure import default_dtype, environment
 from side_by_side.results import add_results_arguments, results_folder
-from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
+from torch.nn.functional import cross_entropy, interpolate
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
 
 from adaptive_longformer import convert_checkpoint
+from adaptive_longformer.analysis.watching import watch
 from adaptive_longformer.modeling.adaptive_selection import selections, set_selection_strength
+from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.training import adaptive_parameter_groups
 
 FAR = 256
 # Words, by letters and by how often they stand in a piece, that are names rather than grammar.
 LETTERS, MOST_PLACES = 4, 12
 FAR_SHARE, ORDINARY_SHARE = 0.05, 0.10
+SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
 ARMS = {
@@ -48,6 +56,12 @@ ARMS = {
     "big_bird": {"attention_pattern": "big_bird", "block_size": 32, "num_random_blocks": 3},
     "full": {"attention_pattern": "full"},
 }
+# Arms whose position table is not the source's, repeated, but ...
+POSITIONS = {
+    "averaged": "adaptive, after the source's rows the mean of its rows everywhere",
+    "interpolated": "adaptive, the source's rows stretched over the longer table",
+}
+ARMS |= dict.fromkeys(POSITIONS, ARMS["adaptive"])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,24 +73,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece")
-    parser.add_argument("--steps", type=int, default=1000, help="of one piece each")
+    parser.add_argument("--source-steps", type=int, default=600, help="before the conversion")
+    parser.add_argument("--steps", type=int, default=400, help="of one piece each")
     parser.add_argument("--eval-pieces", type=int, default=2, help="of every unseen document")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="autocast's type; default: float32 on a CPU, bfloat16 on a GPU",
+    )  # fmt: skip
     add_results_arguments(parser)
     args = parser.parse_args()
+    args.dtype = args.dtype or default_dtype(args.device)
     if args.length < 4 * FAR:
         parser.error(f"--length is {args.length}, at least {4 * FAR} is needed")
     return args
 
 
-def read_pieces(file: str, args: argparse.Namespace, tokenizer) -> list[list[dict]]:
+def read_pieces(file: str, column: str, length: int, tokenizer) -> list[list[dict]]:
     """Of every document its whole pieces: token ids [length] and the words, (first token, one more
     than the last, text).
     """
     documents = []
     for line in Path(file).read_text(encoding="utf-8").splitlines():
-        text, room = json.loads(line)[args.column], args.length - 2
+        text, room = json.loads(line)[column], length - 2
         encoding = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -145,15 +165,57 @@ def _is_shown_far_away(first: int, words: list[list], is_masked: torch.Tensor) -
 
 
 def batches(
-    documents: list[list[dict]], mask_token: int, steps: range, seed: int
+    documents: list[list[dict]], mask_token: int, steps: range, seed: int, size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The inputs and labels of steps, [1, length]; a step's do not depend on where one begins."""
+    """Inputs and labels of steps, [size, length]; a step's do not depend on where one begins."""
     pieces = [piece for document in documents for piece in document]
     for step in steps:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        index = int(torch.randint(len(pieces), (), generator=generator))
-        ids, labels, _ = mask_piece(pieces[index], mask_token, generator)
-        yield ids[None], labels[None]
+        chosen = torch.randint(len(pieces), (size,), generator=generator).tolist()
+        masked = [mask_piece(pieces[index], mask_token, generator)[:2] for index in chosen]
+        ids, labels = (torch.stack(tensors) for tensors in zip(*masked, strict=True))
+        yield ids, labels
+
+
+def logits_of_masked(model, ids: torch.Tensor, labels: torch.Tensor, args) -> torch.Tensor:
+    """The head's logits where something is masked: [masked, vocabulary], float32."""
+    is_low = args.dtype != "float32"
+    head = model.cls if hasattr(model, "cls") else model.lm_head  # BERT's is called cls
+    with torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype), enabled=is_low):
+        states = model.base_model(ids.to(args.device)).last_hidden_state
+        return head(states[labels.to(args.device) >= 0]).float()
+
+
+@torch.no_grad()
+def set_positions(model, way: str, source_rows: int) -> None:
+    """Makes the repeated position table longer in another of the `POSITIONS`."""
+    table = model.model.embeddings.position_embeddings.weight[model.config.position_offset :]
+    source = table[:source_rows].clone()
+    if way == "averaged":
+        table[source_rows:] = source.mean(dim=0)
+    else:
+        stretched = interpolate(source.T[None], len(table), mode="linear", align_corners=True)
+        table.copy_(stretched[0].T)
+
+
+@torch.no_grad()
+def share_of_repeated_offsets(model, pieces: list[dict], source_rows: int, device: str) -> float:
+    """The share of the chosen blocks whose distance is a whole number of the source's lengths."""
+    hits = total = 0
+
+    def see(number, part, args, reads) -> None:
+        nonlocal hits, total
+        layout = reads.pattern_or_layout
+        is_selected = (layout.flags & EntryFlag.SELECTED) != 0
+        row = torch.arange(layout.key_blocks.shape[2], device=layout.key_blocks.device)
+        query_start = row[:, None] * part.options.query_block_size
+        distance = layout.key_blocks * part.options.block_size - query_start
+        hits += int((is_selected & (distance % source_rows == 0)).sum())
+        total += int(is_selected.sum())
+
+    for piece in pieces:
+        watch(model, {"input_ids": piece["ids"][None].to(device)}, see)
+    return hits / max(total, 1)
 
 
 @torch.no_grad()
@@ -166,9 +228,9 @@ def evaluate(model, documents: list[list[dict]], mask_token: int, args) -> dict:
         of_document: list[torch.Tensor] = []
         for piece in pieces[: args.eval_pieces]:
             ids, labels, is_far = mask_piece(piece, mask_token, generator)
-            logits = model(ids[None].to(args.device)).logits[0].cpu()
+            log_odds = logits_of_masked(model, ids[None], labels[None], args).cpu()
+            log_odds = log_odds.log_softmax(dim=-1)
             is_asked = labels >= 0
-            log_odds = logits[is_asked].log_softmax(dim=-1)
             found = -log_odds.gather(-1, labels[is_asked][:, None])[:, 0] / math.log(2)
             is_right = log_odds.argmax(dim=-1) == labels[is_asked]
             every.append(found.mean().item())
@@ -186,35 +248,36 @@ def evaluate(model, documents: list[list[dict]], mask_token: int, args) -> dict:
     }
 
 
-def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict:
-    """Trains, or goes on training, one pattern from one seed, and evaluates it."""
-    converted, state_file = folder / "converted", folder / f"{arm}-{seed}.pt"
-    tokenizer = AutoTokenizer.from_pretrained(converted)
-    set_seed(seed)  # the head is new
-    model = AutoModelForMaskedLM.from_pretrained(converted, **ARMS[arm]).to(args.device)
-    groups = model.parameters()
-    if arm == "adaptive":
-        groups = adaptive_parameter_groups(model, args.learning_rate)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+def train(
+    model, file: Path, documents: list, args, *, steps: int, seed: int, size: int, rate: float
+) -> float:
+    """Trains a masked language model, or goes on with it from what stands in a file.
+
+    Returns:
+        Seconds of the processor per step.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    groups = adaptive_parameter_groups(model, rate) if selections(model) else model.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / (WARM_UP * args.steps), 1 - step / args.steps),
+        optimizer, lambda step: min(1.0, (step + 1) / (WARM_UP * steps), 1 - step / steps)
     )
     first, used, parts = 0, 0.0, (model, optimizer, schedule)
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    if file.exists():
+        state = torch.load(file, weights_only=True)
         first, used = state["step"], state["seconds"]
         for part, values in zip(parts, state["parts"], strict=True):
             part.load_state_dict(values)
-    documents = read_pieces(args.train_file, args, tokenizer)
     model.train()
-    mask_token = tokenizer.mask_token_id
-    steps = range(first, args.steps)
-    for step, (ids, labels) in zip(steps, batches(documents, mask_token, steps, seed)):
+    todo = range(first, steps)
+    pieces = batches(documents, tokenizer.mask_token_id, todo, seed, size)
+    for step, (ids, labels) in zip(todo, pieces, strict=True):
         begin = time.process_time()
+        set_seed(1_000_003 * seed + step)  # dropout's
         if selections(model):
-            set_selection_strength(model, min(1.0, (step + 1) / (RAMP_RATIO * args.steps)))
-        loss = model(ids.to(args.device), labels=labels.to(args.device)).loss
+            set_selection_strength(model, min(1.0, (step + 1) / (RAMP_RATIO * steps)))
+        logits = logits_of_masked(model, ids, labels, args)
+        loss = cross_entropy(logits, labels[labels >= 0].to(args.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -222,22 +285,60 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict
         optimizer.zero_grad()
         used += time.process_time() - begin
         if (step + 1) % STORED_EVERY == 0:
-            print(f"{arm}, seed {seed}, step {step + 1}: loss {loss.item():.3f}", file=sys.stderr)
+            print(f"{file.stem}, step {step + 1}: loss {loss.item():.3f}", file=sys.stderr)
             values = [part.state_dict() for part in parts]
-            torch.save({"step": step + 1, "seconds": used, "parts": values}, f"{state_file}.new")
-            os.replace(f"{state_file}.new", state_file)
-    found = evaluate(model, read_pieces(args.eval_file, args, tokenizer), mask_token, args)
+            torch.save({"step": step + 1, "seconds": used, "parts": values}, f"{file}.new")
+            os.replace(f"{file}.new", file)
+    return used / steps
+
+
+def make_source(args: argparse.Namespace, folder: Path) -> None:
+    """The masked language model that every arm starts from, converted to the length of pieces."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    set_seed(0)  # the head is new
+    model = AutoModelForMaskedLM.from_pretrained(args.model).to(args.device)
+    length = model.config.max_position_embeddings
+    documents = read_pieces(args.train_file, args.column, length, tokenizer)
+    train(
+        model, folder / "source.pt", documents, args, steps=args.source_steps, seed=0,
+        size=SOURCE_BATCH, rate=SOURCE_LEARNING_RATE,
+    )  # fmt: skip
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    convert_checkpoint(folder / "source", folder / "converted", max_positions=args.length)
+
+
+def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict:
+    """Trains, or goes on training, one pattern from one seed, and evaluates it."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForMaskedLM.from_pretrained(folder / "converted", **ARMS[arm])
+    model = model.to(args.device)
+    source_rows = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    if arm in POSITIONS:
+        set_positions(model, arm, source_rows)
+    documents, unseen = (
+        read_pieces(file, args.column, args.length, tokenizer)
+        for file in (args.train_file, args.eval_file)
+    )
+    seconds = train(
+        model, folder / f"{arm}-{seed}.pt", documents, args, steps=args.steps, seed=seed, size=1,
+        rate=args.learning_rate,
+    )  # fmt: skip
+    found = evaluate(model, unseen, tokenizer.mask_token_id, args)
+    if ARMS[arm]["attention_pattern"] == "adaptive":
+        pieces = [pieces[0] for pieces in unseen[:8]]
+        share = share_of_repeated_offsets(model, pieces, source_rows, args.device)
+        found["share_of_repeated_offsets"] = share
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"arm": arm, "seed": seed, **found, "seconds_per_step": used / args.steps,
-            "peak_mib": peak}  # fmt: skip
+    return {"arm": arm, "seed": seed, **found, "seconds_per_step": seconds, "peak_mib": peak}
 
 
 def table(cells: list[dict]) -> str:
     """Means over seeds, and the difference of every arm to "adaptive" over documents and seeds."""
     lines = [
         "| pattern | seeds | bits, far words | accuracy, far words | bits, all | bits more than "
-        "adaptive | seconds per step | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "adaptive | seconds per step | peak MiB | chosen at repeated offsets |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     own = {
         cell["seed"]: cell["far_bits_by_document"] for cell in cells if cell["arm"] == "adaptive"
@@ -254,6 +355,8 @@ def table(cells: list[dict]) -> str:
             if cell["seed"] in own and arm != "adaptive"
             for other, ours in zip(cell["far_bits_by_document"], own[cell["seed"]], strict=True)
         ]
+        shares = [cell.get("share_of_repeated_offsets") for cell in group]
+        repeated = "" if None in shares else f"{statistics.mean(shares):.1%}"
         difference = ""
         if len(pairs) > 1:
             error = statistics.stdev(pairs) / math.sqrt(len(pairs))
@@ -261,7 +364,7 @@ def table(cells: list[dict]) -> str:
         lines.append(
             f"| {arm} | {len(group)} | {mean['far_bits']:.3f} | {mean['far_accuracy']:.3f} | "
             f"{mean['bits']:.3f} | {difference} | {mean['seconds_per_step']:.2f} | "
-            f"{mean['peak_mib']:.0f} |"
+            f"{mean['peak_mib']:.0f} | {repeated} |"
         )
     return "\n".join(lines)
 
@@ -274,8 +377,9 @@ def main() -> int:
     folder, file = results / "masked_names", results / "masked_names.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "converted" / "config.json").exists():
-        convert_checkpoint(args.model, folder / "converted", max_positions=args.length)
-    settings = {name: getattr(args, name) for name in ("length", "steps", "learning_rate")}
+        make_source(args, folder)
+    names = ("length", "source_steps", "steps", "learning_rate", "dtype")
+    settings = {name: getattr(args, name) for name in names}
     lines = file.read_text().splitlines() if file.exists() else []
     cells = [json.loads(line) for line in lines]
     if any(cell["settings"] != settings for cell in cells):
