@@ -273,7 +273,7 @@ def train(
     pieces = batches(documents, tokenizer.mask_token_id, todo, seed, size)
     for step, (ids, labels) in zip(todo, pieces, strict=True):
         begin = time.process_time()
-        set_seed(1_000_003 * seed + step)  # dropout's
+        set_seed(1_000_003 * seed + step)  # of what is chosen at random
         if selections(model):
             set_selection_strength(model, min(1.0, (step + 1) / (RAMP_RATIO * steps)))
         logits = logits_of_masked(model, ids, labels, args)
@@ -296,7 +296,9 @@ def make_source(args: argparse.Namespace, folder: Path) -> None:
     """The masked language model that every arm starts from, converted to the length of pieces."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     set_seed(0)  # the head is new
-    model = AutoModelForMaskedLM.from_pretrained(args.model).to(args.device)
+    # About one pass over the documents: nothing is learned by heart that dropout would prevent.
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = AutoModelForMaskedLM.from_pretrained(args.model, **off).to(args.device)
     length = model.config.max_position_embeddings
     documents = read_pieces(args.train_file, args.column, length, tokenizer)
     train(
