@@ -257,6 +257,8 @@ def train(
         Seconds of the processor per step.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # The vocabulary is half of a small model and half of the time of a step.
+    model.get_input_embeddings().requires_grad_(False)
     groups = adaptive_parameter_groups(model, rate) if selections(model) else model.parameters()
     optimizer = torch.optim.AdamW(groups, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
