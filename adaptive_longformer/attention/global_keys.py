@@ -52,12 +52,6 @@ def global_keys(
     return GlobalKeys(global_mask, pack_global_tokens(global_mask, width))
 
 
-def no_global_keys(batch: int, length: int, device: torch.device) -> GlobalKeys:
-    """A mask without any global token, as if there could be some."""
-    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    return GlobalKeys(mask, torch.zeros(batch, 0, dtype=torch.int64, device=device))
-
-
 def limit_global_tokens(global_mask: torch.Tensor, max_global_tokens: int) -> torch.Tensor:
     """Keeps the first `max_global_tokens` global tokens of every sequence; bool [batch, length]."""
     return global_mask & (global_mask.cumsum(dim=1) <= max_global_tokens)

@@ -36,8 +36,8 @@ def write_global_rows(output: torch.Tensor, lse: torch.Tensor, call: AttentionCa
     if rows is None or rows.count == 0:
         return
     results, sums = rows.forward()
-    rows.scatter_(output, results)
-    rows.scatter_(lse, sums)
+    rows.put_(output, results)
+    rows.put_(lse[..., None], sums)
 
 
 def global_gradients(
@@ -83,8 +83,8 @@ class _Rows:
     """Queries, keys and values that are given: the call's own, or separate ones.
 
     Attributes:
-        positions: of the global tokens, int64 [batch, G], `length` in empty slots.
-        query: scaled [batch, heads, G, width].
+        query: scaled [batch, heads, rows, width], G rows; or where all heads read the same keys
+            [batch, 1, rows, width], heads x G rows.
         key, value: [batch, heads or 1, length, width].
     """
 
@@ -94,20 +94,17 @@ class _Rows:
 
     def __init__(self, call: AttentionCall) -> None:
         assert call.global_keys is not None
-        self.call, self.positions = call, call.global_keys.packed()
+        self.call, positions = call, call.global_keys.packed()
         self.batch, self.heads, self.length, _ = call.query.shape
-        self.count = self.positions.shape[1]
+        self.count = positions.shape[1]
         if self.count == 0:
             return
-        self.valid = self.positions < self.length
-        self.safe_positions = self.positions.clamp(max=self.length - 1)
-        self.batch_index = torch.arange(self.batch, device=self.positions.device)[:, None]
-        if call.dropout_p > 0:
-            assert call.dropout_seed is not None
-            words = row_keys(call.dropout_seed, self.batch, self.heads, self.length)
-            index = self.safe_positions[:, None].expand(-1, self.heads, -1)
-            self.row_keys = words.gather(2, index)[..., None]
-            self.column_keys = column_keys(call.dropout_seed, self.length)
+        # Which slots are empty is known to the device alone. They stand for a token that is not
+        # global, of which there is one where a slot is empty.
+        self.is_empty = (positions >= self.length)[:, None, :, None]  # [batch, 1, G, 1]
+        spare = call.global_keys.mask.int().argmin(dim=1)[:, None, None, None]
+        self.positions = spare.where(self.is_empty, positions[:, None, :, None])
+        self.padding = None if call.attention_mask is None else ~call.attention_mask
         self.read()
 
     def read(self) -> None:
@@ -125,16 +122,16 @@ class _Rows:
         return dict(zip(GLOBAL_TENSORS, call.global_qkv, strict=True))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output rows [batch, heads, G, head_dim] and log-sum-exp [batch, heads, G]."""
+        """Output rows [batch, heads, G, head_dim] and log-sum-exp [batch, heads, G, 1]."""
         results, sums = [], []
         for chunk in self.chunks():
             _, dropped, lse = self.probabilities(chunk)
             results.append(self.results(dropped))
             sums.append(lse)
-        return torch.cat(results, dim=2), torch.cat(sums, dim=2)
+        return self.by_head(results), self.by_head(sums)
 
     def results(self, dropped: torch.Tensor) -> torch.Tensor:
-        """Output rows of probabilities [batch, heads, g, length], after dropout."""
+        """What a chunk of rows reads, by probabilities after dropout."""
         return dropped @ self.value
 
     def backward(
@@ -149,102 +146,116 @@ class _Rows:
         """
         query, key, value = self.inputs()
         grad_query, grad_key, grad_value = self.gradients(grad_rows, grad_lse)
-        self.scatter_(results[query], grad_query * self.call.scale)
-        results[key] += grad_key.to(results[key].dtype)
-        results[value] += grad_value.to(results[value].dtype)
+        self.add_(results[query], grad_query * self.call.scale)
+        results[key] += grad_key
+        results[value] += grad_value
 
     def gradients(
         self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, grad_mass: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of query, key and value, in their shapes.
+        """The gradients of query [batch, heads, G, width], key and value.
 
         Args:
             grad_rows: of probabilities @ value, [batch, heads, G, width].
             grad_lse: of the log-sum-exp, [batch, heads, G, 1].
             grad_mass: of the sum of the probabilities after dropout, [batch, heads, G, 1].
         """
-        grad_query = []
-        grad_key, grad_value = torch.zeros_like(self.key), torch.zeros_like(self.value)
+        grad_rows, grad_lse = self.as_rows(grad_rows), self.as_rows(grad_lse)
+        grad_query: list[torch.Tensor] = []
+        grad_key = grad_value = None
         for chunk in self.chunks():
             probabilities, dropped, _ = self.probabilities(chunk)
             grad = grad_rows[:, :, chunk]
-            grad_value += self.over_keys(dropped, grad)
             grad_probabilities = grad @ self.value.mT
             if grad_mass is not None:
-                grad_probabilities += grad_mass[:, :, chunk]
+                grad_probabilities += self.as_rows(grad_mass)[:, :, chunk]
             grad_probabilities = self.drop(grad_probabilities, chunk)
-            inner = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
-            grad_scores = probabilities * (grad_probabilities - inner + grad_lse[:, :, chunk])
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_probabilities, probabilities, -1, probabilities.dtype
+            ).addcmul_(probabilities, grad_lse[:, :, chunk])
             grad_query.append(grad_scores @ self.key)
-            grad_key += self.over_keys(grad_scores, self.query[:, :, chunk])
-            self.collect(dropped, grad_scores)
-        return torch.cat(grad_query, dim=2), grad_key, grad_value
+            of_key, of_value = grad_scores.mT @ self.query[:, :, chunk], dropped.mT @ grad
+            grad_key = of_key if grad_key is None else grad_key.add_(of_key)
+            grad_value = of_value if grad_value is None else grad_value.add_(of_value)
+            self.collect(dropped)
+        assert grad_key is not None and grad_value is not None
+        return self.by_head(grad_query), grad_key, grad_value
 
-    def collect(self, dropped: torch.Tensor, grad_scores: torch.Tensor) -> None:
+    def collect(self, dropped: torch.Tensor) -> None:
         """What a subclass needs of each chunk, besides."""
 
-    def over_keys(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Sums of rows [batch, heads, g, width] over the queries, by weights [..., g, length]; over
-        the heads too, where these have the keys in common.
-        """
-        if self.key.shape[1] == 1:
-            weights, rows = weights.flatten(1, 2)[:, None], rows.flatten(1, 2)[:, None]
-        return weights.mT @ rows
-
     def chunks(self) -> Iterator[slice]:
-        step = max(1, _MAX_SCORES // max(1, self.batch * self.heads * self.length))
-        for start in range(0, self.count, step):
-            yield slice(start, min(start + step, self.count))
+        """Parts of the rows."""
+        heads, rows = self.query.shape[1:3]
+        step = max(1, _MAX_SCORES // max(1, self.batch * heads * self.length))
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def as_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, G, ...] as the query has its heads and rows."""
+        return tensor.reshape(self.batch, -1, self.query.shape[2], tensor.shape[3])
+
+    def by_head(self, chunks: list[torch.Tensor]) -> torch.Tensor:
+        """Chunks of rows put together, [batch, heads, G, ...]."""
+        rows = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+        return rows.reshape(self.batch, self.heads, self.count, -1)
+
+    def index_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a tensor [batch, heads, length, width], as gather and scatter take them."""
+        return self.positions.expand(-1, tensor.shape[1], -1, tensor.shape[3])
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[batch, heads, length, width] -> [batch, heads, G, width], precise; empty slots are 0."""
-        index = self.safe_positions[:, None, :, None]
-        index = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
-        return _precise(tensor.gather(2, index).masked_fill(~self.valid[:, None, :, None], 0.0))
+        return _precise(tensor.gather(2, self.index_of(tensor)).masked_fill_(self.is_empty, 0.0))
 
-    def scatter_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
-        """Writes [batch, heads, G, ...] into [batch, heads, length, ...] at the valid positions."""
-        # Which slots are valid is known to the device alone. The others write what the first slot
-        # does, which is valid if any is; in a row without any they write what is there.
-        slot = torch.arange(self.count, device=target.device).where(self.valid, 0)
-        position = self.positions.where(self.valid, self.positions[:, :1])
-        index = (self.batch_index, slice(None), position.clamp(max=self.length - 1))
-        source = rows[self.batch_index, :, slot]  # [batch, G, heads, ...]
-        is_used = self.valid[:, :1].view(self.batch, *(1,) * (source.ndim - 1))
-        target[index] = torch.where(is_used, source.to(target.dtype), target[index])
+    def put_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes [batch, heads, G, width] into [batch, heads, length, width]."""
+        index = self.index_of(target)
+        there = target.gather(2, index)
+        target.scatter_(2, index, there.where(self.is_empty, rows.to(target.dtype)))
+
+    def add_(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Adds [batch, heads, G, width], 0 in empty slots, to [batch, heads, length, width]."""
+        target.scatter_add_(2, self.index_of(target), rows.to(target.dtype))
 
     def probabilities(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Probabilities [batch, heads, g, length] of a chunk of queries, the same with dropout, and
-        log-sum-exp.
+        """Probabilities of a chunk of rows [batch, heads or 1, rows, length], the same with
+        dropout, and log-sum-exp [..., 1].
         """
         scores = self.query[:, :, chunk] @ self.key.mT
-        if self.call.attention_mask is not None:
-            scores.masked_fill_(~self.call.attention_mask[:, None, None, :], -torch.inf)
+        # Not -inf, of which an empty slot in a sequence of padding would become NaN.
+        hidden = torch.finfo(scores.dtype).min
+        if self.padding is not None:
+            scores.masked_fill_(self.padding[:, None, None, :], hidden)
         if self.call.is_causal:
+            positions = self.as_rows(self.positions.expand(-1, self.heads, -1, -1))
             key_index = torch.arange(self.length, device=scores.device)
-            later = key_index > self.safe_positions[:, None, chunk, None]
-            scores.masked_fill_(later, -torch.inf)
-        lse = scores.logsumexp(dim=-1, keepdim=True)
-        probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
-        return probabilities, self.drop(probabilities, chunk), lse.squeeze(-1)
+            scores.masked_fill_(key_index > positions[:, :, chunk], hidden)
+        probabilities = scores.softmax(dim=-1)
+        # The largest weight is 1 before it is divided by the sum.
+        lse = scores.amax(dim=-1, keepdim=True) - probabilities.amax(dim=-1, keepdim=True).log()
+        return probabilities, self.drop(probabilities, chunk), lse
 
     def drop(self, tensor: torch.Tensor, chunk: slice) -> torch.Tensor:
-        """The tensor [batch, heads, g, length] with dropout applied."""
-        dropout_p = self.call.dropout_p
+        """The tensor [batch, heads or 1, rows, length] with dropout applied."""
+        dropout_p, seed = self.call.dropout_p, self.call.dropout_seed
         if dropout_p == 0:
             return tensor
-        keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, dropout_p)
+        assert seed is not None
+        words = row_keys(seed, self.batch, self.heads, self.length)[..., None]
+        words = self.as_rows(words.gather(2, self.index_of(words)))[:, :, chunk]
+        keep = keep_words(words, column_keys(seed, self.length), dropout_p)
         return zero_dropped_(tensor / (1 - dropout_p), keep)
 
     def readable(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keys, values or states [batch, ..., length, width], precise, and zero in padding: NaN * 0
         is NaN.
         """
-        tensor, mask = _precise(tensor), self.call.attention_mask
-        if mask is None:
+        tensor = _precise(tensor)
+        if self.padding is None:
             return tensor
-        padding = ~mask[..., None]
-        return tensor.masked_fill(padding if tensor.ndim == 3 else padding[:, None], 0.0)
+        padding = self.padding if tensor.ndim == 3 else self.padding[:, None]
+        return tensor.masked_fill(padding[..., None], 0.0)
 
 
 class _ProjectedRows(_Rows):
@@ -262,11 +273,13 @@ class _ProjectedRows(_Rows):
         self.states = self.readable(given.pop("hidden_states"))  # [batch, length, hidden_size]
         self.parameters = {name: _precise(tensor) for name, tensor in given.items()}
         self.is_absorbed = self.count * self.heads < self.states.shape[-1]
-        self.row_states = self.states[self.batch_index, self.safe_positions]
+        # [batch, G, hidden_size]
+        self.row_states = self.gather(self.states[:, None])[:, 0]
         # [batch, heads, G, head_dim]
         self.projected = self.project("query", self.row_states) * self.call.scale
         if self.is_absorbed:
-            self.query = self.projected @ self.by_head("key_weight")
+            query = _by_weight(self.projected, self.of_heads("key_weight"))
+            self.query = query.reshape(self.batch, 1, -1, query.shape[-1])
             self.key = self.value = self.states[:, None]
         else:
             self.query = self.projected
@@ -278,7 +291,7 @@ class _ProjectedRows(_Rows):
         projected = torch.nn.functional.linear(states, weight, bias)
         return projected.view(*states.shape[:2], self.heads, -1).transpose(1, 2)
 
-    def by_head(self, name: str) -> torch.Tensor:
+    def of_heads(self, name: str) -> torch.Tensor:
         """A weight as [heads, head_dim, hidden_size], a bias as [heads, 1, head_dim], or 0."""
         if name not in self.parameters:
             return self.states.new_zeros(())
@@ -286,17 +299,18 @@ class _ProjectedRows(_Rows):
         return tensor.reshape(self.heads, *((-1, tensor.shape[1]) if tensor.ndim > 1 else (1, -1)))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.masses: list[torch.Tensor] = []
         results, lse = super().forward()
         if self.is_absorbed:
-            lse = lse + (self.projected * self.by_head("key_bias")).sum(dim=-1)
+            results = _by_weight(results, self.of_heads("value_weight").mT)
+            results += self.by_head(self.masses) * self.of_heads("value_bias")
+            lse = lse + (self.projected * self.of_heads("key_bias")).sum(dim=-1, keepdim=True)
         return results, lse
 
     def results(self, dropped: torch.Tensor) -> torch.Tensor:
-        context = super().results(dropped)
-        if not self.is_absorbed:
-            return context
-        mass = dropped.sum(dim=-1, keepdim=True)
-        return context @ self.by_head("value_weight").mT + mass * self.by_head("value_bias")
+        if self.is_absorbed:
+            self.masses.append(dropped.sum(dim=-1, keepdim=True))
+        return super().results(dropped)
 
     def backward(
         self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, results: dict[str, torch.Tensor]
@@ -310,8 +324,7 @@ class _ProjectedRows(_Rows):
             grad_states += self.project_backward("value", grad_value, self.states, grads)
         grad_projected = grad_projected * self.call.scale
         grad_row_states = self.project_backward("query", grad_projected, self.row_states, grads)
-        index = self.safe_positions[..., None].expand_as(grad_row_states)
-        grad_states.scatter_add_(1, index, grad_row_states * self.valid[..., None])
+        self.add_(grad_states[:, None], grad_row_states[:, None])
         grads["hidden_states"] = grad_states
         for name, result in results.items():
             result.copy_(grads[name].view(result.shape))
@@ -322,28 +335,25 @@ class _ProjectedRows(_Rows):
         """The gradients of `projected` and of the states; those of the parameters of key and value
         are put into `grads`.
         """
-        self.contexts, self.masses, self.offsets = [], [], []
-        grad_mass = (grad_rows * self.by_head("value_bias")).sum(dim=-1, keepdim=True)
+        self.contexts, self.masses = [], []
+        grad_mass = (grad_rows * self.of_heads("value_bias")).sum(dim=-1, keepdim=True)
         grad_query, grad_key, grad_value = self.gradients(
-            grad_rows @ self.by_head("value_weight"), grad_lse, grad_mass
+            _by_weight(grad_rows, self.of_heads("value_weight")), grad_lse, grad_mass
         )
-        context, mass, offset = (
-            torch.cat(parts, dim=2) for parts in (self.contexts, self.masses, self.offsets)
-        )
-        grads["key_weight"] = _over_rows(self.projected, grad_query)
-        grads["key_bias"] = (offset * self.projected).sum(dim=(0, 2))
-        grads["value_weight"] = _over_rows(grad_rows, context)
+        context, mass = self.by_head(self.contexts), self.by_head(self.masses)
+        over_rows = "bhga,bhgc->hac"
+        grads["key_weight"] = torch.einsum(over_rows, self.projected, grad_query)
+        # The gradients of a row's scores add up to that of its log-sum-exp.
+        grads["key_bias"] = (grad_lse * self.projected).sum(dim=(0, 2))
+        grads["value_weight"] = torch.einsum(over_rows, grad_rows, context)
         grads["value_bias"] = (mass * grad_rows).sum(dim=(0, 2))
-        grad_projected = grad_query @ self.by_head("key_weight").mT
-        grad_projected += offset * self.by_head("key_bias")
+        grad_projected = _by_weight(grad_query, self.of_heads("key_weight").mT)
+        grad_projected += grad_lse * self.of_heads("key_bias")
         return grad_projected, grad_key[:, 0].add_(grad_value[:, 0])
 
-    def collect(self, dropped: torch.Tensor, grad_scores: torch.Tensor) -> None:
+    def collect(self, dropped: torch.Tensor) -> None:
         if self.is_absorbed:
-            self.contexts.append(dropped @ self.value)
-            self.masses.append(dropped.sum(dim=-1, keepdim=True))
-            # The sum over keys is zero but for a gradient of the log-sum-exp.
-            self.offsets.append(grad_scores.sum(dim=-1, keepdim=True))
+            self.contexts.append(self.results(dropped))
 
     def project_backward(
         self, name: str, grad: torch.Tensor, states: torch.Tensor, grads: dict[str, torch.Tensor]
@@ -355,9 +365,9 @@ class _ProjectedRows(_Rows):
         return grad @ self.parameters[f"{name}_weight"]
 
 
-def _over_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[batch, heads, G, a], [batch, heads, G, b] -> [heads, a, b], summed over batch and G."""
-    return left.transpose(0, 1).flatten(1, 2).mT @ right.transpose(0, 1).flatten(1, 2)
+def _by_weight(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, G, a], [heads, a, b] -> [batch, heads, G, b], without copies of the weight."""
+    return torch.einsum("bhga,hac->bhgc", rows, weight)
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
