@@ -2,62 +2,45 @@
 
     python examples/serve.py outputs/classification --port 8000
 
-needs `pip install fastapi uvicorn`; `adaptive-longformer build-kernels cpu` saves the first start
-half a minute. Ask by `curl localhost:8000/classify --json '{"text": "..."}'`.
-
-Requests that come while the model is busy are batched, documents of about the same length together:
-a batch costs what its longest document does, times the documents. One batch runs at a time, with
-all threads of torch; for more, start more processes.
+needs `pip install fastapi uvicorn`. Ask by `curl localhost:8000/classify --json '{"text": "..."}'`.
+Requests that come while the model is busy are batched, documents of about the same length together.
+One batch runs at a time, with all threads of torch; for more, start more processes.
 """
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import torch
-from fastapi import FastAPI
-from pydantic import BaseModel
+from fastapi import Body, FastAPI
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import adaptive_longformer  # noqa: F401  (registers the architecture)
 
-Request = tuple[list[int], asyncio.Future]
 
-
-class Document(BaseModel):
-    text: str
-
-
-def batches(requests: list[Request], max_tokens: int) -> list[list[Request]]:
+def batches(requests: list[tuple], max_tokens: int) -> list[list[tuple]]:
     """By length, each of at most so many tokens with its padding, or of one document."""
-    found: list[list[Request]] = []
+    found: list[list[tuple]] = []
     for request in sorted(requests, key=lambda request: len(request[0])):
-        if found and (len(found[-1]) + 1) * len(request[0]) <= max_tokens:
-            found[-1].append(request)
-        else:
-            found.append([request])
+        if not found or (len(found[-1]) + 1) * len(request[0]) > max_tokens:
+            found.append([])
+        found[-1].append(request)
     return found
 
 
-async def answer_requests(queue: asyncio.Queue, classify: Callable, max_tokens: int) -> None:
+async def answer_requests(queue: asyncio.Queue, classify, max_tokens: int) -> None:
     """Answers for ever; what comes meanwhile waits in the queue."""
     while True:
-        requests = [await queue.get()]
-        while not queue.empty():
-            requests.append(queue.get_nowait())
+        requests = [await queue.get()] + [queue.get_nowait() for _ in range(queue.qsize())]
         for batch in batches(requests, max_tokens):
             try:
                 answers = await asyncio.to_thread(classify, [ids for ids, _ in batch])
             except Exception as error:  # of this batch alone, and for those who asked
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
-                if future.cancelled():  # nobody waits any more
-                    continue
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
+                if not future.done():  # or nobody waits any more
+                    failed = isinstance(answer, Exception)
+                    (future.set_exception if failed else future.set_result)(answer)
 
 
 def create_app(folder: str, max_tokens: int = 16384) -> FastAPI:
@@ -73,44 +56,37 @@ def create_app(folder: str, max_tokens: int = 16384) -> FastAPI:
     @torch.inference_mode()
     def classify(documents: list[list[int]]) -> list[dict]:
         batch = tokenizer.pad({"input_ids": documents}, return_tensors="pt")
-        probabilities = model(**batch).logits.float().softmax(dim=-1)
-        scores, labels = probabilities.max(dim=-1)
+        best = model(**batch).logits.float().softmax(dim=-1).max(dim=-1)
         return [
             {"label": model.config.id2label[label], "score": score, "tokens": len(ids)}
-            for ids, label, score in zip(documents, labels.tolist(), scores.tolist(), strict=True)
+            for ids, score, label in zip(documents, *map(torch.Tensor.tolist, best), strict=True)
         ]
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # Warm up: the longest document needs the compiled kernels, which are built or loaded here.
-        classify([tokens_of("word " * max_length)])
+    async def lifespan(app: FastAPI):
+        classify([tokens_of("word " * max_length)])  # builds or loads the kernels of long documents
         worker = asyncio.create_task(answer_requests(queue, classify, max_tokens))
         yield
         worker.cancel()
 
-    app = FastAPI(title="adaptive_longformer", lifespan=lifespan)
+    app = FastAPI(lifespan=lifespan)
 
     @app.post("/classify")
-    async def of_document(document: Document) -> dict:
-        ids = await asyncio.to_thread(tokens_of, document.text)
+    async def of_document(text: str = Body(embed=True)) -> dict:
         future = asyncio.get_running_loop().create_future()
-        await queue.put((ids, future))
+        await queue.put((await asyncio.to_thread(tokens_of, text), future))
         return await future
-
-    @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ready", "waiting": queue.qsize(), "max_length": max_length}
 
     return app
 
 
 if __name__ == "__main__":
+    import uvicorn
+
     parser = argparse.ArgumentParser(description="Serve a long-document classifier.")
     parser.add_argument("model", help="checkpoint folder or hub id")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a batch, with padding")
     args = parser.parse_args()
-    import uvicorn
-
     uvicorn.run(create_app(args.model, args.max_tokens), host=args.host, port=args.port)
