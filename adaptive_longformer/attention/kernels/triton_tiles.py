@@ -214,7 +214,7 @@ def product(a, b):
 def is_band_edge(call, sizes, first_query, last_query, first_key, last_key):
     """Whether some pair of a tile lies outside of the window, in the future or behind the end."""
     is_edge = (first_key < last_query - call.window.left) | (last_key >= sizes.length)
-    is_edge = is_edge | (last_key > first_query + call.window.right)
+    is_edge = is_edge | (last_key > call.window.right + first_query)
     if call.CAUSAL:
         is_edge = is_edge | (last_key > first_query)
     return is_edge
