@@ -19,7 +19,6 @@ configuration, so that a pipeline on the result scores as the training does.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from adaptive_longformer.training.class_weights import WeightedLoss
 from adaptive_longformer.training.data_files import text_of
-from adaptive_longformer.training.labelled_documents import class_names, read_label
+from adaptive_longformer.training.labelled_documents import read_label
 from adaptive_longformer.training.metrics import METRICS
 from adaptive_longformer.training.script_arguments import (
     DataArguments,
@@ -38,7 +37,7 @@ from adaptive_longformer.training.script_arguments import (
     option,
     parse_script_arguments,
 )
-from adaptive_longformer.training.script_data import load_splits
+from adaptive_longformer.training.script_data import load_splits, with_classes
 from adaptive_longformer.training.script_run import (
     in_file_order,
     one_line_for_mistakes,
@@ -70,6 +69,9 @@ class Arguments(DataArguments):
         label = str(label) if self.problem_type == SINGLE else label
         yield {"row": place, "text": text, "label": label}
 
+    def names_of(self, row: dict[str, Any]) -> list[str]:
+        return [row["label"]] if self.problem_type == SINGLE else [*map(str, row["label"])]
+
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Arguments, RunArguments]:
     return parse_script_arguments(
@@ -83,8 +85,6 @@ def label_ids(labels: list, names: list[str], problem_type: str) -> list:
     if problem_type == "regression":
         return labels
     if problem_type == SINGLE:
-        if unknown := set(labels) - set(names):
-            raise ValueError(f"the labels {unknown} are not among {names}, those of the training")
         return [names.index(label) for label in labels]
     return [[float(name in map(str, label)) for name in names] for label in labels]
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         known = [row["label"] for row in (splits.eval if data.streaming else splits.train)]
         names = []
         if kind != "regression":
-            names = class_names(known if kind == SINGLE else chain.from_iterable(known))
+            splits, names = with_classes(data, splits, data.names_of)
         loss = WeightedLoss(known, names) if data.class_weights else None
         converted = Path(args.output_dir) / "converted"
         model_path = take_over_checkpoint(data.model, converted, data.max_length)

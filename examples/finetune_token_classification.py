@@ -26,14 +26,13 @@ from transformers import (
     set_seed,
 )
 
-from adaptive_longformer.training.labelled_documents import class_names
 from adaptive_longformer.training.metrics import classification_metrics
 from adaptive_longformer.training.script_arguments import (
     DataArguments,
     RunArguments,
     parse_script_arguments,
 )
-from adaptive_longformer.training.script_data import load_splits
+from adaptive_longformer.training.script_data import load_splits, with_classes
 from adaptive_longformer.training.script_run import (
     in_file_order,
     one_line_for_mistakes,
@@ -70,8 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Data
     with one_line_for_mistakes():
         splits = load_splits(data, data.documents, group=lambda row: tuple(row["words"]))
-        known = splits.eval if data.streaming else splits.train
-        names = class_names([tag for row in known for tag in row["tags"]])
+        splits, names = with_classes(data, splits, lambda row: row["tags"])
         converted = Path(args.output_dir) / "converted"
         model_path = take_over_checkpoint(data.model, converted, data.max_length)
     tokenizer = AutoTokenizer.from_pretrained(model_path)

@@ -2,9 +2,11 @@
 
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from adaptive_longformer.training.data_files import read_rows, stream_rows
+from adaptive_longformer.training.labelled_documents import class_names
 from adaptive_longformer.training.script_arguments import DataArguments
 from adaptive_longformer.training.script_run import one_line_for_mistakes
 
@@ -72,6 +74,37 @@ def load_splits(
             "--eval-file and --test-file"
         )
     return Splits(train, evaluated, tested)
+
+
+def with_classes(
+    data: DataArguments, splits: Splits, labels_of: Callable[[Any], Iterable[str]]
+) -> tuple[Splits, list[str]]:
+    """The splits and the names of their classes, those of the training examples; of those that are
+    evaluated on, where the training is a stream.
+
+    Raises:
+        ValueError: there are fewer than two.
+        SystemExit: an example of another part has another one; in a stream, when it comes.
+    """
+    known = splits.eval if data.streaming else splits.train
+    names = class_names(label for example in known for label in labels_of(example))
+    train, file = f"the training part of {data.data_file or data.dataset}", data.eval_file
+    source = (file or f"the validation split of {data.dataset}") if data.streaming else train
+
+    def checked(example: dict[str, Any]) -> dict[str, Any]:
+        with one_line_for_mistakes():
+            if unknown := set(labels_of(example)) - set(names):
+                raise ValueError(
+                    f"{example['row']} has the label {min(unknown)!r}; the classes are those of "
+                    f"{source}: {', '.join(names)}"
+                )
+        return example
+
+    for example in chain(splits.eval, splits.test or ()):
+        checked(example)
+    return splits._replace(
+        train=splits.train.map(checked) if data.streaming else splits.train
+    ), names
 
 
 def hold_out(

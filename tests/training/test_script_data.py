@@ -4,7 +4,7 @@ import pytest
 
 from adaptive_longformer.training.data_files import read_rows, stream_rows
 from adaptive_longformer.training.script_arguments import DataArguments
-from adaptive_longformer.training.script_data import hold_out, load_splits
+from adaptive_longformer.training.script_data import hold_out, load_splits, with_classes
 
 
 def rows_of(count):
@@ -94,6 +94,32 @@ def test_a_mistake_in_the_middle_of_a_stream_ends_with_one_line(files):
     found = splits(files, streaming=True, eval_file=str(files / "other.jsonl"))
     with pytest.raises(SystemExit, match="line 61 is no JSON"):
         list(found.train)
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "test"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_label_of_one_part_only_ends_with_one_line(tmp_path, part, streaming):
+    given = {}
+    for name in ("train", "eval", "test"):
+        rows = rows_of(20) + [{"text": "z", "label": "new"}] * (name == part)
+        given[name] = tmp_path / f"{name}.jsonl"
+        given[name].write_text("\n".join(map(json.dumps, rows)))
+    data = DataArguments(
+        model="m", data_file=str(given["train"]), eval_file=str(given["eval"]),
+        test_file=str(given["test"]), streaming=streaming,
+    )  # fmt: skip
+    found = load_splits(data, lambda place, row: [{**row, "row": place}], group=str)
+    if part == ("eval" if streaming else "train"):  # others may lack a class
+        found, names = with_classes(data, found, lambda row: [row["label"]])
+        assert names == ["a", "b", "new"]
+        assert len(list(found.train)) == 20 + (not streaming)
+        return
+    with pytest.raises(SystemExit) as stop:
+        list(with_classes(data, found, lambda row: [row["label"]])[0].train)
+    source = given["eval"] if streaming else f"the training part of {given['train']}"
+    assert str(stop.value) == (
+        f"{given[part]}, line 21 has the label 'new'; the classes are those of {source}: a, b"
+    )
 
 
 def test_a_stream_is_shuffled_and_complete(files):
