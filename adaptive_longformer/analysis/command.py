@@ -3,11 +3,17 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
-from adaptive_longformer.analysis.reading_map import reading_maps, save_reading_maps
+from adaptive_longformer.analysis.reading_map import (
+    reading_maps,
+    repeated_length,
+    save_reading_maps,
+)
 from adaptive_longformer.analysis.sparsity import LEGEND, sparsity_report
 from adaptive_longformer.command_inputs import (
     load_model,
@@ -66,12 +72,25 @@ def run(args: argparse.Namespace) -> int:
         f"({report.keys_per_query / length:.1%} of all), strength {report.strength:g}\n"
         f"{report.table()}\n\n{LEGEND}\n"
     )
+    period = repeated_length(config)
+    maps = reading_maps(model, batch) if period or args.figure else []
+    numbers = {"length": length, **report.as_dict()}
+    if period:
+        shares = [reads.share_at_multiples(period) for reads in maps]
+        numbers |= {"repeated_length": period, "selected_at_multiples": shares}
+        every = replace(maps[0], selected=torch.ones_like(maps[0].selected))
+        sys.stdout.write(
+            f"\npositions repeat after {period} tokens, the length of the source\n"
+            f"selected blocks at its multiples, by layer: "
+            f"{', '.join(f'{share:.0%}' for share in shares)} "
+            f"({every.share_at_multiples(period):.0%} of all blocks are there)\n"
+        )
     if args.json:
-        Path(args.json).write_text(json.dumps({"length": length, **report.as_dict()}, indent=2))
+        Path(args.json).write_text(json.dumps(numbers, indent=2))
     if args.figure:
         name = "standard input" if args.file == "-" else Path(args.file).name
         title = f"What {Path(args.model).name} reads in {name} ({length} tokens)"
-        save_reading_maps(reading_maps(model, batch), args.figure, title)
+        save_reading_maps(maps, args.figure, title, period)
     return 0
 
 

@@ -1,12 +1,22 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from adaptive_longformer.analysis.reading_map import reading_maps
+import adaptive_longformer.analysis.command as report_command
+from adaptive_longformer.analysis.reading_map import (
+    reading_maps,
+    repeated_length,
+    save_reading_maps,
+)
 from adaptive_longformer.analysis.sparsity import sparsity_report
-from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
+from adaptive_longformer.conversion.convert import convert_checkpoint
+from adaptive_longformer.modeling.modeling_adaptive_sparse import (
+    AdaptiveSparseForMaskedLM,
+    AdaptiveSparseModel,
+)
 from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import (
     AdaptiveSparseForCausalLM,
 )
@@ -93,6 +103,51 @@ def test_maps_show_the_blocks_with_global_tokens():
     for reading_map in reading_maps(model, {**inputs, "global_attention_mask": is_global}):
         size = reading_map.key_block_size
         assert reading_map.has_global.nonzero().flatten().tolist() == [0, 100 // size]
+
+
+def test_multiples_of_the_length_of_the_source_are_marked(places, tmp_path, capsys, monkeypatch):
+    """A BERT of 64 positions made long, whose projections hear nothing but positions."""
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        intermediate_size=32, max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    source = BertModel(config).eval()
+    with torch.no_grad():
+        source.embeddings.word_embeddings.weight.mul_(0.01)
+        for name in ("query", "key"):
+            layer = getattr(source.encoder.layer[0].attention.self, name)
+            layer.weight.copy_(torch.eye(32) * 3)
+    source.save_pretrained(tmp_path / "bert")
+    convert_checkpoint(tmp_path / "bert", tmp_path / "long", max_positions=512, attention_window=32)
+    model = AdaptiveSparseModel.from_pretrained(
+        tmp_path / "long", attention_pattern="adaptive", num_selected_blocks=4,
+        selection_strength=1.0,
+    )  # fmt: skip
+    assert repeated_length(model.config) == 64
+    (reads,) = reading_maps(model, {"input_ids": torch.randint(5, 300, (1, 512))})
+    # 4 of at most 14 blocks apart from the window: those around -64, 64, 128, ... tokens.
+    assert reads.share_at_multiples(64) > 0.9
+    scattered = replace(reads, selected=torch.ones_like(reads.selected))
+    assert scattered.share_at_multiples(64) == (32 * 8 - 32) / 32**2  # not those on the diagonal
+
+    model.save_pretrained(tmp_path / "adaptive")
+    tokenizer = AutoTokenizer.from_pretrained(places / "adaptive")
+    tokenizer.save_pretrained(tmp_path / "adaptive")
+    drawn = []
+    monkeypatch.setattr(report_command, "save_reading_maps", lambda *args: drawn.append(args))
+    arguments = [str(tmp_path / "adaptive"), str(places / "document.txt")]
+    files = ["--json", str(tmp_path / "report.json"), "--figure", str(tmp_path / "map.png")]
+    assert main(["report", *arguments, *files]) == 0
+    assert "positions repeat after 64 tokens" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["repeated_length"] == 64 and numbers["selected_at_multiples"][0] > 0.9
+    pytest.importorskip("matplotlib")
+    (maps, file, *more) = drawn[0]
+    assert more[-1] == 64
+    save_reading_maps(maps, file, *more)
+    save_reading_maps(maps, tmp_path / "plain.png", more[0])
+    assert (tmp_path / "map.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    assert repeated_length(tiny_model().config) is None
 
 
 def test_a_causal_checkpoint_is_reported_as_it_reads(places, tmp_path, capsys):
