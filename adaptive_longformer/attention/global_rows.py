@@ -21,6 +21,7 @@ import torch
 from adaptive_longformer.attention.call import AttentionCall, GlobalProjections
 from adaptive_longformer.attention.dropout import column_keys, keep_words, row_keys, zero_dropped_
 from adaptive_longformer.attention.memory_format import like_projection
+from adaptive_longformer.attention.padding import are_small
 
 # Scores of one chunk of global rows; bounds the memory when very many tokens are global.
 _MAX_SCORES = 2**24
@@ -106,6 +107,11 @@ class _Rows:
         self.positions = spare.where(self.is_empty, positions[:, None, :, None])
         self.padding = None if call.attention_mask is None else ~call.attention_mask
         self.read()
+        if call.dropout_p > 0:
+            assert call.dropout_seed is not None
+            words = row_keys(call.dropout_seed, self.batch, self.heads, self.length)[..., None]
+            self.row_keys = self.as_rows(words.gather(2, self.index_of(words)))
+            self.column_keys = column_keys(call.dropout_seed, self.length)
 
     def read(self) -> None:
         """Sets query, key and value."""
@@ -125,9 +131,11 @@ class _Rows:
         """Output rows [batch, heads, G, head_dim] and log-sum-exp [batch, heads, G, 1]."""
         results, sums = [], []
         for chunk in self.chunks():
-            _, dropped, lse = self.probabilities(chunk)
-            results.append(self.results(dropped))
-            sums.append(lse)
+            scores, probabilities = self.probabilities(chunk)
+            results.append(self.results(self.drop(probabilities, chunk)))
+            # The largest weight is 1 before it is divided by the sum.
+            largest = probabilities.amax(dim=-1, keepdim=True)
+            sums.append(scores.amax(dim=-1, keepdim=True) - largest.log())
         return self.by_head(results), self.by_head(sums)
 
     def results(self, dropped: torch.Tensor) -> torch.Tensor:
@@ -164,7 +172,8 @@ class _Rows:
         grad_query: list[torch.Tensor] = []
         grad_key = grad_value = None
         for chunk in self.chunks():
-            probabilities, dropped, _ = self.probabilities(chunk)
+            _, probabilities = self.probabilities(chunk)
+            dropped = self.drop(probabilities, chunk)
             grad = grad_rows[:, :, chunk]
             grad_probabilities = grad @ self.value.mT
             if grad_mass is not None:
@@ -218,10 +227,8 @@ class _Rows:
         """Adds [batch, heads, G, width], 0 in empty slots, to [batch, heads, length, width]."""
         target.scatter_add_(2, self.index_of(target), rows.to(target.dtype))
 
-    def probabilities(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Probabilities of a chunk of rows [batch, heads or 1, rows, length], the same with
-        dropout, and log-sum-exp [..., 1].
-        """
+    def probabilities(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and probabilities of a chunk of rows, [batch, heads or 1, rows, length]."""
         scores = self.query[:, :, chunk] @ self.key.mT
         # Not -inf, of which an empty slot in a sequence of padding would become NaN.
         hidden = torch.finfo(scores.dtype).min
@@ -231,20 +238,14 @@ class _Rows:
             positions = self.as_rows(self.positions.expand(-1, self.heads, -1, -1))
             key_index = torch.arange(self.length, device=scores.device)
             scores.masked_fill_(key_index > positions[:, :, chunk], hidden)
-        probabilities = scores.softmax(dim=-1)
-        # The largest weight is 1 before it is divided by the sum.
-        lse = scores.amax(dim=-1, keepdim=True) - probabilities.amax(dim=-1, keepdim=True).log()
-        return probabilities, self.drop(probabilities, chunk), lse
+        return scores, scores.softmax(dim=-1)
 
     def drop(self, tensor: torch.Tensor, chunk: slice) -> torch.Tensor:
         """The tensor [batch, heads or 1, rows, length] with dropout applied."""
-        dropout_p, seed = self.call.dropout_p, self.call.dropout_seed
+        dropout_p = self.call.dropout_p
         if dropout_p == 0:
             return tensor
-        assert seed is not None
-        words = row_keys(seed, self.batch, self.heads, self.length)[..., None]
-        words = self.as_rows(words.gather(2, self.index_of(words)))[:, :, chunk]
-        keep = keep_words(words, column_keys(seed, self.length), dropout_p)
+        keep = keep_words(self.row_keys[:, :, chunk], self.column_keys, dropout_p)
         return zero_dropped_(tensor / (1 - dropout_p), keep)
 
     def readable(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -252,7 +253,7 @@ class _Rows:
         is NaN.
         """
         tensor = _precise(tensor)
-        if self.padding is None:
+        if self.padding is None or are_small(tensor):
             return tensor
         padding = self.padding if tensor.ndim == 3 else self.padding[:, None]
         return tensor.masked_fill(padding[..., None], 0.0)

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.operator import merge_global_rows
-from adaptive_longformer.attention.padding import readable
+from adaptive_longformer.attention.padding import may_look, readable
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -45,7 +45,10 @@ def run_sdpa(call: AttentionCall) -> tuple[torch.Tensor, None]:
         # then become zero.
         empty = ~mask.any(dim=-1, keepdim=True)
         tensors = readable(call.query, call.key, call.value, call.attention_mask)
-        output = _attend(*tensors, mask | empty, call.scale).masked_fill(empty, 0.0)
+        if may_look(empty) and not empty.any():
+            output = _attend(*tensors, mask, call.scale)
+        else:
+            output = _attend(*tensors, mask | empty, call.scale).masked_fill(empty, 0.0)
     else:
         output = _attend(call.query, call.key, call.value, mask, call.scale)
     if call.global_mask is not None and separate:
