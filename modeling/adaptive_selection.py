@@ -8,6 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.attention.join_gradients import JoinGradients
 from adaptive_longformer.baselines.oracle_selection import oracle_selection
 from adaptive_longformer.baselines.random_selection import random_selection
@@ -90,7 +91,7 @@ class AdaptiveSelection(HeadBudgets):
         query: torch.Tensor,
         key: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        global_mask: torch.Tensor | None = None,
+        global_keys: GlobalKeys | None = None,
         state: SelectionState | None = None,
     ) -> tuple[torch.Tensor, Reads]:
         """Says what the layer reads.
@@ -99,7 +100,7 @@ class AdaptiveSelection(HeadBudgets):
             query, key: [batch, heads, length, head_dim]; blocks start at slot 0, where each row's
                 first valid token should be.
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
-            global_mask: bool [batch, length], True where a token is global; None: none is.
+            global_keys: the global tokens; None: none is.
             state: of this forward pass; None: nothing is remembered.
 
         Returns:
@@ -133,7 +134,7 @@ class AdaptiveSelection(HeadBudgets):
                 query.detach(),
                 key.detach(),
                 attention_mask,
-                global_mask,
+                global_keys,
                 options,
                 validate=state is not None and state.validate,
             )
@@ -192,7 +193,7 @@ class AdaptiveSelection(HeadBudgets):
         query: torch.Tensor,
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | GlobalKeys | None,
         options: SelectionOptions,
         *,
         validate: bool,
@@ -200,6 +201,8 @@ class AdaptiveSelection(HeadBudgets):
     ) -> SelectedBlocks:
         """The choice, or that of one of the controls it is compared with."""
         masks: dict[str, Any] = {"attention_mask": attention_mask, "global_mask": global_mask}
+        if self.config.attention_pattern != "adaptive" and isinstance(global_mask, GlobalKeys):
+            masks["global_mask"] = global_mask.mask
         if self.config.attention_pattern == "random_selection":
             return random_selection(query, self.window, options, seed=self.layer_idx, **masks)
         if self.config.attention_pattern == "oracle":

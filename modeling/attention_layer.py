@@ -1,5 +1,6 @@
 """The attention layer: projections around the sparse attention operator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from adaptive_longformer.attention.call import GlobalProjections, GlobalQKV, make_call
 from adaptive_longformer.attention.dropout import fresh_dropout
 from adaptive_longformer.attention.functional import sparse_attention
+from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.attention.reference import dense_attention
 from adaptive_longformer.baselines.layers import BASELINES
 from adaptive_longformer.configuration.configuration_adaptive_sparse import (
@@ -18,7 +20,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads, SelectionState
-from adaptive_longformer.modeling.padding import LeftPadding
+from adaptive_longformer.modeling.padding import LayerMasks, LeftPadding
 from adaptive_longformer.patterns.big_bird import BigBird, big_bird_layout, random_draw
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.full import Full
@@ -79,7 +81,7 @@ class AdaptiveSparseAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMasks | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,
@@ -90,6 +92,7 @@ class AdaptiveSparseAttention(nn.Module):
         Args:
             hidden_states: [batch, length, hidden_size].
             attention_mask: bool [batch, length], True where a token is not padding; None: all are.
+                Or both masks as `layer_masks` makes them, once for all layers.
             global_mask: bool [batch, length], True where a token is global; None: none is.
             output_attentions: whether to compute from dense probabilities (O(length^2) memory) and
                 return them.
@@ -109,29 +112,27 @@ class AdaptiveSparseAttention(nn.Module):
                 "output_attentions is True, attention_pattern "
                 f"{self.config.attention_pattern!r} has no probabilities"
             )
-        padding = LeftPadding.of(attention_mask) if self.is_selecting else LeftPadding()
+        masks = attention_mask
+        if not isinstance(masks, LayerMasks):
+            masks = layer_masks([self], hidden_states, masks, global_mask)
+        hidden_states = masks.padding.removed(hidden_states)
         query, key, value = self._project(hidden_states)
         if self.baseline is not None:
-            context, probabilities = self.baseline(query, key, value, attention_mask), None
+            context, probabilities = self.baseline(query, key, value, masks.given), None
         else:
-            if global_mask is None and self.has_global_projections and torch.is_grad_enabled():
-                # The operator then gives these projections gradients of zero: DDP waits for them.
-                global_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
             context, probabilities = self._attend(
                 query,
                 key,
                 value,
-                attention_mask,
-                global_mask,
+                masks,
                 Reads(self._pattern(hidden_states, random_step)),
                 selection_state,
                 output_attentions,
-                padding,
-                self._global_projections(padding.removed(hidden_states)),
+                self._global_projections(hidden_states),
             )
         context = context.transpose(1, 2).flatten(2)  # [batch, length, hidden_size]
-        if attention_mask is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
-            context = context.masked_fill(~attention_mask[..., None], 0.0)
+        if masks.given is not None and self._zeroes_padded_rows(hidden_states.shape[1]):
+            context = context.masked_fill(~masks.given[..., None], 0.0)
         return self.output(context), probabilities
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
@@ -141,11 +142,6 @@ class AdaptiveSparseAttention(nn.Module):
             # The last argument collects what load_state_dict raises, whether strict or not.
             args[-1].append(f"{prefix}adaptive has weights, but {NOTHING_TO_SELECT_WITH}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    @property
-    def max_global_tokens(self) -> int | None:
-        """How many tokens of a sequence can be global; None: any number."""
-        return self.config.max_global_tokens
 
     @property
     def is_selecting(self) -> bool:
@@ -162,26 +158,25 @@ class AdaptiveSparseAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        global_mask: torch.Tensor | None,
+        masks: LayerMasks,
         reads: Reads,
         selection_state: SelectionState | None,
         output_attentions: bool | None,
-        padding: LeftPadding,
         global_qkv: GlobalQKV | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context [batch, heads, length, head_dim] and probabilities of whole sequences, from what
-        is given to read or what the layer chooses; blocks begin where `padding` ends.
+        is given to read or what the layer chooses. Rows have moved as `masks.padding` says, and
+        move back.
         """
-        query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
-        attention_mask, global_mask = padding.removed(attention_mask), padding.removed(global_mask)
+        padding = masks.padding
         if self.adaptive is not None:
-            query, reads = self.adaptive(query, key, attention_mask, global_mask, selection_state)
+            query, reads = self.adaptive(
+                query, key, masks.attention_mask, masks.global_keys, selection_state
+            )
         call: dict[str, Any] = {
-            "attention_mask": attention_mask,
+            "attention_mask": masks.attention_mask,
             "is_causal": self.is_causal,
-            "global_mask": global_mask,
-            "max_global_tokens": self.max_global_tokens,
+            "global_mask": masks.global_keys,
             "global_qkv": global_qkv,
             "scale": self.scale,
             "entry_bias": reads.entry_bias,
@@ -244,6 +239,24 @@ class AdaptiveSparseAttention(nn.Module):
             return query, key, value
         weights = [tensor for module in modules for tensor in (module.weight, module.bias)]
         return GlobalProjections(hidden_states, *weights)
+
+
+def layer_masks(
+    layers: Sequence[AdaptiveSparseAttention],
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    global_mask: torch.Tensor | None,
+) -> LayerMasks:
+    """The masks of `AdaptiveSparseAttention.forward`, once for all these layers of a model."""
+    is_selecting = any(layer.is_selecting for layer in layers)
+    padding = LeftPadding.of(attention_mask if is_selecting else None)
+    config = layers[0].config
+    masks = LayerMasks.of(attention_mask, global_mask, padding, config.max_global_tokens)
+    if global_mask is None and config.separate_global_projections and torch.is_grad_enabled():
+        # The operator then gives these projections gradients of zero: DDP waits for them.
+        nothing = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
+        return masks._replace(global_keys=GlobalKeys(nothing, nothing[:, :0].long()))
+    return masks
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -42,6 +42,7 @@ from adaptive_longformer.modeling.adaptive_selection import (
 from adaptive_longformer.modeling.attention_layer import (
     NOTHING_TO_SELECT_WITH,
     AdaptiveSparseAttention,
+    layer_masks,
 )
 from adaptive_longformer.modeling.default_global_tokens import (
     encoder_masks,
@@ -65,7 +66,7 @@ from adaptive_longformer.modeling.losses import (
     span_loss,
     token_loss,
 )
-from adaptive_longformer.modeling.padding import first_valid_token
+from adaptive_longformer.modeling.padding import LayerMasks, first_valid_token
 
 logger = logging.get_logger(__name__)
 
@@ -170,7 +171,7 @@ class AdaptiveSparseLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMasks | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,
@@ -374,9 +375,11 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         random_step = cast(RandomStep, self.random_step)()
-        for layer in cast(nn.ModuleList, self.layers):
+        layers = cast(nn.ModuleList, self.layers)
+        once = layer_masks([cast(Any, layer).attention for layer in layers], hidden_states, *masks)
+        for layer in layers:
             state = self._selection_state(validate)
-            hidden_states = layer(hidden_states, *masks, output_attentions, random_step, state)
+            hidden_states = layer(hidden_states, once, None, output_attentions, random_step, state)
         return hidden_states
 
     def _selection_state(self, validate: bool) -> SelectionState | None:

@@ -36,7 +36,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     returning_a_dict,
 )
 from adaptive_longformer.modeling.new_tokens import NewTokens, new_tokens, padded_mask
-from adaptive_longformer.modeling.padding import LeftPadding
+from adaptive_longformer.modeling.padding import left_padding
 
 SELECTING_CACHE_IMPLEMENTATIONS = (None, "dynamic")
 
@@ -189,7 +189,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = causal_cache(self.config, self.is_selecting)
-        first_slots = LeftPadding.of(new.mask).slots if self.is_selecting else None
+        first_slots = left_padding(new.mask) if self.is_selecting else None
         if first_slots is not None and not is_first:
             first_slots = first_slots.cpu()  # once for all layers
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)

@@ -63,7 +63,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     returning_a_dict,
 )
 from adaptive_longformer.modeling.new_tokens import new_tokens, padded_mask
-from adaptive_longformer.modeling.padding import effective_mask
+from adaptive_longformer.modeling.padding import LayerMasks, effective_mask
 
 logger = logging.get_logger(__name__)
 
@@ -147,7 +147,7 @@ class AdaptiveSparseSeq2SeqEncoderLayer(AdaptiveSparseSeq2SeqSublayers):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMasks | None = None,
         global_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         random_step: torch.Tensor | None = None,

@@ -3,13 +3,12 @@
 Masks are bool [batch, length], True where a token is not padding.
 """
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
+from adaptive_longformer.attention.global_keys import GlobalKeys, global_keys
 from adaptive_longformer.modeling.input_checks import can_read_values
-
-Rows = TypeVar("Rows", torch.Tensor, torch.Tensor | None)
 
 
 def effective_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
@@ -50,47 +49,95 @@ def first_valid_token(
     return hidden_states.gather(1, index).squeeze(1)
 
 
-class LeftPadding:
+def left_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Slots of padding before every row, int64 [batch]; None: it is seen that there are none."""
+    if mask is None:
+        return None
+    slots = first_slots(mask)
+    return None if can_read_values(slots, validate=False) and not slots.any() else slots
+
+
+class LeftPadding(NamedTuple):
     """Rolls rows so that every one begins with its first valid token, and back.
 
     Blocks start at slot 0, and what a block is must not depend on how a row is padded. Nothing is
     moved where no row is seen to have padding before it.
 
-    Args:
-        slots: int64 [batch], how far every row moves; None: nowhere.
+    Attributes:
+        source, target: int64 [batch, length], which slot moves to a slot, and to which one it
+            moves; None: nothing moves.
+        before: bool [batch, length], True in the padding that a row began with.
     """
 
-    def __init__(self, slots: torch.Tensor | None = None) -> None:
-        self.slots = slots
+    source: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
     @classmethod
     def of(cls, mask: torch.Tensor | None) -> "LeftPadding":
         """The padding before the tokens that a mask shows; None: there is no padding."""
-        if mask is None:
+        return cls() if mask is None else cls.by(left_padding(mask), mask.shape[1])
+
+    @classmethod
+    def by(cls, slots: torch.Tensor | None, length: int) -> "LeftPadding":
+        """So many slots of padding before every row, as `left_padding` gives them."""
+        if slots is None:
             return cls()
-        slots = first_slots(mask)
-        return cls() if can_read_values(slots, validate=False) and not slots.any() else cls(slots)
+        slot, slots = torch.arange(length, device=slots.device), slots[:, None]
+        size = max(length, 1)
+        return cls((slot + slots) % size, (slot - slots) % size, slot < slots)
 
-    def removed(self, rows: Rows, dim: int = 1) -> Rows:
+    def removed(self, rows: Any, dim: int = 1) -> Any:
         """Rows [batch, ..., length, ...] that begin with their tokens; None stays None."""
-        return self._rolled(rows, dim, 1)
+        return _taken(rows, self.source, dim)
 
-    def restored(self, rows: Rows, dim: int = 1, zero: bool = False) -> Rows:
+    def restored(self, rows: torch.Tensor, dim: int = 1, zero: bool = False) -> torch.Tensor:
         """The rows as they were before `removed`; or 0 in the padding, which saw the rest from
         behind.
         """
-        return self._rolled(rows, dim, -1, zero)
-
-    def _rolled(self, rows: Any, dim: int, direction: int, zero: bool = False) -> Any:
-        """Slot s gets what was in slot s + direction * slots."""
-        if rows is None or self.slots is None:
+        rows = _taken(rows, self.target, dim)
+        if not zero or self.before is None:
             return rows
-        length = rows.shape[dim]
-        target = torch.arange(length, device=rows.device)
-        source = (target + direction * self.slots[:, None]) % max(length, 1)  # [batch, length]
-        shape = [1] * rows.ndim
-        shape[0], shape[dim] = source.shape
-        rolled = rows.take_along_dim(source.view(shape), dim=dim)
-        return (
-            rolled.masked_fill((target < self.slots[:, None]).view(shape), 0.0) if zero else rolled
-        )
+        return rows.masked_fill(_along(self.before, rows, dim), 0.0)
+
+
+class LayerMasks(NamedTuple):
+    """What all layers of a forward pass are told about its tokens, made once.
+
+    Attributes:
+        given: bool [batch, length], True where a token is not padding; None: all are.
+        padding: how rows move before their blocks are chosen.
+        attention_mask, global_keys: of the rows that have moved.
+    """
+
+    given: torch.Tensor | None
+    padding: LeftPadding
+    attention_mask: torch.Tensor | None
+    global_keys: GlobalKeys | None
+
+    @classmethod
+    def of(
+        cls,
+        attention_mask: torch.Tensor | None,
+        global_mask: torch.Tensor | None,
+        padding: LeftPadding,
+        max_global_tokens: int | None,
+    ) -> "LayerMasks":
+        """Of the masks of the rows as they were."""
+        mask, keys = padding.removed(attention_mask), None
+        if global_mask is not None:
+            keys = global_keys(padding.removed(global_mask), mask, max_global_tokens)
+        return cls(attention_mask, padding, mask, keys)
+
+
+def _taken(rows: Any, slots: torch.Tensor | None, dim: int) -> Any:
+    if rows is None or slots is None:
+        return rows
+    return rows.gather(dim, _along(slots, rows, dim).expand_as(rows))
+
+
+def _along(tensor: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """A tensor [batch, length] as it broadcasts to rows."""
+    shape = [1] * rows.ndim
+    shape[0], shape[dim] = tensor.shape
+    return tensor.view(shape)

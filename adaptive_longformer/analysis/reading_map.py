@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from adaptive_longformer.analysis.watching import watch
+from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.modeling.adaptive_selection import AdaptiveSelection, Reads
 from adaptive_longformer.patterns.block_layout import BlockLayout, EntryFlag, block_layout
 
@@ -140,7 +141,7 @@ def _map(
     part: AdaptiveSelection,
     query: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    global_mask: torch.Tensor | None,
+    global_keys: GlobalKeys | None,
     reads: Any,
 ) -> ReadingMap:
     length, size, key_size = query.shape[2], part.options.query_block_size, part.options.block_size
@@ -160,8 +161,8 @@ def _map(
     valid = length if attention_mask is None else int(attention_mask[0].sum())
     num_queries, num_keys = -(-valid // size), -(-valid // key_size)
     has_global = torch.zeros(num_keys, dtype=torch.bool, device=query.device)
-    if global_mask is not None:
-        has_global[global_mask[0, :valid].nonzero().flatten() // key_size] = True
+    if global_keys is not None:
+        has_global[global_keys.mask[0, :valid].nonzero().flatten() // key_size] = True
     shares, selected = (
         share(entries)[:num_queries, :num_keys] for entries in (reads.used[0], is_selected)
     )

@@ -124,12 +124,12 @@ def sparsity_report(
 def _measure(
     part: AdaptiveSelection, args: tuple, reads: Reads, sampled_blocks: int
 ) -> LayerSparsity:
-    query, key, attention_mask, global_mask = args[:4]
+    query, key, attention_mask, global_keys = args[:4]
     batch, heads, length, head_dim = query.shape
     size, key_size = part.options.query_block_size, part.options.block_size
     every = torch.ones(batch, length, dtype=torch.bool, device=query.device)
     valid = every if attention_mask is None else attention_mask
-    is_global = ~every if global_mask is None else global_mask & valid
+    is_global = ~every if global_keys is None else global_keys.mask
     window = part.window_limit() if reads.span is not None else None
     names = ("window", "global", "selected", "missed", "hits", "wanted", "rows")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)

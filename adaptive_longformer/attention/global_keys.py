@@ -1,13 +1,15 @@
 """Which tokens are global keys, and where they stand: packed once, read by every layer."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.utils.import_utils import is_tracing
 
+# Devices that nobody waits for when a number is read back.
+_READ_BACK = ("cpu",)
 
-@dataclass(frozen=True)
-class GlobalKeys:
+
+class GlobalKeys(NamedTuple):
     """The global tokens of a batch. `global_keys` makes it once per forward pass of a model.
 
     Attributes:
@@ -44,9 +46,9 @@ def global_keys(
     if max_global_tokens is not None:
         global_mask = limit_global_tokens(global_mask, max_global_tokens)
         if torch.compiler.is_exporting():
-            return GlobalKeys(global_mask, _first_positions(global_mask, max_global_tokens))
-        # On a CPU nobody waits for the number, and columns without a token cost time.
-        width = None if global_mask.device.type == "cpu" else max_global_tokens
+            return GlobalKeys(global_mask, pack_global_tokens(global_mask, max_global_tokens))
+        # Columns without a token cost time.
+        width = None if global_mask.device.type in _READ_BACK else max_global_tokens
     if width is None and not _may_read(global_mask):
         return GlobalKeys(global_mask)
     return GlobalKeys(global_mask, pack_global_tokens(global_mask, width))
@@ -66,19 +68,15 @@ def pack_global_tokens(global_mask: torch.Tensor, width: int | None = None) -> t
             global tokens; None: as many as the row with most of them has, which is read back from
             the device.
     """
+    batch, length = global_mask.shape
     if width is None:
         width = int(global_mask.sum(dim=1).max()) if global_mask.numel() else 0
-    order = torch.argsort(global_mask.int(), dim=1, descending=True, stable=True)[:, :width]
-    return order.where(global_mask.gather(1, order), global_mask.shape[1])
-
-
-def _first_positions(global_mask: torch.Tensor, width: int) -> torch.Tensor:
-    """As `pack_global_tokens`, but so many columns whatever the length, which need not be known."""
-    batch, length = global_mask.shape
+    if not torch.compiler.is_exporting():  # where sizes are not compared
+        width = min(width, length)
     slot = (global_mask.cumsum(dim=1) - 1).where(global_mask, width)
     position = torch.arange(length, device=global_mask.device).expand(batch, -1)
     filled = position.new_full((batch, width + 1), length)
-    return filled.scatter(1, slot, position)[:, :width]
+    return filled.scatter_(1, slot, position)[:, :width].contiguous()
 
 
 def _may_read(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
-from adaptive_longformer.attention.global_keys import limit_global_tokens, pack_global_tokens
+from adaptive_longformer.attention.global_keys import GlobalKeys, global_keys
 from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
@@ -23,9 +23,6 @@ from adaptive_longformer.selection.exact import covered_blocks, exact_choice
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.means import run_means
 from adaptive_longformer.selection.options import SelectionCall, SelectionOptions
-
-# Devices that nobody waits for when numbers are read back.
-_READ_BACK = ("cpu",)
 
 
 class SelectedBlocks(NamedTuple):
@@ -61,7 +58,7 @@ def select_blocks(
     options: SelectionOptions,
     *,
     attention_mask: torch.Tensor | None = None,
-    global_mask: torch.Tensor | None = None,
+    global_mask: torch.Tensor | GlobalKeys | None = None,
     max_global_tokens: int | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -84,7 +81,8 @@ def select_blocks(
         options: sizes and limits.
         attention_mask: bool [batch, length], True for a real token. The first token of each row
             must be real for a result that does not depend on padding, see `modeling.padding`.
-        global_mask: bool [batch, length]: global tokens, which neither vote nor are chosen.
+        global_mask: bool [batch, length]: global tokens, which neither vote nor are chosen. Or
+            `GlobalKeys`, packed once for many calls.
         max_global_tokens: at most this many tokens of a sequence are global, the first ones. On a
             GPU nothing is then read back from it, which CUDA graphs need. None: no limit.
         is_causal: a block is chosen only if it ends before the query block begins, and by the
@@ -104,10 +102,11 @@ def select_blocks(
         _check_finite(query, key, attention_mask)
     assert window.right is not None
     factor = query.shape[3] ** -0.5 if scale is None else scale
+    keys = global_mask if isinstance(global_mask, GlobalKeys) else (global_mask, None)
     call = SelectionCall(options, window.left, window.right, is_causal, factor, max_global_tokens)
     return SelectedBlocks(
         *selection_operator(
-            query, key, attention_mask, global_mask, global_directions,
+            query, key, attention_mask, *keys, global_directions,
             *((None, None) if means is None else means), call.numbers(), call.scale,
         )
     )  # fmt: skip
@@ -154,6 +153,7 @@ def selection_operator(
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor | None,
+    global_positions: torch.Tensor | None,
     global_directions: torch.Tensor | None,
     means: torch.Tensor | None,
     mean_counts: torch.Tensor | None,
@@ -166,7 +166,9 @@ def selection_operator(
     call = SelectionCall.from_numbers(numbers, scale)
     options, length = call.options, key.shape[2]
     for_all = _nothing_for_all(query, options)
-    members, ends, positions = choice_masks(attention_mask, global_mask, call.max_global_tokens)
+    members, ends, positions = choice_masks(
+        attention_mask, global_mask, call.max_global_tokens, global_positions
+    )
     shared = None
     with torch.autocast(query.device.type, enabled=False):
         if options.num_global_blocks:
@@ -201,35 +203,37 @@ def choice_masks(
     attention_mask: torch.Tensor | None,
     global_mask: torch.Tensor | None,
     max_global_tokens: int | None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The tokens that are neither padding nor global, bool [batch, length]; and `ends` and
-    `global_positions` of an `ExactCall`.
+    `global_positions` of an `ExactCall`, which are given where the mask is packed already.
     """
+    if positions is not None and positions.shape[1] == 0:
+        global_mask = positions = None
     mask = attention_mask if global_mask is None else global_mask
     if mask is None:
         return None, None, None
+    if positions is not None:
+        max_global_tokens = positions.shape[1]
     is_known = global_mask is None or max_global_tokens is not None
     if is_known and why_no_triton(mask.device) is None:
         from adaptive_longformer.selection.triton_inputs import triton_masks
 
         return triton_masks(attention_mask, global_mask, max_global_tokens or 0)
-    ends = positions = None
+    ends = None
     if attention_mask is not None:
         slot = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         ends = (attention_mask * slot).amax(dim=1)
-    if global_mask is not None:
-        if attention_mask is not None:
-            global_mask = global_mask & attention_mask
-        if max_global_tokens is not None:
-            global_mask = limit_global_tokens(global_mask, max_global_tokens)
-        width = None if mask.device.type in _READ_BACK else max_global_tokens
-        positions = pack_global_tokens(global_mask, width)
+    if global_mask is not None and positions is None:
+        keys = global_keys(global_mask, attention_mask, max_global_tokens)
+        global_mask, positions = keys.mask, keys.packed()
     return ordinary_tokens(attention_mask, global_mask), ends, positions
 
 
 @selection_operator.register_fake
 def _(
-    query, key, attention_mask, global_mask, global_directions, means, mean_counts, numbers, scale
+    query, key, attention_mask, global_mask, global_positions, global_directions, means,
+    mean_counts, numbers, scale,
 ):  # fmt: skip
     options = SelectionCall.from_numbers(numbers, scale).options
     shape = (*query.shape[:2], -(-query.shape[2] // options.query_block_size))

@@ -9,7 +9,7 @@ from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
 from adaptive_longformer.modeling.causal.cache import SelectionLayer, SinkWindowLayer
 from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
 from adaptive_longformer.modeling.dense_attention import dense_attention
-from adaptive_longformer.modeling.padding import LeftPadding
+from adaptive_longformer.modeling.padding import LayerMasks, LeftPadding
 
 
 class CausalSparseAttention(AdaptiveSparseAttention):
@@ -25,10 +25,6 @@ class CausalSparseAttention(AdaptiveSparseAttention):
     def __init__(self, config: AdaptiveSparseConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.num_sinks = config.num_sink_tokens if config.uses_global_tokens else 0
-
-    @property
-    def max_global_tokens(self) -> int:
-        return self.num_sinks
 
     def forward(
         self,
@@ -80,10 +76,12 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             queries = cache_layer.add_queries(query)
         dropout_p = self.dropout_p if self.training else 0.0
         if slots is None:
+            padding = LeftPadding.by(first_slots, query.shape[2])
+            query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
+            is_sink = None if sink_rank is None else sink_rank < self.num_sinks
             context, probabilities = self._attend(
-                query, key, value, attention_mask,
-                None if sink_rank is None else sink_rank < self.num_sinks,
-                Reads(self.pattern), selection_state, output_attentions, LeftPadding(first_slots),
+                query, key, value, LayerMasks.of(attention_mask, is_sink, padding, self.num_sinks),
+                Reads(self.pattern), selection_state, output_attentions,
             )  # fmt: skip
         elif is_selecting:
             assert self.adaptive is not None and queries is not None

@@ -187,7 +187,8 @@ def adaptive_sparse_attention_forward(
         )  # fmt: skip
         return output.transpose(1, 2).contiguous(), None
     # Blocks start at the first real token, wherever the padding is.
-    padding = LeftPadding.of(attention_mask) if options.num_selected_blocks else LeftPadding()
+    is_selecting = options.num_selected_blocks > 0
+    padding = LeftPadding.of(attention_mask if is_selecting else None)
     query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
     attention_mask = padding.removed(attention_mask)
     output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)

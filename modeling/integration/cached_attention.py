@@ -14,7 +14,7 @@ from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.causal.selected_decoding import SelectedDecoding
 from adaptive_longformer.modeling.dense_attention import dense_attention
 from adaptive_longformer.modeling.head_budgets import NO_LIMIT
-from adaptive_longformer.modeling.padding import LeftPadding
+from adaptive_longformer.modeling.padding import left_padding
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import select_blocks
@@ -120,7 +120,7 @@ def attend_after_cached_choosing(
     sink_rank = torch.where(is_global, is_global.cumsum(dim=1) - 1, cache.num_sinks)
     decoding = SelectedDecoding(
         _PlainSelection(cache.options, window, scale, query.device), cache, attention_mask,
-        sink_rank, LeftPadding.of(attention_mask).slots, scale, dropout_p,
+        sink_rank, left_padding(attention_mask), scale, dropout_p,
     )  # fmt: skip
     return decoding.attend(query, queries)[0]
 

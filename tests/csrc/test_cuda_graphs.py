@@ -12,6 +12,7 @@ from adaptive_longformer.attention import (
     AttentionSpan,
     GlobalProjections,
     global_keys,
+    padding,
     sparse_attention,
 )
 from adaptive_longformer.attention.backends import compiled, cuda
@@ -97,6 +98,7 @@ def run_call(max_global_tokens, global_qkv):
 @pytest.mark.parametrize("global_qkv", [None, "absorbed"])
 def test_nothing_waits_for_the_device_forward_and_backward(emulator, monkeypatch, global_qkv):
     monkeypatch.setattr(compiled, "_kernels", lambda call: cuda)
+    monkeypatch.setattr(padding, "may_look", lambda tensor: False)
     assert all(tensor.isfinite().all() for tensor in run_call(8, global_qkv)[2:])
     with pytest.raises(AssertionError, match="waits for the device"):
         run_call(None, global_qkv)
@@ -152,9 +154,10 @@ def on_a_gpu(monkeypatch, max_global_tokens):
         raise AssertionError("tolist waits for the device")
 
     monkeypatch.setattr(compiled, "_kernels", lambda call: cuda)
+    monkeypatch.setattr(padding, "may_look", lambda tensor: False)
     monkeypatch.setattr(global_keys, "_may_read", lambda tensor: False)
     monkeypatch.setattr(attention_layer, "sparse_attention", run_call)
-    monkeypatch.setattr(selection, "_READ_BACK", ())
+    monkeypatch.setattr(global_keys, "_READ_BACK", ())
     monkeypatch.setattr(exact, "can_select", lambda call: False)
     monkeypatch.setattr(model_masks, "can_read_values", lambda tensor, validate: validate)
     monkeypatch.setattr(torch.Tensor, "tolist", no_list)
@@ -197,7 +200,7 @@ def test_a_causal_choice_does_not_wait_for_the_device(monkeypatch, num_candidate
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 400, 8, generator=generator)
     options = SelectionOptions(2, 16, 16, num_candidates=num_candidates)
-    monkeypatch.setattr(selection, "_READ_BACK", ())
+    monkeypatch.setattr(global_keys, "_READ_BACK", ())
     monkeypatch.setattr(exact, "can_select", lambda call: False)
     global_mask = torch.arange(400)[None] < 2
     with NoWaiting():

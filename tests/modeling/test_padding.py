@@ -1,5 +1,7 @@
 import torch
 
+from adaptive_longformer.attention import global_keys
+from adaptive_longformer.modeling import padding as padding_of_rows
 from adaptive_longformer.modeling.padding import (
     LeftPadding,
     effective_mask,
@@ -7,6 +9,7 @@ from adaptive_longformer.modeling.padding import (
     first_tokens,
     first_valid_token,
 )
+from adaptive_longformer.testing import tiny_adaptive_model
 
 MASK = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()
 
@@ -44,3 +47,26 @@ def test_nothing_moves_without_padding_in_front():
 def test_a_mask_that_hides_nothing_is_none():
     assert effective_mask(torch.ones(2, 3, dtype=torch.bool), torch.device("cpu")) is None
     assert effective_mask(MASK, torch.device("cpu")) is MASK
+
+
+def test_masks_are_made_once_for_all_layers(monkeypatch):
+    calls = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*arguments):
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    model = tiny_adaptive_model(attention_backend="blocked").train()
+    input_ids = torch.randint(5, 90, (2, 60))
+    mask = torch.ones_like(input_ids)
+    mask[1, :7] = 0
+    counted(padding_of_rows, "first_slots")
+    counted(global_keys, "pack_global_tokens")
+    model(input_ids, mask).last_hidden_state.sum().backward()
+    # The pooler looks for the first tokens, too.
+    assert calls == ["first_slots", "pack_global_tokens", "first_slots"]
