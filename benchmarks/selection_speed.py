@@ -58,7 +58,7 @@ def calls_of(length: int, args: argparse.Namespace, device: torch.device) -> dic
     layout, slots = selection()
 
     def adaptive() -> None:
-        entry_bias = gate.log() * (slots >= 0)
+        entry_bias = gate.log() * (slots > 0)
         output = sparse_attention(
             query, key, value, layout, global_mask=global_mask, entry_bias=entry_bias,
             span=AttentionSpan(span, 32.0),

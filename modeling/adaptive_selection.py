@@ -16,9 +16,10 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse import Adap
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
-from adaptive_longformer.modeling.head_budgets import HeadBudgets, precise, write_selection
+from adaptive_longformer.modeling.head_budgets import HeadBudgets, write_selection
 from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
 from adaptive_longformer.selection.lists import selection_layout
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
@@ -104,30 +105,28 @@ class AdaptiveSelection(HeadBudgets):
             state: of this forward pass; None: nothing is remembered.
 
         Returns:
-            The query, through which every trainable parameter of this module gets a gradient, zeros
-            if it took no part; and what the layer reads.
+            The query, and what the layer reads: through the two every trainable parameter of this
+            module gets a gradient, zeros if it took no part.
         """
-        if torch.is_grad_enabled():
-            query = JoinGradients.apply(query, *self.parameters())  # type: ignore[assignment]
         if not self.is_active:
-            return query, Reads(self.pattern)
-        span = self.attention_span()
-        reach = None if span is None else self.window_limit()
+            return self._joined(query), Reads(self.pattern)
         length = query.shape[2]
         options = self._selection_options()
         # Where the window reaches everywhere there is nothing to choose.
-        if options is None or length <= self.window.left + 1:
-            if reach is None:
-                return query, Reads(self.pattern)
+        is_choosing = options is not None and length > self.window.left + 1
+        weights = self.weights(is_choosing, self.narrows())
+        if options is None or not is_choosing:
+            if weights.reach is None:
+                return self._joined(query), Reads(self.pattern)
             # In the blocks of the selection: calibration then changes no sum's order.
             narrow = window_layout(
                 self.window,
                 length,
-                reach,
+                weights.reach,
                 query_block_size=self.options.query_block_size,
                 key_block_size=self.options.block_size,
             )
-            return query, Reads(narrow, span=span)
+            return self._joined(query), Reads(narrow, span=weights.span)
         selected = None if state is None else state.selected
         if selected is None:
             selected = self._select(
@@ -140,14 +139,35 @@ class AdaptiveSelection(HeadBudgets):
             )
             if state is not None:
                 state.selected = selected
-        read = selected
+        assert weights.log_weights is not None
+        log_weights = weights.log_weights[None]
         if self.global_direction is not None:
-            is_open = ((self.gate > 0) & (self.strength > 0))[:, None, None]
-            read = selected._replace(global_open=selected.global_open & is_open)
+            selected, log_weights = self._with_shared(selected, log_weights, self.global_direction)
         layout, slots = selection_layout(
-            read, self.window, length, options, self.rank_limit(), reach
+            selected, self.window, length, options, weights.rank_limit, weights.reach
         )
-        return query, Reads(layout, self._entry_bias(selected, slots), span)
+        of_rows = log_weights[:, :, None].expand(*slots.shape[:3], -1)
+        return query, Reads(layout, of_rows.gather(-1, slots), weights.span)
+
+    def _with_shared(
+        self, selected: SelectedBlocks, log_weights: torch.Tensor, direction: torch.Tensor
+    ) -> tuple[SelectedBlocks, torch.Tensor]:
+        """The choice without what closed heads do not read of the blocks for the whole row; and
+        the weights [batch, heads, 1 + num_blocks + num_global_blocks] with those of such blocks.
+        """
+        opening = precise(self.gate) * precise(self.strength)
+        is_open = selected.global_open & (opening > 0)[:, None, None]
+        scores = (selected.global_means * precise(direction)[:, None]).sum(dim=-1)
+        shared = scores + opening.clamp(min=MIN_WEIGHT).log()[:, None]
+        ranked = log_weights[..., : 1 + selected.key_blocks.shape[-1]]
+        log_weights = torch.cat([ranked.expand(len(shared), -1, -1), shared], dim=-1)
+        return selected._replace(global_open=is_open), log_weights
+
+    def _joined(self, query: torch.Tensor) -> torch.Tensor:
+        """The query, through which parameters that take no part get gradients of zero."""
+        if not torch.is_grad_enabled():
+            return query
+        return JoinGradients.apply(query, *self.parameters())  # type: ignore[return-value]
 
     def choose_next(
         self,
@@ -220,24 +240,13 @@ class AdaptiveSelection(HeadBudgets):
             validate=validate,
         )
 
-    def _entry_bias(self, selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor:
-        """The logarithm of every entry's weight, 0 for the window, in the shape of `slots`."""
-        batch, _, rows, num_ranked = selected.key_blocks.shape
-        table = self.rank_bias(num_ranked)[:, None].expand(batch, -1, rows, -1)
-        if self.global_direction is not None:
-            direction = precise(self.global_direction)[:, None]
-            scores = (selected.global_means * direction).sum(dim=-1)
-            shared = (scores + self.head_bias()[:, None])[:, :, None]
-            table = torch.cat([table, shared.expand(-1, -1, rows, -1)], dim=-1)
-        return table.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
-
 
 def selections(model: nn.Module) -> list[AdaptiveSelection]:
     """The adaptive parts of a model, layer by layer; also of one that PEFT has wrapped."""
     return [
         module.adaptive  # type: ignore[misc]
         for module in model.modules()
-        if "adaptive" in module._modules and hasattr(module.adaptive, "rank_limit")
+        if "adaptive" in module._modules and hasattr(module.adaptive, "choose_next")
     ]
 
 

@@ -7,18 +7,20 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.head_weights import (
+    BUDGET_RAMP,
+    WINDOW_RAMP,
+    HeadNumbers,
+    HeadWeights,
+    head_weights,
+)
 from adaptive_longformer.selection.options import SelectionOptions
 
-MIN_WEIGHT = 1e-6
-# Over how many ranks a budget fades out, and over how many tokens a window does.
-BUDGET_RAMP = 2.0
-WINDOW_RAMP = 32.0
 # How fast the price of density answers to a density above the target.
 PRICE_STEP = 0.01
 # Fields of the configuration, and the buffers that they are the record of.
@@ -128,27 +130,42 @@ class HeadBudgets(nn.Module):
         most = self._on_host("head_budgets", lambda budgets: int(budgets.max()), NO_LIMIT)
         return min(most, self.options.num_blocks)
 
-    def rank_limit(self) -> torch.Tensor:
-        """How many blocks of each head have a weight above 0: int64 [heads]."""
-        with torch.no_grad():
-            limit = (self._rank_weight(self.options.num_blocks) > 0).sum(dim=-1)
-            limit = torch.minimum(limit, self.head_budgets)
-            return limit * (whole(self.gate) > 0) * (self.strength > 0)
+    def weights(self, has_ranks: bool = True, has_window: bool = True) -> HeadWeights:
+        """What all this means for ranks and windows, as far as it is asked; see `head_weights`."""
+        numbers = HeadNumbers(
+            whole(self.gate), whole(self.budget), whole(self.span),
+            self.strength, self.head_budgets, self.head_windows,
+        )  # fmt: skip
+        num_blocks = self.options.num_blocks if has_ranks else 0
+        return head_weights(numbers, num_blocks, self.window.left if has_window else 0)
 
-    def window_limit(self) -> torch.Tensor:
-        """How many tokens each head sees to either side with a weight above 0: int64 [heads]."""
-        with torch.no_grad():
-            reach = precise(self._span_length()) + WINDOW_RAMP
-            return (reach.ceil() - 1).clamp(max=self.window.left).long()
+    @torch.no_grad()
+    def limits(self) -> tuple[list[int], list[int]]:
+        """How many blocks each head reads, and tokens to either side, with a weight above 0."""
+        weights = self.weights()
+        assert weights.rank_limit is not None and weights.reach is not None
+        return weights.rank_limit.tolist(), weights.reach.tolist()
+
+    def narrows(self) -> bool:
+        """Whether a learned window may be narrower than the pattern's."""
+        radius = self.window.left
+        # Not read in training, where it changes with every step: that would wait for the device.
+        return (
+            (torch.is_grad_enabled() and self.span.requires_grad)
+            or self._on_host("span", lambda span: bool((span < 1).any()), True)
+            or self._on_host("head_windows", lambda limit: bool((limit < radius).any()), True)
+        )
 
     def most_keys(self) -> float:
         """How many keys a query in the middle of a long document reads at most, mean over heads,
         without global tokens.
         """
-        window = self.window_limit() * (1 if self.is_causal else 2) + 1
-        is_open = (whole(self.gate) > 0) & (self.strength > 0)
-        blocks = self.rank_limit() + self.options.num_global_blocks * is_open
-        return (window + blocks * self.options.block_size).float().mean().item()
+        blocks, reach = self.limits()
+        sides = 1 if self.is_causal else 2
+        is_open = whole(self.gate) * self.strength > 0
+        shared = self.options.num_global_blocks * int(is_open.sum())
+        keys = len(reach) + sides * sum(reach) + self.options.block_size * (sum(blocks) + shared)
+        return keys / len(reach)
 
     def density(self) -> torch.Tensor:
         """About the share of the keys of the full budget with a weight above 0, mean over heads.
@@ -179,45 +196,6 @@ class HeadBudgets(nn.Module):
         losses, self._losses = self._losses, None
         return None if losses is None else float(losses[0] / losses[1])
 
-    def _rank_weight(self, num_blocks: int) -> torch.Tensor:
-        """The budget's weight of the best, second best, ... block: [heads, num_blocks]."""
-        rank = torch.arange(1, num_blocks + 1, device=self.budget.device)
-        kappa = precise(whole(self.budget))[:, None] * self.options.num_blocks
-        return ((kappa + BUDGET_RAMP - rank) / BUDGET_RAMP).clamp(0.0, 1.0)
-
-    def rank_bias(self, num_blocks: int) -> torch.Tensor:
-        """The logarithm of the weight of the best, second best, ... block: [heads, num_blocks]."""
-        weights = self._rank_weight(num_blocks).clamp(min=MIN_WEIGHT)
-        return weights.log() + self.head_bias()[:, None]
-
-    def head_bias(self) -> torch.Tensor:
-        of_head = precise(self.strength).clamp(min=MIN_WEIGHT).log()
-        return of_head + precise(self.gate).clamp(min=MIN_WEIGHT).log()
-
-    def attention_span(self) -> AttentionSpan | None:
-        """The learned windows; None where they are as wide as the pattern's and stay so."""
-        radius = self.window.left
-        is_trained = torch.is_grad_enabled() and self.span.requires_grad
-        # Not read in training, where it changes with every step: that would wait for the device.
-        if not is_trained and not (
-            self._on_host("span", lambda span: bool((span < 1).any()), True)
-            or self._on_host("head_windows", lambda limit: bool((limit < radius).any()), True)
-        ):
-            return None
-        return AttentionSpan(self._span_length(), WINDOW_RAMP)
-
-    def _span_length(self) -> torch.Tensor:
-        """How many tokens to either side each head sees with its full weight: [heads].
-
-        Below 0 where a window is shorter than the ramp; a token always sees itself.
-        """
-        radius = self.window.left
-        length = (whole(self.span) * radius).clamp(min=1.0 - WINDOW_RAMP)
-        # No weight is left one token beyond the calibrated window.
-        longest = (self.head_windows + 1 - WINDOW_RAMP).to(length.dtype)
-        is_open = (self.head_windows >= radius) | (length <= longest)
-        return length.where(is_open, longest).where(self.strength > 0, radius)
-
     def _on_host(self, name: str, read: Callable[[torch.Tensor], Any], safe: Any) -> Any:
         """What follows from one tensor, read from the device again only when that changes.
 
@@ -232,11 +210,6 @@ class HeadBudgets(nn.Module):
         if known is None or version is None or known[0] is not tensor or known[1] != version:
             known = self._known[name] = (tensor, version, read(tensor))
         return known[2]
-
-
-def precise(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

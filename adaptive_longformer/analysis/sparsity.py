@@ -130,7 +130,7 @@ def _measure(
     every = torch.ones(batch, length, dtype=torch.bool, device=query.device)
     valid = every if attention_mask is None else attention_mask
     is_global = ~every if global_keys is None else global_keys.mask
-    window = part.window_limit() if reads.span is not None else None
+    window = part.weights().reach if reads.span is not None else None
     names = ("window", "global", "selected", "missed", "hits", "wanted", "rows")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     position = torch.arange(length, device=query.device)
@@ -180,6 +180,7 @@ def _measure(
         sums["hits"] += float(hits.sum())
         sums["wanted"] += float(is_best.sum())
     count = max(sums["rows"], 1.0)
+    head_budgets, head_windows = part.limits()
     return LayerSparsity(
         window_keys=sums["window"] / count,
         global_keys=sums["global"] / count,
@@ -187,8 +188,8 @@ def _measure(
         selected_blocks=_mean_list_length(reads, valid, size),
         missed_mass=sums["missed"] / count,
         recall=sums["hits"] / sums["wanted"] if sums["wanted"] else 1.0,
-        head_budgets=part.rank_limit().tolist(),
-        head_windows=part.window_limit().tolist(),
+        head_budgets=head_budgets,
+        head_windows=head_windows,
         head_gates=part.gate.tolist(),
     )
 

@@ -416,22 +416,40 @@ def window_entries(
     With `reach`, int64 [heads], [heads, num_query_blocks, width]: the blocks that hold a key of the
     window at most so many tokens from a query. What an entry lets through stays the same.
     """
+    start, end, first, last = window_blocks(
+        window, length, query_block_size, key_block_size, device, reach
+    )
+    width = most_window_entries(window, length, query_block_size, key_block_size)
+    blocks = first + torch.arange(width, device=device)
+    key_start = blocks * key_block_size
+    key_end = (key_start + key_block_size).clamp(max=length) - 1
+    assert window.right is not None
+    full = (key_start >= end - window.left) & (key_end <= start + window.right)
+    flags = (full * int(EntryFlag.FULL) + int(EntryFlag.WINDOW)) * (blocks <= last)
+    blocks, flags = blocks.int(), flags.int()
+    return (blocks[None], flags[None]) if reach is None else (blocks, flags)
+
+
+def window_blocks(
+    window: SlidingWindow,
+    length: int,
+    query_block_size: int,
+    key_block_size: int,
+    device: torch.device | str = "cpu",
+    reach: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first and the last query of query blocks, [num_query_blocks, 1], and the first and the
+    last key block that they see in a window, with a `reach` [heads, num_query_blocks, 1].
+    """
     start = torch.arange(-(-length // query_block_size), device=device)[:, None] * query_block_size
     end = (start + query_block_size).clamp(max=length) - 1
     assert window.right is not None
     left, right = window.left, window.right
     if reach is not None:
-        left, right = (reach.clamp(max=side)[:, None, None] for side in (left, right))
+        left, right = (reach.clamp(0, side)[:, None, None] for side in (left, right))
     first = (start - left).clamp(min=0) // key_block_size
     last = (end + right).clamp(max=length - 1) // key_block_size
-    width = most_window_entries(window, length, query_block_size, key_block_size)
-    blocks = first + torch.arange(width, device=device)
-    key_start = blocks * key_block_size
-    key_end = (key_start + key_block_size).clamp(max=length) - 1
-    full = (key_start >= end - window.left) & (key_end <= start + window.right)
-    flags = torch.where(full, int(EntryFlag.WINDOW | EntryFlag.FULL), int(EntryFlag.WINDOW))
-    blocks, flags = blocks.int(), torch.where(blocks <= last, flags, 0).int()
-    return (blocks[None], flags[None]) if reach is None else (blocks, flags)
+    return start, end, first, last
 
 
 def most_window_entries(

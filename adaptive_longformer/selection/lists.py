@@ -9,13 +9,13 @@ from adaptive_longformer.patterns.block_layout import (
     EntryFlag,
     known_right,
     most_window_entries,
-    window_entries,
+    window_blocks,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
-_SELECTED, _FULL = int(EntryFlag.SELECTED), int(EntryFlag.FULL)
+_WINDOW, _SELECTED, _FULL = map(int, (EntryFlag.WINDOW, EntryFlag.SELECTED, EntryFlag.FULL))
 Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -41,8 +41,8 @@ def selection_layout(
     Returns:
         The layout, its lists the window's entries, then the chosen blocks best first, then the
         blocks chosen for the whole row; and slots, int64 in the shape of its key_blocks: which
-        chosen block an entry is, 0 for the best, num_blocks and up for those of the whole row, -1
-        for the window and the filling.
+        chosen block an entry is, 1 for the best, after num_blocks those of the whole row, 0 for the
+        window and the filling.
     """
     query_size, key_size = options.query_block_size, options.block_size
     if why_no_triton(selected.key_blocks.device) is None:
@@ -120,44 +120,35 @@ def _torch_lists(
     """Key blocks, counts, flags and slots, on any device."""
     device = selected.key_blocks.device
     query_size, key_size = options.query_block_size, options.block_size
-    near_blocks, near_flags = window_entries(
-        window, length, query_size, key_size, device, reach
-    )  # [heads or 1, query_blocks, width]
     batch, heads, rows, num_ranked = selected.key_blocks.shape
     rank = torch.arange(num_ranked, device=device)
-    counts = selected.counts
+    far, far_counts, far_slots = selected.key_blocks, selected.counts, None
     if rank_limit is not None:
-        counts = torch.minimum(counts, rank_limit[:, None].to(counts.dtype))
-    far, far_counts = selected.key_blocks, counts
-    far_slots = rank.expand_as(far)
+        far_counts = torch.minimum(far_counts, rank_limit[:, None].to(far_counts.dtype))
     if selected.global_blocks.shape[-1]:
         shared = selected.global_blocks[:, :, None].expand(-1, -1, rows, -1)
-        shared_slots = torch.arange(shared.shape[-1], device=device) + num_ranked
-        used = torch.cat([rank < counts[..., None], selected.global_open], dim=-1)
+        used = torch.cat([rank < far_counts[..., None], selected.global_open], dim=-1)
         order = torch.argsort(used.int(), dim=-1, descending=True, stable=True)
-        far = torch.cat([far, shared], dim=-1).gather(-1, order)
-        far_slots = torch.cat([far_slots, shared_slots.expand_as(shared)], dim=-1)
-        far_slots = far_slots.gather(-1, order)
+        far, far_slots = torch.cat([far, shared], dim=-1).gather(-1, order), order + 1
         far_counts = used.sum(dim=-1, dtype=torch.int32)
 
-    near_counts = (near_flags != 0).sum(dim=-1, keepdim=True)  # [..., query_blocks, 1]
-    position = torch.arange(near_blocks.shape[-1] + far.shape[-1], device=device)
-    is_near = position < near_counts  # [heads or 1, query_blocks, entries]
+    start, end, first, last = window_blocks(window, length, query_size, key_size, device, reach)
+    near_counts = last - first + 1  # [query_blocks, 1] or [heads, query_blocks, 1]
+    width = most_window_entries(window, length, query_size, key_size)
+    position = torch.arange(width + far.shape[-1], device=device)
+    is_near = position < near_counts
     counts = near_counts[..., 0] + far_counts
     used = position < counts[..., None]
-    near_index = position.clamp(max=near_blocks.shape[-1] - 1).expand(*near_blocks.shape[:2], -1)
-    far_index = (position - near_counts).clamp(0, far.shape[-1] - 1)
-    far_index = far_index.expand(batch, heads, -1, -1)
-    key_blocks = torch.where(is_near, near_blocks.gather(-1, near_index), 0)
-    key_blocks = torch.where(is_near, key_blocks, far.gather(-1, far_index))
-    key_blocks = torch.where(used, key_blocks, 0).int()
+    far_index = (position - near_counts).clamp(0, far.shape[-1] - 1).expand(batch, heads, -1, -1)
+    key_blocks = torch.where(is_near, first + position, far.gather(-1, far_index))
+    key_start = key_blocks * key_size
+    key_end = (key_start + key_size).clamp(max=length) - 1
     assert window.right is not None
-    start = torch.arange(rows, device=device)[:, None] * query_size
-    first = key_blocks * key_size
-    is_outside = (first + key_size - 1 < start - window.left) | (
-        first > start + query_size - 1 + window.right
-    )
-    far_flags = torch.where(is_outside, _SELECTED | _FULL, _SELECTED)
-    flags = torch.where(is_near, near_flags.gather(-1, near_index), far_flags)
-    slots = torch.where(is_near | ~used, -1, far_slots.gather(-1, far_index))
-    return key_blocks, counts.int(), torch.where(used, flags, 0).int(), slots
+    left, right = window.left, window.right
+    is_inside = (key_start >= end - left) & (key_end <= start + right)
+    is_outside = (key_start + key_size <= start - left) | (key_start >= start + query_size + right)
+    flags = torch.where(is_near, _WINDOW, _SELECTED)
+    flags = flags + torch.where(is_near, is_inside, is_outside) * _FULL
+    slots = far_index + 1 if far_slots is None else far_slots.gather(-1, far_index)
+    slots = torch.where(used & ~is_near, slots, 0)
+    return (key_blocks * used).int(), counts.int(), (flags * used).int(), slots

@@ -65,7 +65,7 @@ def _lists_kernel(
     first = tl.maximum(start - near_left, 0) // key_size
     last = tl.minimum(end + near_right, length - 1) // key_size
     near_count = tl.maximum(tl.minimum(last - first + 1, width), 0)
-    block, slot = first + entry, entry * 0 - 1
+    block, slot = first + entry, entry * 0
 
     far_count = tl.load(counts + at)
     if rank_limit is not None:
@@ -73,14 +73,14 @@ def _lists_kernel(
     rank = entry - near_count
     is_ranked = (rank >= 0) & (rank < far_count)
     ranked = tl.load(key_blocks + at * num_ranked + rank, mask=is_ranked, other=0)
-    block, slot = tl.where(is_ranked, ranked, block), tl.where(is_ranked, rank, slot)
+    block, slot = tl.where(is_ranked, ranked, block), tl.where(is_ranked, 1 + rank, slot)
     count = near_count + far_count
     for number in range(num_shared):
         is_next = entry == count
         is_open = tl.load(global_open + at * num_shared + number) != 0
         shared = tl.load(global_blocks + pair * num_shared + number)
         block = tl.where(is_next, shared, block)
-        slot = tl.where(is_next, num_ranked + number, slot)
+        slot = tl.where(is_next, 1 + num_ranked + number, slot)
         count += is_open.to(tl.int32)
 
     key_start = block * key_size
@@ -96,5 +96,5 @@ def _lists_kernel(
     place = at * num_entries + entry
     tl.store(out_blocks + place, tl.where(is_used, block, 0), mask=is_entry)
     tl.store(out_flags + place, tl.where(is_used, flags, 0), mask=is_entry)
-    tl.store(out_slots + place, tl.where(is_used, slot, -1), mask=is_entry)
+    tl.store(out_slots + place, tl.where(is_used, slot, 0), mask=is_entry)
     tl.store(out_counts + at, count)

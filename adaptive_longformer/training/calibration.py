@@ -63,8 +63,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibra
             part.gate.copy_(gate)
             part.budget.copy_(budget)
             part.span.copy_(span)
-    head_budgets = [part.rank_limit().tolist() for part in parts]
-    head_windows = [part.window_limit().tolist() for part in parts]
+    limits = [part.limits() for part in parts]
+    head_budgets, head_windows = [list(of_layers) for of_layers in zip(*limits, strict=True)]
     write_selection(parts, head_budgets=head_budgets, head_windows=head_windows)
     return Calibration(
         head_budgets=head_budgets,

@@ -10,13 +10,13 @@ from typing import Protocol
 
 import torch
 
-from adaptive_longformer.attention.call import AttentionSpan
 from adaptive_longformer.attention.padding import ordinary_tokens
 from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.dense_attention import dense_attention
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.exact import TOKENS_PER_MEAN
+from adaptive_longformer.selection.head_weights import HeadWeights
 from adaptive_longformer.selection.options import SelectionOptions
 
 
@@ -26,11 +26,9 @@ class Choice(Protocol):
     options: SelectionOptions
     window: SlidingWindow
 
-    def attention_span(self) -> AttentionSpan | None: ...
+    def narrows(self) -> bool: ...
 
-    def rank_limit(self) -> torch.Tensor: ...
-
-    def rank_bias(self, num_blocks: int) -> torch.Tensor: ...
+    def weights(self, has_ranks: bool = True, has_window: bool = True) -> HeadWeights: ...
 
     def choose_next(
         self,
@@ -157,7 +155,8 @@ class SelectedDecoding:
         """The tokens of the slots [begin, end), which share a list in every row."""
         slot = torch.arange(begin, end, device=self.device)[:, None]
         near = slice(max(0, begin - self.part.window.left), end)
-        parts = [self._sinks(slot), self._window(near, slot), self._blocks(slot)]
+        weights = self.part.weights(has_window=self.part.narrows())
+        parts = [self._sinks(slot), self._window(near, slot, weights), self._blocks(slot, weights)]
         slots = [slots for slots, _ in parts]
         key, value = (
             torch.cat([self._at(slots[0], kept), near_kept, self._at(slots[2], kept)], dim=2)
@@ -200,28 +199,32 @@ class SelectedDecoding:
         is_seen = (slots >= 0)[:, :, None] & (slots[:, :, None] <= slot)
         return slots.clamp(min=0), _closed_unless(is_seen)
 
-    def _window(self, near: slice, slot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _window(
+        self, near: slice, slot: torch.Tensor, weights: HeadWeights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         slots = torch.arange(near.start, near.stop, device=self.device)[None]
         distance = slot - slots  # [queries, keys]
         is_near = (distance >= 0) & (distance <= self.part.window.left)
         bias = _closed_unless(is_near & self._is_ordinary(slots)[:, None, None])
-        span = self.part.attention_span()
-        if span is not None:
-            bias = bias + span_log_weight(span, distance.abs())
+        if weights.span is not None:
+            bias = bias + span_log_weight(weights.span, distance.abs())
         return slots[None], bias
 
-    def _blocks(self, slot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _blocks(
+        self, slot: torch.Tensor, weights: HeadWeights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         size, count = self.part.options.block_size, self.cache.most_blocks
         offset = torch.arange(size, device=self.device)
         blocks = self.cache.key_blocks[:, :, :count, None] * size + offset
         first = torch.tensor(self.first_slots, device=self.device)[:, None, None]
         slots = (blocks.flatten(2) + first).clamp(max=self.total - 1)  # [batch, heads, keys]
-        counts = torch.minimum(self.cache.counts, self.part.rank_limit())
+        assert weights.log_weights is not None and weights.rank_limit is not None
+        counts = torch.minimum(self.cache.counts, weights.rank_limit)
         is_used = torch.arange(count, device=self.device) < counts[..., None]
         is_seen = is_used.repeat_interleave(size, dim=2)
         is_seen = is_seen & self._is_ordinary(slots.flatten(1)).view_as(slots)
         is_outside = slot - slots[:, :, None] > self.part.window.left
-        bias = self.part.rank_bias(count).repeat_interleave(size, dim=1)[:, None]
+        bias = weights.log_weights[:, 1 : 1 + count].repeat_interleave(size, dim=1)[:, None]
         return slots, _closed_unless(is_seen[:, :, None] & is_outside) + bias
 
     def _is_ordinary(self, slots: torch.Tensor) -> torch.Tensor:

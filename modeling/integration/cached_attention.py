@@ -16,6 +16,7 @@ from adaptive_longformer.modeling.dense_attention import dense_attention
 from adaptive_longformer.modeling.head_budgets import NO_LIMIT
 from adaptive_longformer.modeling.padding import left_padding
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
+from adaptive_longformer.selection.head_weights import HeadWeights
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import select_blocks
 
@@ -134,14 +135,13 @@ class _PlainSelection:
         self.options, self.scale, self.device = options, scale, device
         self.window = SlidingWindow(window.left, 0)
 
-    def attention_span(self) -> None:
-        return None
+    def narrows(self) -> bool:
+        return False
 
-    def rank_limit(self) -> torch.Tensor:
-        return torch.tensor(NO_LIMIT, device=self.device)
-
-    def rank_bias(self, num_blocks: int) -> torch.Tensor:
-        return torch.zeros(1, num_blocks, device=self.device)
+    def weights(self, has_ranks: bool = True, has_window: bool = False) -> HeadWeights:
+        """All blocks count as the window does."""
+        log_weights = torch.zeros(1, 1 + self.options.num_blocks, device=self.device)
+        return HeadWeights(log_weights, torch.tensor(NO_LIMIT, device=self.device))
 
     def choose_next(
         self,

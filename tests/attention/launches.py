@@ -55,7 +55,7 @@ def launches():
         patch.setattr(JITFunction, "run", count)
         patch.setattr(torch.cuda, "device_of", contextlib.nullcontext)
         patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-        for module in ("exact", "lists", "select_blocks"):
+        for module in ("exact", "head_weights", "lists", "select_blocks"):
             name = f"adaptive_longformer.selection.{module}.why_no_triton"
             patch.setattr(name, lambda device: None)
         with _Counter(counts):

@@ -11,7 +11,7 @@ from adaptive_longformer.modeling.adaptive_selection import (
     selections,
     set_selection_strength,
 )
-from adaptive_longformer.modeling.head_budgets import BUDGET_RAMP, density_loss
+from adaptive_longformer.modeling.head_budgets import density_loss
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForSequenceClassification,
@@ -19,6 +19,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseModel,
 )
 from adaptive_longformer.patterns.block_layout import EntryFlag
+from adaptive_longformer.selection.head_weights import BUDGET_RAMP
 from adaptive_longformer.testing import (
     MODEL_CLASSES,
     assert_padding_changes_nothing,
@@ -117,7 +118,7 @@ def test_what_the_caller_changes_wins_over_the_checkpoint(tmp_path):
         for part in selections(loaded):
             assert part.strength == 0.5
             part.budget.data.fill_(1.0)
-            assert part.rank_limit().tolist() == [6] * 4
+            assert part.limits()[0] == [6] * 4
     # Nothing changed, but the two disagree, as after loading an older state.
     for part in selections(model):
         part.strength.fill_(0.75)
@@ -275,7 +276,7 @@ def test_entries_of_weight_zero_leave_the_list():
     with torch.no_grad():
         part.budget.copy_(torch.tensor([0.0, 0.25]))  # kappa 0 and 1
         _, reads = part(query, key)
-    assert part.rank_limit().tolist() == [1, 2]
+    assert part.limits()[0] == [1, 2]
     far = (reads.pattern_or_layout.flags & 32) != 0
     assert far.sum(dim=-1).amax(dim=-1).tolist() == [[1, 2]]
     expected = torch.log(torch.tensor([0.7 * (BUDGET_RAMP - 1) / BUDGET_RAMP])).item()
@@ -409,16 +410,16 @@ def test_density_is_the_share_of_what_may_be_read_from_everything_to_nothing():
         for parameter in (part.gate, part.budget, part.span):
             parameter.fill_(1.0)
         assert part.density().item() == pytest.approx(1.0)
-        assert part.rank_limit().tolist() == [4, 4]
+        assert part.limits()[0] == [4, 4]
         part.gate.fill_(0.1)  # weaker, and as many
         assert part.density().item() == pytest.approx(1.0)
         part.budget[0] = -1 / 4
         part.gate[1] = 0.0
-        assert part.rank_limit().tolist() == [0, 0]
+        assert part.limits()[0] == [0, 0]
         window, blocks = part.window.left + part.window.right, 4 * part.options.block_size
         assert part.density().item() == pytest.approx(window / (window + blocks))
         part.span.fill_(-100.0)
-        assert part.window_limit().tolist() == [0, 0]
+        assert part.limits()[1] == [0, 0]
         assert part.density().item() < 2 / (window + blocks)
 
 
@@ -442,7 +443,7 @@ def test_a_calibrated_window_ends_where_it_says_and_leaves_the_list(budget):
     query, key = torch.randn(2, 1, 2, 60, 4, dtype=torch.float64)
     with torch.no_grad():
         _, (layout, entry_bias, span) = part(query, key)
-    assert part.window_limit().tolist() == [0, 4]
+    assert part.limits()[1] == [0, 4]
     near = ((layout.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)
     assert near[0].tolist() == [[1] * 8, [2] + [3] * 6 + [2]]
     probabilities = attention_probabilities(query, key, layout, entry_bias=entry_bias, span=span)

@@ -14,8 +14,8 @@ def test_rank_limit_shortens_the_lists():
     selected = select_blocks(query, key, SlidingWindow(20), SMALL)
     layout, slots = selection_layout(selected, SlidingWindow(20), 400, SMALL, torch.tensor([0, 2]))
     layout.validate()
-    assert (slots[0, 0] == -1).all()
-    assert slots[0, 1].max() == 1
+    assert (slots[0, 0] == 0).all()
+    assert slots[0, 1].max() == 2
 
 
 def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
@@ -30,7 +30,7 @@ def test_window_entries_beyond_the_reach_of_a_head_leave_the_list():
     near = [((lists.flags & EntryFlag.WINDOW) != 0).sum(dim=-1)[0, 0] for lists in (layout, whole)]
     assert near[0].tolist() == [2] + [3] * 23 + [2] and (near[1] > 4).all()
     for row in range(25):
-        chosen_slots = [s[0, 0, row][s[0, 0, row] >= 0].tolist() for s in (slots, whole_slots)]
+        chosen_slots = [s[0, 0, row][s[0, 0, row] > 0].tolist() for s in (slots, whole_slots)]
         assert chosen_slots[0] == chosen_slots[1]
     span = AttentionSpan(reach + 1.0 - 5.0, 5.0)  # the ramp ends where the reach does
     expected = sparse_attention(query, key, value, whole, span=span, backend="reference")

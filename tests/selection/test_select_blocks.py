@@ -189,7 +189,7 @@ def test_blocks_for_the_whole_row_follow_the_direction():
     layout.validate()
     far = (layout.flags[0, 1, 20] & EntryFlag.SELECTED) != 0
     assert layout.key_blocks[0, 1, 20][far][-2:].tolist() == selected.global_blocks[0, 1].tolist()
-    assert slots[0, 1, 20][far].tolist() == [0, 1, 2, 3, 4]
+    assert slots[0, 1, 20][far].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_row_has_no_more_blocks_for_the_whole_row_than_blocks():

@@ -82,8 +82,10 @@ def test_calibrated_windows_change_no_output(backend, tmp_path, monkeypatch):
         assert [part.head_windows.tolist() for part in selections(loaded)] == result.head_windows
         assert torch.equal(loaded(**inputs).last_hidden_state, expected)
         # With every block of the whole window in the lists.
-        whole = torch.full((4,), 64)
-        monkeypatch.setattr(AdaptiveSelection, "window_limit", lambda part: whole)
+        weights, whole = AdaptiveSelection.weights, torch.full((4,), 64)
+        monkeypatch.setattr(
+            AdaptiveSelection, "weights", lambda *given: weights(*given)._replace(reach=whole)
+        )
         unpruned = model(**inputs).last_hidden_state
         torch.testing.assert_close(unpruned, expected, atol=1e-6, rtol=1e-6)
 
@@ -98,8 +100,8 @@ def test_what_is_calibrated_stays_closed_when_training_goes_on():
         for part in selections(model):
             part.budget.fill_(1.0)
             part.span.fill_(1.0)
-            assert part.rank_limit().tolist() == [1] * 4
-            assert part.window_limit().tolist() == [38] * 4
+            assert part.limits()[0] == [1] * 4
+            assert part.limits()[1] == [38] * 4
 
 
 def test_limits_that_the_caller_changes_win_over_those_of_the_checkpoint(tmp_path):
@@ -112,4 +114,4 @@ def test_limits_that_the_caller_changes_win_over_those_of_the_checkpoint(tmp_pat
     for part in selections(loaded):
         part.span.data.fill_(1.0)  # wide, so that the limit says where a window ends
         assert part.head_budgets.tolist() == [NO_LIMIT] * 4
-        assert part.head_windows.tolist() == part.window_limit().tolist() == [5, 6, 7, 8]
+        assert part.head_windows.tolist() == part.limits()[1] == [5, 6, 7, 8]
