@@ -117,7 +117,8 @@ class ExactChoice(NamedTuple):
     """What query blocks chose, best first; of blocks of the same rank the first one first.
 
     Attributes:
-        key_blocks: int32 [batch, heads, query_blocks, num_blocks]; 0 beyond the count.
+        key_blocks: int32 [batch, heads, query_blocks, num_blocks]; 0 beyond the count. In any order
+            where `log_dropped` was asked for.
         counts: int32 [batch, heads, query_blocks].
         mass: float, shape of key_blocks; 0 beyond the count.
         covered: float [batch, heads, query_blocks], the mass of what is read anyway: global tokens,

@@ -7,59 +7,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "bytes.h"
-#include "problem.h"
+#include "products.h"
 #include "threads.h"
 
 namespace adaptive {
 namespace {
 
-// Field by field the `_SelectArguments` of selection/compiled_select.py. Pointers may be null where a comment says so.
-struct SelectArguments {
-  int64_t batch, heads, key_heads, query_length, length, head_dim;
-  int64_t element_type;
-  int64_t uses_bytes;  // dot products of bytes with a scale per token instead of floats
-  // In tokens. A key stands for `tokens_per_key` of them, which divides block_size; there are num_keys, in which those
-  // of global tokens may follow those of the sequence.
-  int64_t query_block_size, block_size, tokens_per_key, num_keys;
-  int64_t num_selected;
-  int64_t num_rows, first_row;  // query blocks of the result, and those of the sequence before them
-  int64_t is_causal, left, right;
-  double scale;
-  int64_t num_threads;
-
-  RowTensor query, key;
-  const uint8_t* is_voter;  // [batch, length]: the tokens that vote; null: all
-  const float* counts_of_keys;  // [batch, num_keys], what a key counts; 0: it is in no block; null: 1
-  const int64_t* ends;  // [batch], one more than the last token that is not padding
-  // [batch, num_global], ascending, filled up with `length`, and the key of each.
-  const int64_t* global_positions;
-  const int64_t* global_keys;
-  int64_t num_global;
-
-  // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
-  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]. A count
-  // below 0, or null: all blocks are candidates, and nothing is in no list.
-  const int32_t* places;
-  const int32_t* place_counts;
-  int64_t rows_per_list, num_lists, max_places, blocks_per_place;
-  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null without places
-  const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
-  int64_t num_shared;
-
-  int32_t* key_blocks;  // [batch, heads, num_rows, num_selected], zeroed by the caller
-  int32_t* counts;      // [batch, heads, num_rows], zeroed
-  float* mass;          // as key_blocks, zeroed
-  float* covered;       // as counts, zeroed
-  float* share;         // [batch, heads, num_rows, blocks], zeroed; null: not wanted
-  // [batch, heads, query_length], the logarithm of what a query leaves neither chosen nor covered, of queries that vote;
-  // null: not wanted.
-  float* log_dropped;
-};
-
 constexpr int MAX_VECTORS = WIDTH == 16 ? 4 : 2;
-// Keys that meet the vectors of queries at a time: as many sums as registers hold.
-constexpr int MAX_SUMS = WIDTH == 16 ? 16 : 8;
 // So few query blocks with lists of candidates that their keys are packed and no others.
 constexpr int FEW_UNITS = 4;
 // A sum above this asks for another reference; what it then is stays finite for any number of keys.
@@ -122,128 +76,6 @@ ALWAYS_INLINE Floats sums_of_lanes(Floats (&values)[WIDTH]) {
     return values[0];
 }
 
-// The keys of one batch row by what they belong to: the members of block 0, 1, ..., then those of global tokens in groups
-// that the same query blocks may see.
-struct Entries {
-  int end, num_blocks;
-  std::vector<int32_t> keys;          // of entry 0, 1, ...
-  std::vector<int32_t> first;         // where an entry begins in `keys`; one more than there are entries
-  std::vector<int32_t> visible_from;  // the first query block that may see an entry
-
-  int count() const { return (int)visible_from.size(); }
-
-  Entries(const SelectArguments& call, int64_t batch)
-      : end((int)(call.is_causal ? call.length : call.ends[batch])),
-        num_blocks((int)((end + call.block_size - 1) / call.block_size)) {
-    const float* counts = call.counts_of_keys == nullptr ? nullptr : call.counts_of_keys + batch * call.num_keys;
-    const int64_t num_keys = (end + call.tokens_per_key - 1) / call.tokens_per_key;
-    const int64_t per_block = call.block_size / call.tokens_per_key;
-    for (int64_t block = 0; block < num_blocks; block++) {
-      begin(call.is_causal ? ((block + 1) * call.block_size + call.query_block_size - 1) / call.query_block_size : 0);
-      for (int64_t key = block * per_block; key < std::min((block + 1) * per_block, num_keys); key++)
-        if (counts == nullptr || counts[key] > 0.0f) keys.push_back((int32_t)key);
-    }
-    int64_t group = -1;
-    for (int64_t i = batch * call.num_global; i < (batch + 1) * call.num_global; i++) {
-      if (call.global_positions[i] >= call.length) continue;
-      const int64_t from = call.is_causal ? call.global_positions[i] / call.query_block_size + 1 : 0;
-      if (from != group) begin(group = from);
-      keys.push_back((int32_t)call.global_keys[i]);
-    }
-    first.push_back((int32_t)keys.size());
-  }
-
- private:
-  void begin(int64_t from) {
-    first.push_back((int32_t)keys.size());
-    visible_from.push_back((int32_t)from);
-  }
-};
-
-// A row of a tensor as four-byte words: floats, or bytes of a scale of their own.
-struct RowPacker {
-  const SelectArguments& call;
-  const int64_t width;
-  Buffer<float> row;  // [width], zeros at the end
-  Buffer<int32_t> bytes;
-
-  explicit RowPacker(const SelectArguments& arguments)
-      : call(arguments), width(round_up((int)call.head_dim, WIDTH)), row(width), bytes(width) {
-    std::fill_n(row.data(), width, 0.0f);
-  }
-
-  // Loads a row; false if it holds NaN or an infinity.
-  bool load(const RowTensor& tensor, int64_t batch, int64_t head, int64_t position) {
-    load_row(row.data(), tensor, row_offset(tensor, batch, head, position), (int)call.head_dim, call.element_type);
-    Floats nothing = {};  // becomes NaN at the first element that is not finite
-    for (int64_t i = 0; i < width; i += WIDTH) nothing += adaptive::load<Floats>(row.data() + i) * 0.0f;
-    return horizontal_sum(nothing) == 0.0f;
-  }
-
-  // Stores the row as bytes of at most `limit`, with `zero` added, words `stride` apart. Returns their scale and sets the
-  // sum of the bytes without `zero`.
-  float store_bytes(int32_t* words, int64_t stride, int limit, int zero, int32_t& sum) {
-    Floats largest = {};
-    for (int64_t i = 0; i < width; i += WIDTH) {
-      const Floats element = adaptive::load<Floats>(row.data() + i);
-      largest = maximum(maximum(element, -element), largest);
-    }
-    const float size = horizontal_maximum(largest);
-    const float factor = size > 0.0f ? (float)limit / size : 0.0f;
-    Ints sums = {};
-    for (int64_t i = 0; i < width; i += WIDTH) {
-      // Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
-      const Floats rounded = adaptive::load<Floats>(row.data() + i) * factor + 12582912.0f;
-      const Ints whole = (Ints)rounded - 0x4B400000;
-      sums += whole;
-      store(bytes.data() + i, (whole + zero) & 255);
-    }
-    sum = 0;
-    for (int lane = 0; lane < WIDTH; lane++) sum += sums[lane];
-    const int32_t* byte = bytes.data();
-    for (int64_t i = 0; i < call.head_dim; i += 4)
-      words[i / 4 * stride] = byte[i] | byte[i + 1] << 8 | byte[i + 2] << 16 | byte[i + 3] << 24;
-    return size / (float)limit;
-  }
-};
-
-// The keys of one key head, entry by entry: words [keys, depth] and what belongs to each.
-template <typename Word>
-struct Keys {
-  int64_t depth;
-  std::vector<Word> words;
-  std::vector<float> scale;
-  std::vector<int32_t> start;  // what a sum of products of bytes begins with: the queries' bytes are 128 too large
-  std::vector<float> count;    // of tokens that a key stands for
-  std::vector<uint8_t> is_open;  // whether an entry is wanted and has keys, and only finite ones
-
-  Keys(const SelectArguments& call, const Entries& entries, const std::vector<uint8_t>& is_wanted, int64_t batch,
-       int64_t key_head, int64_t words_per_row)
-      : depth(words_per_row), count(entries.keys.size(), 1.0f), is_open(entries.count()) {
-    constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
-    words.resize(count.size() * depth);
-    if (IS_BYTES) scale.resize(count.size()), start.resize(count.size());
-    RowPacker packer(call);
-    for (int entry = 0; entry < entries.count(); entry++) {
-      is_open[entry] = is_wanted[entry] && entries.first[entry] < entries.first[entry + 1];
-      if (!is_open[entry]) continue;
-      for (int index = entries.first[entry]; index < entries.first[entry + 1]; index++) {
-        const int32_t key = entries.keys[index];
-        if (!packer.load(call.key, batch, key_head, key)) is_open[entry] = false;
-        if constexpr (IS_BYTES) {
-          int32_t sum;
-          scale[index] = packer.store_bytes(&words[index * depth], 1, SIGNED_LIMIT, 0, sum);
-          start[index] = -128 * sum;
-        } else {
-          std::copy_n(packer.row.data(), depth, &words[index * depth]);
-        }
-        if (entry < entries.num_blocks && call.counts_of_keys != nullptr)
-          count[index] = call.counts_of_keys[batch * call.num_keys + key];
-      }
-    }
-  }
-};
-
 // Query blocks that meet the same keys, and what one thread sums up for them. Vectors of queries lie one after the
 // other; a query block begins with a vector of its own.
 template <typename Word>
@@ -257,19 +89,45 @@ struct Unit {
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
   Buffer<float> sums;    // [vectors, entries, WIDTH], and WIDTH entries behind
   Buffer<float> shares;  // [entries]
-  std::vector<uint64_t> ranking;
+  std::vector<int32_t> kept;     // what a query block reads of the entries, by their places
   std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
 };
 
+// Where products are added up.
 template <typename Word>
+struct InRegisters {
+  using Element = Word;
+  template <int VECTORS>
+  using Products = RegisterProducts<Word, VECTORS>;
+  struct Sizes {
+    explicit Sizes(int64_t) {}
+  };
+  static constexpr int QUERY_ZERO = 128;  // what is added to the bytes of queries
+  static constexpr int MOST_WORDS = 1;    // longer rows of words are multiples of it
+};
+
+#if HAS_TILES
+struct InTiles {
+  using Element = int32_t;
+  template <int VECTORS>
+  using Products = TileProducts<VECTORS>;
+  using Sizes = TileSizes;
+  static constexpr int QUERY_ZERO = 0;
+  static constexpr int MOST_WORDS = TileSizes::SIDE;
+};
+#endif
+
+template <typename Site>
 class Selection {
  public:
+  using Word = typename Site::Element;
+  template <int VECTORS>
+  using Products = typename Site::template Products<VECTORS>;
   static constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
-  using Vector = typename std::conditional<IS_BYTES, Ints, Floats>::type;
 
   explicit Selection(const SelectArguments& arguments)
       : call(arguments),
-        depth(IS_BYTES ? (call.head_dim + 3) / 4 : call.head_dim),
+        depth(words_per_row(call)),
         row_vectors((int)((call.query_block_size + WIDTH - 1) / WIDTH)),
         unit_rows(call.places != nullptr ? (int)call.rows_per_list : std::max(1, MAX_VECTORS / row_vectors)) {}
 
@@ -287,10 +145,10 @@ class Selection {
         const std::vector<uint8_t> is_wanted = wanted_entries(entries[batch], batch, key_head, (int)units);
         keys[task] = std::make_unique<Keys<Word>>(call, entries[batch], is_wanted, batch, key_head, depth);
       });
-      parallel_tasks(members * shared * units, call.num_threads, [&](int64_t task) {
+      parallel_tasks<Unit<Word>>(members * shared * units, call.num_threads, [&](int64_t task, Unit<Word>& unit) {
         const int64_t member = task / (shared * units), key_head = (first + member) % call.key_heads;
         const int64_t batch = (first + member) / call.key_heads, head = key_head * shared + task / units % shared;
-        choose(entries[batch], *keys[member], batch, head, (int)(task % units * unit_rows));
+        choose(entries[batch], *keys[member], batch, head, (int)(task % units * unit_rows), unit);
       });
     }
   }
@@ -299,6 +157,11 @@ class Selection {
   const SelectArguments& call;
   const int64_t depth;
   const int row_vectors, unit_rows;
+
+  static int64_t words_per_row(const SelectArguments& call) {
+    const int64_t words = IS_BYTES ? (call.head_dim + 3) / 4 : call.head_dim;
+    return words > Site::MOST_WORDS ? round_up((int)words, Site::MOST_WORDS) : words;
+  }
 
   // What any query block meets. Many together meet nearly everything; in cached decoding there is one.
   std::vector<uint8_t> wanted_entries(const Entries& entries, int64_t batch, int64_t key_head, int units) const {
@@ -316,12 +179,13 @@ class Selection {
     return is_wanted;
   }
 
-  void choose(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row) const {
-    static thread_local Unit<Word> unit;
+  void choose(const Entries& entries, const Keys<Word>& keys, int64_t batch, int64_t head, int first_row,
+              Unit<Word>& unit) const {
     const int rows = std::min(unit_rows, (int)call.num_rows - first_row);
     list_entries(entries, keys.is_open, batch, head, first_row, rows, unit);
     if (unit.entries.empty()) return;
     load_queries(batch, head, first_row, rows, unit);
+    const typename Site::Sizes sizes(depth);
     const int vectors = rows * row_vectors;
     int vector = 0;
     while (vector < vectors) {
@@ -390,7 +254,7 @@ class Selection {
     unit.query.reserve(vectors * depth * WIDTH);
     unit.scale.reserve(vectors * WIDTH), unit.voter.reserve(vectors * WIDTH), unit.reference.reserve(vectors * WIDTH);
     unit.total.reserve(vectors * WIDTH);
-    unit.shares.reserve(unit.entries.size());
+    unit.shares.reserve(unit.entries.size() + WIDTH);
     const int64_t num_sums = ((int64_t)vectors * unit.entries.size() + WIDTH) * WIDTH;
     unit.sums.reserve(num_sums);
     unit.row_of.assign(vectors, 0);
@@ -416,7 +280,7 @@ class Selection {
         if constexpr (IS_BYTES) {
           int32_t sum;
           unit.scale.data()[vector * WIDTH + lane] =
-              packer.store_bytes(words + lane, (int64_t)group * WIDTH, 127, 128, sum) * factor;
+              packer.store_bytes(words + lane, (int64_t)group * WIDTH, 127, Site::QUERY_ZERO, sum) * factor;
         } else {
           for (int64_t i = 0; i < depth; i++) words[i * group * WIDTH + lane] = packer.row.data()[i] * factor;
         }
@@ -425,95 +289,52 @@ class Selection {
     }
   }
 
-  // Calls visit(key, vector, score in base 2) for KEYS keys and VECTORS vectors of queries.
-  template <int VECTORS, int KEYS, typename Visit>
-  ALWAYS_INLINE void meet(const Keys<Word>& keys, int64_t first, const Word* query, const float* query_scale,
-                          const Visit& visit) const {
-    const Word* words = keys.words.data() + first * depth;
-    Vector sums[KEYS][VECTORS];
-#pragma GCC unroll 16
-    for (int key = 0; key < KEYS; key++)
-#pragma GCC unroll 4
-      for (int vector = 0; vector < VECTORS; vector++) {
-        if constexpr (IS_BYTES)
-          sums[key][vector] = broadcast(keys.start[first + key]);
-        else
-          sums[key][vector] = Vector{};
-      }
-    for (int64_t i = 0; i < depth; i++) {
-      Vector left[VECTORS];
-#pragma GCC unroll 4
-      for (int vector = 0; vector < VECTORS; vector++) left[vector] = load<Vector>(query + (i * VECTORS + vector) * WIDTH);
-#pragma GCC unroll 16
-      for (int key = 0; key < KEYS; key++)
-#pragma GCC unroll 4
-        for (int vector = 0; vector < VECTORS; vector++)
-          add_product(sums[key][vector], left[vector], words[key * depth + i]);
-    }
-#pragma GCC unroll 16
-    for (int key = 0; key < KEYS; key++)
-#pragma GCC unroll 4
-      for (int vector = 0; vector < VECTORS; vector++) {
-        if constexpr (IS_BYTES)
-          visit(first + key, vector,
-                __builtin_convertvector(sums[key][vector], Floats) * keys.scale[first + key] *
-                    load<Floats>(query_scale + vector * WIDTH));
-        else
-          visit(first + key, vector, sums[key][vector]);
-      }
-  }
-
-  // The same for all keys from `first` to `last`.
-  template <int VECTORS, typename Visit>
-  ALWAYS_INLINE void meet_all(const Keys<Word>& keys, int64_t first, int64_t last, const Word* query,
-                              const float* query_scale, const Visit& visit) const {
-    constexpr int KEYS = MAX_SUMS / VECTORS;
-    for (; first + KEYS <= last; first += KEYS) meet<VECTORS, KEYS>(keys, first, query, query_scale, visit);
-    for (; first < last; first++) meet<VECTORS, 1>(keys, first, query, query_scale, visit);
-  }
-
-  // Sums of a group of vectors over as many entries of one key each as registers hold, from entry i on; false if these
-  // are no such entries in a row, or a query needs another reference.
+  // Sums of a group of vectors over several entries of one key each, from entry i on; how many there were, 0 if these are
+  // no such entries in a row, or a query needs another reference.
   template <int VECTORS>
-  ALWAYS_INLINE bool meet_single_keys(const Entries& entries, const Keys<Word>& keys, int vector, int64_t i,
-                                      Unit<Word>& unit) const {
-    constexpr int KEYS = MAX_SUMS / VECTORS;
+  ALWAYS_INLINE int meet_single_keys(const Entries& entries, const Keys<Word>& keys, int vector, int64_t i,
+                                     Products<VECTORS>& products, Unit<Word>& unit) const {
     const int64_t num_entries = (int64_t)unit.entries.size(), stride = num_entries * WIDTH;
-    const int entry = unit.entries[i];
-    if (i + KEYS > num_entries || unit.entries[i + KEYS - 1] != entry + KEYS - 1) return false;
-    const int first = entries.first[entry];
-    if (entries.first[entry + KEYS] != first + KEYS) return false;
+    const int entry = unit.entries[i], first = entries.first[entry];
+    int count = (int)std::min<int64_t>(Products<VECTORS>::KEYS, num_entries - i);
+    while (count > 0 && (unit.entries[i + count - 1] != entry + count - 1 || entries.first[entry + count] != first + count))
+      count--;
+    if (count <= 1) return 0;
     Floats reference[VECTORS], largest = {};
     for (int v = 0; v < VECTORS; v++) reference[v] = load<Floats>(unit.reference.data() + (vector + v) * WIDTH);
     float* sums = unit.sums.data() + vector * stride + i * WIDTH;
-    meet<VECTORS, KEYS>(keys, first, unit.query.data() + vector * depth * WIDTH, unit.scale.data() + vector * WIDTH,
-                        [&](int64_t key, int v, Floats score) {
-                          const Floats mass = power(score - reference[v], Word()) * keys.count[key];
-                          largest = maximum(largest, mass);
-                          store(sums + v * stride + (key - first) * WIDTH, mass);
-                        });
-    return !any_above(largest, SUM_LIMIT);
+    products.meet(first, first + count, first_key(entries, unit, i + count), [&](int64_t key, int v, Floats score) {
+      const Floats mass = power(score - reference[v], Word()) * keys.count[key];
+      largest = maximum(largest, mass);
+      store(sums + v * stride + (key - first) * WIDTH, mass);
+    });
+    return any_above(largest, SUM_LIMIT) ? 0 : count;
+  }
+
+  // The first key of entry i; any other where there is no such entry.
+  static int64_t first_key(const Entries& entries, const Unit<Word>& unit, int64_t i) {
+    return i < (int64_t)unit.entries.size() ? entries.first[unit.entries[i]] : 0;
   }
 
   // Sums of a group of vectors over all entries.
   template <int VECTORS>
   void scan(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
     const int64_t num_entries = (int64_t)unit.entries.size(), stride = num_entries * WIDTH;
-    const Word* query = unit.query.data() + vector * depth * WIDTH;
-    const float* query_scale = unit.scale.data() + vector * WIDTH;
+    Products<VECTORS> products(keys, unit.query.data() + vector * depth * WIDTH, unit.scale.data() + vector * WIDTH);
     float* sums = unit.sums.data() + vector * stride;
+    raise<VECTORS>(entries, vector, 0, products, unit);
     for (int64_t i = 0; i < num_entries; i++) {
       const int entry = unit.entries[i];
       const int first = entries.first[entry], last = entries.first[entry + 1];
-      if (i == 0) raise<VECTORS>(entries, keys, vector, 0, unit);
-      if (meet_single_keys<VECTORS>(entries, keys, vector, i, unit)) {
-        i += MAX_SUMS / VECTORS - 1;
-        continue;
-      }
+      if (last == first + 1)
+        if (const int count = meet_single_keys<VECTORS>(entries, keys, vector, i, products, unit)) {
+          i += count - 1;
+          continue;
+        }
       for (bool is_again = false;; is_again = true) {
         Floats reference[VECTORS], sum[VECTORS] = {};
         for (int v = 0; v < VECTORS; v++) reference[v] = load<Floats>(unit.reference.data() + (vector + v) * WIDTH);
-        meet_all<VECTORS>(keys, first, last, query, query_scale, [&](int64_t key, int v, Floats score) {
+        products.meet(first, last, first_key(entries, unit, i + 1), [&](int64_t key, int v, Floats score) {
           const Floats mass = power(score - reference[v], Word());
           sum[v] += mass * keys.count[key];
         });
@@ -525,7 +346,7 @@ class Selection {
           store(sums + v * stride + i * WIDTH, sum[v]);
         }
         if (is_again || !any_above(largest, SUM_LIMIT)) break;
-        raise<VECTORS>(entries, keys, vector, i, unit);
+        raise<VECTORS>(entries, vector, i, products, unit);
       }
     }
   }
@@ -534,15 +355,15 @@ class Selection {
   // A whole number, so that what was summed up before is scaled without rounding. It depends on no other query, nor on
   // keys that the query block may not see.
   template <int VECTORS>
-  __attribute__((noinline)) void raise(const Entries& entries, const Keys<Word>& keys, int vector, int64_t i,
+  __attribute__((noinline)) void raise(const Entries& entries, int vector, int64_t i, Products<VECTORS>& products,
                                        Unit<Word>& unit) const {
     const int entry = unit.entries[i];
     const int64_t num_entries = (int64_t)unit.entries.size();
     Floats maxima[VECTORS];
     for (Floats& maximum : maxima) maximum = broadcast(-INFINITE);
-    meet_all<VECTORS>(keys, entries.first[entry], entries.first[entry + 1], unit.query.data() + vector * depth * WIDTH,
-                      unit.scale.data() + vector * WIDTH,
-                      [&](int64_t, int v, Floats score) { maxima[v] = maximum(score, maxima[v]); });
+    const int64_t first = entries.first[entry];
+    products.meet(first, entries.first[entry + 1], first,
+                  [&](int64_t, int v, Floats score) { maxima[v] = maximum(score, maxima[v]); });
     for (int v = 0; v < VECTORS; v++) {
       if (entries.visible_from[entry] > unit.row_of[vector + v]) continue;
       for (int lane = 0; lane < WIDTH; lane++) {
@@ -551,11 +372,11 @@ class Selection {
         float& reference = unit.reference.data()[(vector + v) * WIDTH + lane];
         if (i > 0 && !(sums[i * WIDTH] > SUM_LIMIT)) continue;
         const float raised = std::ceil(std::min(maxima[v][lane], std::numeric_limits<float>::max()));
-        const float factor = std::exp2(reference - raised);
-        reference = raised;
-        for (int64_t before = 0; before < i; before++) {
-          sums[before * WIDTH] *= factor;
+        if (i > 0) {
+          const float factor = std::exp2(reference - raised);
+          for (int64_t before = 0; before < i; before++) sums[before * WIDTH] *= factor;
         }
+        reference = raised;
       }
     }
   }
@@ -578,58 +399,75 @@ class Selection {
       for (int64_t i = 0; i < blocks; i++)
         call.share[result * ((call.length + call.block_size - 1) / call.block_size) + unit.entries[i]] = shares[i];
 
+    unit.kept.clear();
+    const auto keep = [&](int64_t i) { unit.kept.push_back((int32_t)i); };
     const auto cover = [&](int64_t i) {
       call.covered[result] += shares[i];
-      if (call.log_dropped != nullptr) take(i, first_vector, unit);
       shares[i] = 0.0f;
+      keep(i);
     };
     int64_t first_covered, last_covered;
     covered(entries, number, first_covered, last_covered);
+    const auto last = begin + blocks;
+    for (auto place = std::lower_bound(begin, last, first_covered); place < last && *place <= last_covered; place++)
+      cover(place - begin);
     const int32_t* shared = call.shared_blocks + (batch * call.heads + head) * call.num_shared;
-    for (int64_t i = 0; i < blocks; i++) {
-      const int entry = unit.entries[i];
-      if ((entry >= first_covered && entry <= last_covered) ||
-          (call.num_shared > 0 && std::find(shared, shared + call.num_shared, entry) != shared + call.num_shared))
-        cover(i);
+    for (int64_t i = 0; i < call.num_shared; i++) {
+      const auto place = std::lower_bound(begin, last, shared[i]);
+      if (place < last && *place == shared[i] && (*place < first_covered || *place > last_covered)) cover(place - begin);
     }
     for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
 
-    // By what blocks are ranked: the bits of a positive float, then lower numbers first.
-    unit.ranking.resize(blocks);
-    uint64_t* const ranks = unit.ranking.data();
-    const float least = least_chosen(shares, blocks);
-    int64_t candidates = 0;
+    const int64_t num_covered = (int64_t)unit.kept.size();
+    const int32_t least = least_chosen(shares, blocks);
+    unit.kept.resize(num_covered + blocks + 1);
+    int32_t* next = unit.kept.data() + num_covered;
+    int32_t* const limit = next + call.num_selected;
     for (int64_t i = 0; i < blocks; i++) {
-      uint32_t bits;
-      std::memcpy(&bits, shares + i, 4);
-      ranks[candidates] = (uint64_t)bits << 32 | (uint32_t)~i;
-      candidates += shares[i] > 0.0f && shares[i] >= least;  // not NaN
+      *next = (int32_t)i;
+      next += bits_of(shares[i]) > least;
     }
-
-    const int64_t count = call.counts[result] = (int32_t)std::min(call.num_selected, candidates);
-    const auto ranking = unit.ranking.begin();
-    std::nth_element(ranking, ranking + count, ranking + candidates, std::greater<uint64_t>());
-    std::sort(ranking, ranking + count, std::greater<uint64_t>());
+    // Of those that are as good as the last one the first ones.
+    for (int64_t i = 0; i < blocks && next < limit; i++)
+      if (bits_of(shares[i]) == least) *next++ = (int32_t)i;
+    unit.kept.resize(next - unit.kept.data());
+    const auto chosen = unit.kept.begin() + num_covered;
+    // A finer stage asks for what is dropped, and not for the order.
+    if (call.log_dropped == nullptr)
+      std::sort(chosen, unit.kept.end(),
+                [&](int32_t a, int32_t b) { return shares[a] != shares[b] ? shares[a] > shares[b] : a < b; });
+    const int64_t count = call.counts[result] = (int32_t)(unit.kept.end() - chosen);
     for (int64_t place = 0; place < count; place++) {
-      const int64_t i = (uint32_t)~ranking[place];
-      call.key_blocks[result * call.num_selected + place] = unit.entries[i];
-      call.mass[result * call.num_selected + place] = shares[i];
-      if (call.log_dropped != nullptr) take(i, first_vector, unit);
+      call.key_blocks[result * call.num_selected + place] = unit.entries[chosen[place]];
+      call.mass[result * call.num_selected + place] = shares[chosen[place]];
     }
     if (call.log_dropped != nullptr) store_dropped(batch, head, first_row, row, unit);
   }
 
-  // At least `num_selected` shares are not below it, if there are as many: the least of the maxima of as many groups.
-  float least_chosen(const float* shares, int64_t blocks) const {
-    const int64_t groups = round_up((int)call.num_selected, WIDTH), rows = blocks / groups;
-    if (rows < 2) return 0.0f;
-    Floats least = broadcast(-INFINITE);  // with the other sign
-    for (int64_t group = 0; group < groups; group += WIDTH) {
-      Floats largest = {};
-      for (int64_t row = 0; row < rows; row++) largest = maximum(load<Floats>(shares + row * groups + group), largest);
-      least = maximum(-largest, least);
+  static int32_t bits_of(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+  }
+
+  // The bits of the least share that is chosen; 1, those of the least positive float, where all positive ones are.
+  // Sets to 0 what is not positive, and what lies behind the last share up to the end of its vector.
+  int32_t least_chosen(float* shares, int64_t blocks) const {
+    int32_t least = 0;
+    for (int64_t i = blocks; i % WIDTH != 0; i++) shares[i] = 0.0f;
+    for (int64_t i = 0; i < blocks; i += WIDTH) {
+      const Floats share = load<Floats>(shares + i);
+      store(shares + i, zero_unless(share > 0.0f, share));  // not NaN
     }
-    return -horizontal_maximum(least);
+    for (int bit = 30; bit >= 0 && blocks > call.num_selected; bit--) {
+      const Ints raised = broadcast((least | 1 << bit) - 1);
+      Ints below = {};
+      for (int64_t i = 0; i < blocks; i += WIDTH) below += load<Ints>(shares + i) > raised;
+      const int32_t count = -horizontal_sum(below);
+      if (count >= call.num_selected) least |= 1 << bit;
+      if (count == call.num_selected) break;
+    }
+    return std::max(least, 1);
   }
 
   // Turns voters into what one unit of their sums adds to the mean; false if nobody votes.
@@ -677,22 +515,20 @@ class Selection {
     }
   }
 
-  // Takes what queries find in entry i out of their totals.
-  void take(int64_t i, int first_vector, Unit<Word>& unit) const {
-    for (int vector = first_vector; vector < first_vector + row_vectors; vector++) {
-      float* total = unit.total.data() + vector * WIDTH;
-      store(total, load<Floats>(total) -
-                       load<Floats>(unit.sums.data() + (vector * (int64_t)unit.entries.size() + i) * WIDTH));
-    }
-  }
-
+  // The logarithms of what queries find, but not in the entries that are kept.
   void store_dropped(int64_t batch, int64_t head, int first_row, int row, const Unit<Word>& unit) const {
     const int64_t first = (first_row + row - call.is_causal) * call.query_block_size;
     float* log_dropped = call.log_dropped + (batch * call.heads + head) * call.query_length;
-    for (int lane = 0; lane < call.query_block_size; lane++) {
-      const int64_t place = (int64_t)row * row_vectors * WIDTH + lane;
-      if (unit.voter.data()[place] > 0.0f && unit.total.data()[place] > 0.0f)
-        log_dropped[first + lane] = std::log(unit.total.data()[place]) + unit.reference.data()[place] * LN_2;
+    for (int in_row = 0; in_row < row_vectors; in_row++) {
+      const int64_t vector = (int64_t)row * row_vectors + in_row;
+      const float* sums = unit.sums.data() + vector * (int64_t)unit.entries.size() * WIDTH;
+      Floats kept = {};
+      for (const int32_t i : unit.kept) kept += load<Floats>(sums + (int64_t)i * WIDTH);
+      const Floats dropped = load<Floats>(unit.total.data() + vector * WIDTH) - kept;
+      for (int lane = 0; lane < WIDTH; lane++)
+        if (unit.voter.data()[vector * WIDTH + lane] > 0.0f && dropped[lane] > 0.0f)
+          log_dropped[first + in_row * WIDTH + lane] =
+              std::log(dropped[lane]) + unit.reference.data()[vector * WIDTH + lane] * LN_2;
     }
   }
 
@@ -745,10 +581,14 @@ bool places_are_valid(const SelectArguments& call) {
 extern "C" int32_t adaptive_select(const adaptive::SelectArguments* arguments) {
   if (!adaptive::places_are_valid(*arguments)) return adaptive::BAD_LISTS;
   try {
-    if (arguments->uses_bytes)
-      adaptive::Selection<int32_t>(*arguments).run();
+    if (!arguments->uses_bytes)
+      adaptive::Selection<adaptive::InRegisters<float>>(*arguments).run();
+#if HAS_TILES
+    else if (adaptive::may_use_tiles())
+      adaptive::Selection<adaptive::InTiles>(*arguments).run();
+#endif
     else
-      adaptive::Selection<float>(*arguments).run();
+      adaptive::Selection<adaptive::InRegisters<int32_t>>(*arguments).run();
   } catch (const std::bad_alloc&) {
     return adaptive::OUT_OF_MEMORY;
   }

@@ -24,6 +24,7 @@ constexpr int WIDTH = VECTOR_FLOATS;
 
 typedef float Floats __attribute__((vector_size(4 * VECTOR_FLOATS)));
 typedef int32_t Ints __attribute__((vector_size(4 * VECTOR_FLOATS)));
+typedef int8_t Bytes __attribute__((vector_size(VECTOR_FLOATS)));
 typedef uint32_t Words __attribute__((vector_size(4 * VECTOR_FLOATS)));
 
 inline int round_up(int count, int multiple) {
@@ -52,6 +53,14 @@ ALWAYS_INLINE Floats zero_unless(Ints mask, Floats value) { return (Floats)((Int
 
 ALWAYS_INLINE float horizontal_sum(Floats value) {
   float lanes[WIDTH];
+  store(lanes, value);
+  for (int half = WIDTH / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+ALWAYS_INLINE int32_t horizontal_sum(Ints value) {
+  int32_t lanes[WIDTH];
   store(lanes, value);
   for (int half = WIDTH / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
