@@ -1,7 +1,6 @@
 """Means of keys over runs of tokens: what coarser stages and learned directions see."""
 
 import torch
-from torch.nn import functional as F
 
 
 def run_means(
@@ -22,17 +21,34 @@ def run_means(
     tensor = tensor.to(dtype)
     if counts is None:
         counts = tensor.new_ones(1, tensor.shape[2])
+        sums = sum_runs(tensor, 2, size)
+    elif counts.dtype == torch.bool and tensor.device.type == "cpu":
+        sums = _sums_of_members(tensor, counts, size)
     else:
-        counts = counts.to(dtype)
-        weights = counts[:, None, :, None]
-        # In place, as a second copy of long documents takes longer than all else here.
-        tensor = tensor.masked_fill(weights == 0, 0.0).mul_(weights)
-    counts = sum_runs(counts, 1, size)
-    return sum_runs(tensor, 2, size) / counts.clamp(min=1.0)[:, None, :, None], counts
+        weights = counts.to(dtype)[:, None, :, None]
+        sums = sum_runs(tensor.masked_fill(weights == 0, 0.0).mul_(weights), 2, size)
+    counts = sum_runs(counts.to(dtype), 1, size)
+    return sums / counts.clamp(min=1.0)[:, None, :, None], counts
 
 
 def sum_runs(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Sums over consecutive runs of `size` along a dimension; the last run may be shorter."""
-    if filler := -tensor.shape[dim] % size:
-        tensor = F.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, filler])
-    return tensor.unflatten(dim, (-1, size)).sum(dim=dim + 1)
+    whole, rest = tensor.split([tensor.shape[dim] // size * size, tensor.shape[dim] % size], dim)
+    sums = whole.unflatten(dim, (-1, size)).sum(dim=dim + 1)
+    return torch.cat([sums, rest.sum(dim, keepdim=True)], dim) if rest.shape[dim] else sums
+
+
+def _sums_of_members(tensor: torch.Tensor, is_member: torch.Tensor, size: int) -> torch.Tensor:
+    """Sums over runs of the rows that are members. A copy of all rows without the others would take
+    most of the time: only few runs hold some of either kind.
+    """
+    sums = sum_runs(tensor, 2, size)
+    counts = sum_runs(is_member.int(), 1, size)
+    sums.masked_fill_((counts == 0)[:, None, :, None], 0.0)
+    batch, run = ((counts > 0) & (counts < size)).nonzero(as_tuple=True)
+    row = run[:, None] * size + torch.arange(size)
+    is_row, row = row < tensor.shape[2], row.clamp(max=tensor.shape[2] - 1)
+    is_row &= is_member[batch[:, None], row]
+    rows = tensor.movedim(1, 2)[batch[:, None], row]  # [runs, size, heads, head_dim]
+    sums.movedim(1, 2)[batch, run] = rows.masked_fill(~is_row[..., None, None], 0.0).sum(dim=1)
+    return sums
