@@ -55,7 +55,8 @@ def head_weights_kernel(numbers, num_blocks, radius, results, COLUMNS: tl.conste
     weight = _budget_weight(tl.load(budget + head).to(dtype), num_blocks, column)
     weight = tl.clamp(weight, 0.0, 1.0) * opening
     is_rank = (column > 0) & (column <= num_blocks)
-    log_weight = tl.where(is_rank, tl.log(tl.maximum(weight, _MIN_WEIGHT)), 0.0)
+    least = tl.full([], _MIN_WEIGHT, dtype)  # some versions of Triton round a literal to float32
+    log_weight = tl.where(is_rank, tl.log(tl.maximum(weight, least)), 0.0)
     tl.store(log_weights + head * (1 + num_blocks) + column, log_weight, mask=column <= num_blocks)
     limit = tl.sum((is_rank & (weight > 0)).to(tl.int64), 0)
     tl.store(rank_limit + head, tl.minimum(limit, tl.load(head_budgets + head)))
@@ -85,7 +86,8 @@ def head_gradients_kernel(numbers, num_blocks, radius, grads, results, COLUMNS: 
     of_gate = tl.zeros([COLUMNS], dtype)
     of_budget = tl.zeros([COLUMNS], dtype)
     if grad_weights is not None:
-        is_rank = (column > 0) & (column <= num_blocks) & (weight * opening >= _MIN_WEIGHT)
+        least = tl.full([], _MIN_WEIGHT, dtype)
+        is_rank = (column > 0) & (column <= num_blocks) & (weight * opening >= least)
         pointer = grad_weights + head * (1 + num_blocks) + column
         # Of the weight, not of its logarithm.
         grad = tl.load(pointer, mask=is_rank, other=0.0)
