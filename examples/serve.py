@@ -81,12 +81,12 @@ def create_app(folder: str, max_tokens: int = 16384) -> FastAPI:
 
 
 if __name__ == "__main__":
-    import uvicorn
-
     parser = argparse.ArgumentParser(description="Serve a long-document classifier.")
     parser.add_argument("model", help="checkpoint folder or hub id")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a batch, with padding")
     args = parser.parse_args()
+    import uvicorn
+
     uvicorn.run(create_app(args.model, args.max_tokens), host=args.host, port=args.port)

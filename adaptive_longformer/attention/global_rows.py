@@ -179,9 +179,9 @@ class _Rows:
             if grad_mass is not None:
                 grad_probabilities += self.as_rows(grad_mass)[:, :, chunk]
             grad_probabilities = self.drop(grad_probabilities, chunk)
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_probabilities, probabilities, -1, probabilities.dtype
-            ).addcmul_(probabilities, grad_lse[:, :, chunk])
+            # Torch's own backward of softmax depends on the number of threads.
+            inner = (grad_probabilities * probabilities).sum(dim=-1, keepdim=True)
+            grad_scores = probabilities * (grad_probabilities - (inner - grad_lse[:, :, chunk]))
             grad_query.append(grad_scores @ self.key)
             of_key, of_value = grad_scores.mT @ self.query[:, :, chunk], dropped.mT @ grad
             grad_key = of_key if grad_key is None else grad_key.add_(of_key)
