@@ -100,13 +100,18 @@ def contestants(kind: str) -> list[str]:
     return [*OURS[kind], *DENSE[kind]]
 
 
-def routed_layout(length: int, device: torch.device) -> BlockLayout:
-    """A window and `NUM_SELECTED` random blocks outside of it for every query block."""
-    window = block_layout(SlidingWindow(WINDOW // 2), length, device=device)
+def routed_layout(length: int, device: torch.device, size: int = BLOCK) -> BlockLayout:
+    """A window and `NUM_SELECTED` random blocks outside of it for every query block, in blocks of
+    so many tokens.
+    """
+    window = block_layout(
+        SlidingWindow(WINDOW // 2), length, query_block_size=size, key_block_size=size,
+        device=device,
+    )  # fmt: skip
     num_blocks = window.num_key_blocks
     block = torch.arange(num_blocks)
     rank = torch.rand(num_blocks, num_blocks, generator=torch.Generator().manual_seed(0))
-    reach = WINDOW // 2 // BLOCK
+    reach = WINDOW // 2 // size
     rank[(block[:, None] - block).abs() <= reach + 1] = -1.0
     chosen = rank.topk(NUM_SELECTED, dim=1).indices.int().to(device)[None, None]
     flags = torch.full_like(chosen, int(EntryFlag.SELECTED | EntryFlag.FULL))
@@ -149,10 +154,12 @@ def make_attention(
     return sparse
 
 
-def make_call_of(name: str, length: int, dropout: float, mode: str, args: argparse.Namespace):
-    """A function of no argument that runs a contestant once."""
+def make_call_of(
+    name: str, length: int, dropout: float, mode: str, args: argparse.Namespace, size: int = BLOCK
+):
+    """A function of no argument that runs a contestant once, in blocks of so many tokens."""
     device = torch.device(args.device)
-    attention = make_attention(name, routed_layout(length, device), dropout)
+    attention = make_attention(name, routed_layout(length, device, size), dropout)
     torch.manual_seed(0)
     shape = (1, length, args.heads, args.head_dim)  # as a projection leaves them
     dtype = getattr(torch, args.dtype)

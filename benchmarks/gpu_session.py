@@ -59,16 +59,18 @@ class Scale(NamedTuple):
     heads: int
     head_dim: int
     head_dims: tuple[int, ...]
-    query_blocks: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]  # query blocks and key blocks of the small problem
     matrix: int
     repeats: int
 
 
 GPU = Scale(
-    "cuda", ("bfloat16", "float16"), (4096, 16384, 65536), 12, 64, (32, 64, 96, 128), (64, 128),
-    8192, 20,
+    "cuda", ("bfloat16", "float16"), (4096, 16384, 65536), 12, 64, (32, 64, 96, 128),
+    ((64, 64), (16, 16), (128, 64), (64, 32)), 8192, 20,
 )  # fmt: skip
-DRY = Scale("cpu", ("float32",), (2048,), 1, 16, (16,), (64,), 64, 1)
+DRY = Scale("cpu", ("float32",), (2048,), 1, 16, (16,), ((64, 64), (16, 16)), 64, 1)
+# Of the lists of the larger problems: a tile, and what adaptive models have by default.
+BLOCKS = (BLOCK, 16)
 
 Say = Callable[..., None]
 
@@ -99,12 +101,12 @@ def build(scale: Scale, say: Say) -> None:
 def correct(scale: Scale, say: Say) -> None:
     """Every type and size of the fused backends against float64, forward and backward."""
     cells, wrong = [], 0
-    for name, dtype, head_dim, query_block in product(
-        FUSED[scale.device], scale.dtypes, scale.head_dims, scale.query_blocks
+    for name, dtype, head_dim, blocks in product(
+        FUSED[scale.device], scale.dtypes, scale.head_dims, scale.blocks
     ):
         cell: dict[str, Any] = {"backend": name, "dtype": dtype, "head_dim": head_dim}
-        cell["query_block"] = query_block
-        where = (torch.device(scale.device), getattr(torch, dtype), head_dim, query_block)
+        cell["blocks"] = blocks
+        where = (torch.device(scale.device), getattr(torch, dtype), head_dim, *blocks)
         try:
             cell["error"] = largest_error(BACKENDS[name].run, *where)
             cell["is_right"] = cell["error"] < TOLERANCE
@@ -125,14 +127,14 @@ def speed(scale: Scale, say: Say) -> None:
     say(ceilings=ceilings(scale, device))
     dense = DENSE[scale.device]
     cells = []
-    for length, mode in product(scale.lengths, (FORWARD, FORWARD_BACKWARD)):
-        layout = routed_layout(length, device)
-        for name in (*FUSED[scale.device], *dense):
-            cell: dict[str, Any] = {"name": name, "length": length, "mode": mode}
+    for length, mode, size in product(scale.lengths, (FORWARD, FORWARD_BACKWARD), BLOCKS):
+        layout = routed_layout(length, device, size)
+        for name in (*FUSED[scale.device], *(dense if size == BLOCK else ())):
+            cell: dict[str, Any] = {"name": name, "length": length, "mode": mode, "block": size}
             tiles = executed_tiles(name, layout, scale.heads)
-            operations = 2 * PRODUCTS[mode] * tiles * BLOCK**2 * scale.head_dim
+            operations = 2 * PRODUCTS[mode] * tiles * size**2 * scale.head_dim
             try:
-                call = make_call_of(name, length, 0.0, mode, settings(scale))
+                call = make_call_of(name, length, 0.0, mode, settings(scale), size)
                 cell["seconds"] = replayed_seconds(call, device, scale.repeats)
                 cell["operations_per_second"] = operations / cell["seconds"]
                 if name not in dense:
@@ -148,27 +150,28 @@ def layer(scale: Scale, say: Say) -> None:
     device = torch.device(scale.device)
     on_gpu = device.type == "cuda"
     size = scale.heads * scale.head_dim
-    config = AdaptiveSparseConfig(
-        hidden_size=size, num_attention_heads=scale.heads, attention_window=WINDOW,
-        attention_pattern="adaptive", block_size=BLOCK, query_block_size=BLOCK,
-        num_selected_blocks=NUM_SELECTED, max_global_tokens=1, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
     dtype = getattr(torch, scale.dtypes[0])
-    module = AdaptiveSparseAttention(config, 0).to(device, dtype)
     cells = []
-    for length, wants_gradient in product(scale.lengths, (False, True)):
+    for block, length, wants_gradient in product(BLOCKS, scale.lengths, (False, True)):
+        config = AdaptiveSparseConfig(
+            hidden_size=size, num_attention_heads=scale.heads, attention_window=WINDOW,
+            attention_pattern="adaptive", block_size=block, query_block_size=block,
+            num_selected_blocks=NUM_SELECTED, max_global_tokens=1,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        module = AdaptiveSparseAttention(config, 0).to(device, dtype)
         hidden_states = torch.randn(1, length, size, device=device, dtype=dtype)
         mask = torch.ones(1, length, dtype=torch.bool, device=device)
         is_global = torch.arange(length, device=device)[None] == 0
 
-        def call(hidden_states=hidden_states, mask=mask, is_global=is_global, grad=wants_gradient):
+        def call(module=module, given=(hidden_states, mask, is_global), grad=wants_gradient):
             with nullcontext() if grad else torch.no_grad():
-                output, _ = module(hidden_states, mask, is_global)
+                output, _ = module(*given)
             if grad:
                 output.float().square().mean().backward()
 
         mode = FORWARD_BACKWARD if wants_gradient else FORWARD
-        cell: dict[str, Any] = {"length": length, "mode": mode}
+        cell: dict[str, Any] = {"length": length, "mode": mode, "block": block}
         try:
             call()
             cell["seconds"] = min(seconds(call, device) for _ in range(min(scale.repeats, 5)))

@@ -151,7 +151,12 @@ def collapse(arguments: Sequence) -> AttentionCall:
     )
 
 
-def define_operator(name: str, forward: Forward, backward: Backward) -> Callable:
+def define_operator(
+    name: str,
+    forward: Forward,
+    backward: Backward,
+    tags: Sequence[torch.Tag] = OUTSIDE_OF_GRAPHS,
+) -> Callable:
     """Registers `adaptive_longformer::name` with fake results and its gradient.
 
     Neither function knows of the rows of global queries: these are written over what `forward`
@@ -163,6 +168,7 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Callable
             length].
         backward: takes grad_output, grad_lse, output, lse and the call; gives the gradients of
             query, key, value, entry_bias and span.length, None where the call has no such tensor.
+        tags: of both.
     """
 
     def run_forward(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +190,7 @@ def define_operator(name: str, forward: Forward, backward: Backward) -> Callable
         gradients.update(global_gradients(grad_output, grad_lse, call, gradients))
         return _only_needed(gradients, GRADIENTS, needed)
 
-    return _register(name, run_forward, run_backward)
+    return _register(name, run_forward, run_backward, tags=tags)
 
 
 def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,14 +219,18 @@ def _only_needed(
 
 
 def _register(
-    name: str, forward: Callable, backward: Callable, given: tuple[str, ...] = ()
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    given: tuple[str, ...] = (),
+    tags: Sequence[torch.Tag] = OUTSIDE_OF_GRAPHS,
 ) -> Callable:
     """An operator of the `given` tensors and of a call, which returns output and log-sum-exp, and
     that of its gradients.
 
     `backward` takes grad_output, grad_lse, output, lse, which gradients are needed, and the call.
     """
-    define = partial(torch.library.custom_op, mutates_args=(), tags=OUTSIDE_OF_GRAPHS)
+    define = partial(torch.library.custom_op, mutates_args=(), tags=tags)
     name = f"adaptive_longformer::{name}"
     tensors = "".join(f"Tensor {tensor}, " for tensor in given)
     schema = f"({tensors}{_ARGUMENTS}) -> (Tensor, Tensor)"

@@ -2,7 +2,6 @@
 
 import torch
 
-from adaptive_longformer.attention.cuda_graphs import OUTSIDE_OF_GRAPHS
 from adaptive_longformer.attention.kernels.triton_device import FAR, why_no_triton
 from adaptive_longformer.patterns.block_layout import (
     BlockLayout,
@@ -69,9 +68,7 @@ def selection_layout(
     return known_right(layout), slots
 
 
-@torch.library.custom_op(
-    "adaptive_longformer::selection_lists", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
+@torch.library.custom_op("adaptive_longformer::selection_lists", mutates_args=())
 def lists_operator(
     key_blocks: torch.Tensor,
     counts: torch.Tensor,

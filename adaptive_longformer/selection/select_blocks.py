@@ -104,8 +104,9 @@ def select_blocks(
     factor = query.shape[3] ** -0.5 if scale is None else scale
     keys = global_mask if isinstance(global_mask, GlobalKeys) else (global_mask, None)
     call = SelectionCall(options, window.left, window.right, is_causal, factor, max_global_tokens)
+    is_known = keys[0] is None or keys[1] is not None or max_global_tokens is not None
     return SelectedBlocks(
-        *selection_operator(
+        *(_in_graphs if is_known else selection_operator)(
             query, key, attention_mask, *keys, global_directions,
             *((None, None) if means is None else means), call.numbers(), call.scale,
         )
@@ -145,10 +146,7 @@ def _check_finite(
             )
 
 
-@torch.library.custom_op(
-    "adaptive_longformer::select_blocks", mutates_args=(), tags=OUTSIDE_OF_GRAPHS
-)
-def selection_operator(
+def _select(
     query: torch.Tensor,
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -230,8 +228,7 @@ def choice_masks(
     return ordinary_tokens(attention_mask, global_mask), ends, positions
 
 
-@selection_operator.register_fake
-def _(
+def _fake_selection(
     query, key, attention_mask, global_mask, global_positions, global_directions, means,
     mean_counts, numbers, scale,
 ):  # fmt: skip
@@ -245,6 +242,15 @@ def _(
         query.new_empty(shape, dtype=dtype),
         *_nothing_for_all(query, options),
     )
+
+
+# The number of global tokens is read back from the device where nothing limits it.
+selection_operator, _in_graphs = (
+    torch.library.custom_op(f"adaptive_longformer::{name}", _select, mutates_args=(), tags=tags)
+    for name, tags in (("select_blocks", OUTSIDE_OF_GRAPHS), ("select_blocks_in_graphs", ()))
+)
+selection_operator.register_fake(_fake_selection)
+_in_graphs.register_fake(_fake_selection)
 
 
 def _nothing_for_all(

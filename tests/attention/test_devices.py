@@ -4,6 +4,7 @@ elements.
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptive_longformer.attention import sparse_attention
-from adaptive_longformer.attention.backends import compiled, cuda
+from adaptive_longformer.attention.backends import compiled, cuda, triton
+from adaptive_longformer.attention.backends.choose import choose_backend
 from adaptive_longformer.attention.call import AttentionCall, make_call
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
 from adaptive_longformer.patterns.cached_tensors import kept_in_graphs, ready_for_every_stream
@@ -123,7 +125,12 @@ REFUSED = {
     "head_dim 40 is not one of": {"head_dim": 40},
     "float32 is not one of bfloat16 and float16": {"dtype": torch.float32},
     "blocks of 16 x 64 tokens": {"query_block_size": 16},
-    "blocks of 64 x 32 tokens": {"key_block_size": 32},
+    "blocks of 64 x 128 tokens": {"key_block_size": 128},
+    "lists of 4097 entries, 4096 are allowed": {"key_block_size": 16, "width": 4097},
+    "lists of 1025 entries, 1024 are allowed": {
+        "query_block_size": 16, "key_block_size": 16, "width": 1025,
+    },
+    "and the lists of blocks below 64 are made in Triton": {"key_block_size": 32},
     "batch x heads is 65536 x 1, at most 65535": {"batch": 65536},
     "is not made of whole blocks": {"pattern": Strided(12)},
     "scale is -1.0, a number above 0 is needed": {"scale": -1.0},
@@ -138,16 +145,21 @@ REFUSED = {
 def test_what_the_cuda_kernels_cannot_run_has_a_reason(monkeypatch, reason, change):
     sizes = {
         "batch": 1, "head_dim": 32, "dtype": torch.bfloat16, "pattern": SlidingWindow(30),
-        "query_block_size": 64, "key_block_size": 64, "gpu": {}, "scale": 1.0, **change,
+        "query_block_size": 64, "key_block_size": 64, "gpu": {}, "scale": 1.0, "width": None,
+        **change,
     }  # fmt: skip
     gpu = {"major": 9, "minor": 0, "shared_memory_per_block_optin": 232448, **sizes["gpu"]}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**gpu))
     monkeypatch.setattr(compiled, "why_unavailable", lambda kind: None)
+    monkeypatch.setattr(compiled, "why_no_triton", lambda device: "Triton is not installed")
     compiled._check_cuda_kernel.cache_clear()
     layout = block_layout(
         sizes["pattern"], 70, query_block_size=sizes["query_block_size"],
         key_block_size=sizes["key_block_size"],
     )  # fmt: skip
+    if sizes["width"] is not None:
+        wide = layout.key_blocks.new_zeros((*layout.counts.shape, sizes["width"]))
+        layout = replace(layout, key_blocks=wide, flags=wide)
     with FakeTensorMode():
         query = torch.zeros(
             sizes["batch"], 1, 70, sizes["head_dim"], dtype=sizes["dtype"], device="cuda"
@@ -155,3 +167,37 @@ def test_what_the_cuda_kernels_cannot_run_has_a_reason(monkeypatch, reason, chan
         call = AttentionCall(query, query, query, sizes["scale"], layout=layout)
         assert reason in (compiled.cuda_supports(call) or "")
     compiled._check_cuda_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("key_block", [16, 32, 64])
+@pytest.mark.parametrize("query_block", [16, 32, 64, 128])
+def test_auto_takes_the_cuda_kernels_for_blocks_that_they_get_right(
+    monkeypatch, query_block, key_block
+):
+    """Those of an adaptive model included, which are 16 x 16 by default."""
+    checked = []
+
+    def check(name, run, device, *sizes):
+        checked.append((name, *sizes))
+
+    gpu = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(compiled, "why_unavailable", lambda kind: None)
+    monkeypatch.setattr(compiled, "why_wrong", check)
+    for module in (compiled, triton):
+        monkeypatch.setattr(module, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(triton, "why_wrong", check)
+    for cached in (compiled._check_cuda_kernel, triton._check_kernels):
+        cached.cache_clear()
+    layout = block_layout(
+        SlidingWindow(30), 4096, query_block_size=query_block, key_block_size=key_block
+    )
+    with FakeTensorMode():
+        query = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16, device="cuda")
+        call = AttentionCall(query, query, query, 1.0, layout=layout)
+        name = choose_backend(call).name
+    is_small_with_64 = key_block == 64 and query_block < 64
+    assert name == ("triton" if is_small_with_64 else "cuda")
+    assert checked == [(name, torch.bfloat16, 64, query_block, key_block)]
+    for cached in (compiled._check_cuda_kernel, triton._check_kernels):
+        cached.cache_clear()

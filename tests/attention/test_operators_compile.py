@@ -1,17 +1,22 @@
+import inspect
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from calls import check_operator, random_call
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_longformer.attention import sparse_attention
+from adaptive_longformer.attention.backends import compiled, triton
 from adaptive_longformer.attention.backends.blocked import blocked_attention
 from adaptive_longformer.attention.call import make_call
 from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.attention.operator import collapse, expand, global_rows
 from adaptive_longformer.patterns import SlidingWindow, Strided, block_layout
+from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.select_blocks import select_blocks
 
 OPERATORS = torch.ops.adaptive_longformer
 
@@ -82,14 +87,62 @@ def test_compiled_operator_is_one_graph_with_the_same_values_and_gradients(backe
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("name", ["compiled_attention", "blocked_attention", "global_rows"])
-def test_torch_compile_keeps_what_caches_or_looks_up_out_of_its_cuda_graphs(name):
+OUTSIDE = ("compiled_attention", "triton_attention", "blocked_attention", "global_rows")
+INSIDE = ("compiled_attention_in_graphs", "triton_attention_in_graphs")
+
+
+def test_torch_compile_keeps_what_caches_or_looks_up_out_of_its_cuda_graphs():
     """What mode "reduce-overhead" runs first is in the memory of a graph, where torch refuses
-    lists that stay; and a graph cannot wait for the number of global tokens.
+    lists that stay; and a graph cannot wait for the number of global tokens. That it accepts the
+    other operators takes a GPU to see; that they wait for none, test_cuda_graphs.py says.
     """
-    for operator in (name, f"{name}_backward"):
-        assert torch.Tag.cudagraph_unsafe in getattr(OPERATORS, operator).default.tags
-    assert torch.Tag.cudagraph_unsafe in OPERATORS.select_blocks.default.tags
+    outside = [*OUTSIDE, *(f"{name}_backward" for name in OUTSIDE), "select_blocks"]
+    inside = [*INSIDE, *(f"{name}_backward" for name in INSIDE)]
+    inside += ["select_blocks_in_graphs", "selection_lists"]
+    for names, is_outside in ((outside, True), (inside, False)):
+        for name in names:
+            tags = getattr(OPERATORS, name).default.tags
+            assert (torch.Tag.cudagraph_unsafe in tags) == is_outside, name
+
+
+@pytest.mark.parametrize("run", [compiled.run_compiled, triton.run_triton])
+@pytest.mark.parametrize("global_tokens", [None, "not counted", "counted"])
+@pytest.mark.parametrize("has_layout", [False, True], ids=["pattern", "layout"])
+def test_only_calls_that_keep_and_look_up_nothing_are_in_cuda_graphs(
+    run, global_tokens, has_layout, monkeypatch
+):
+    pattern, taken = SlidingWindow(4), []
+    monkeypatch.setattr(
+        inspect.getmodule(run), "run_operator", lambda operator, call: taken.append(operator._name)
+    )
+    query = torch.zeros(1, 1, 12, 8)
+    call = make_call(query, query, query, block_layout(pattern, 12) if has_layout else pattern)
+    if global_tokens is not None:
+        mask = torch.arange(12)[None] == 0
+        positions = torch.zeros(1, 1, dtype=torch.int64) if global_tokens == "counted" else None
+        call = replace(call, global_keys=GlobalKeys(mask, positions))
+    run(call)
+    is_inside = has_layout and global_tokens != "not counted"
+    assert taken[0].endswith("_in_graphs") == is_inside
+
+
+@pytest.mark.parametrize("max_global_tokens", [None, 2])
+@pytest.mark.parametrize("has_global_tokens", [False, True])
+def test_a_choice_with_a_known_number_of_global_tokens_is_in_cuda_graphs(
+    has_global_tokens, max_global_tokens
+):
+    query, key = torch.randn(2, 1, 1, 64, 8)
+    mask = torch.arange(64)[None] == 0 if has_global_tokens else None
+    options = SelectionOptions(1, 16, 16)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        select_blocks(
+            query, key, SlidingWindow(8), options, global_mask=mask,
+            max_global_tokens=max_global_tokens,
+        )  # fmt: skip
+    names = {row.key for row in profiler.key_averages()}
+    is_inside = not has_global_tokens or max_global_tokens is not None
+    assert ("adaptive_longformer::select_blocks_in_graphs" in names) == is_inside
+    assert ("adaptive_longformer::select_blocks" in names) != is_inside
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

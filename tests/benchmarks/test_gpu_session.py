@@ -42,13 +42,15 @@ def test_stages_record_what_they_find(session, tmp_path):
         session.STAGES[name].run(session.DRY, partial(session.record, tmp_path, name))
     stages = found(tmp_path)
     assert stages["build"]["why_unavailable"] is None and stages["build"]["environment"]["commit"]
-    (cell,) = stages["correct"]["cells"]
-    assert cell["backend"] == "cpp" and cell["is_right"] and cell["error"] < 1e-5
+    for cell, blocks in zip(stages["correct"]["cells"], ([64, 64], [16, 16]), strict=True):
+        assert cell["backend"] == "cpp" and cell["is_right"] and cell["error"] < 1e-5
+        assert cell["blocks"] == blocks
     assert all(rate > 0 for rate in stages["speed"]["ceilings"].values())
-    cells = {(cell["name"], cell["mode"]): cell for cell in stages["speed"]["cells"]}
-    assert len(cells) == 4 and all(cell["seconds"] > 0 for cell in cells.values())
-    assert "longest" not in cells["sdpa", "forward"]
-    for cell in (cells["cpp", "forward+backward"], *stages["layer"]["cells"]):
+    cells = {(cell["name"], cell["mode"], cell["block"]): cell for cell in stages["speed"]["cells"]}
+    assert len(cells) == 6 and all(cell["seconds"] > 0 for cell in cells.values())
+    assert "longest" not in cells["sdpa", "forward", 64]
+    assert [cell["block"] for cell in stages["layer"]["cells"]] == [64, 64, 16, 16]
+    for cell in (cells["cpp", "forward+backward", 16], *stages["layer"]["cells"]):
         names = [row["name"] for row in cell["longest"]]
         assert any("compiled_attention" in name for name in names) and cell["launches"] > 1
 
@@ -60,10 +62,11 @@ def test_a_backend_that_is_wrong_or_fails_fails_its_stage(session, monkeypatch, 
     broken = session.BACKENDS["blocked"]._replace(run=fails)
     monkeypatch.setitem(session.BACKENDS, "blocked", broken)
     monkeypatch.setattr(session, "FUSED", {"cpu": ("blocked", "cpp")})
-    with pytest.raises(SystemExit, match="1 of 2 are wrong or fail"):
+    with pytest.raises(SystemExit, match="2 of 4 are wrong or fail"):
         session.correct(session.DRY, partial(session.record, tmp_path, "correct"))
-    first, second = found(tmp_path)["correct"]["cells"]
-    assert first["failure"] == "RuntimeError: an illegal memory access" and second["is_right"]
+    cells = found(tmp_path)["correct"]["cells"]
+    assert cells[0]["failure"] == "RuntimeError: an illegal memory access"
+    assert [cell.get("is_right") for cell in cells] == [None, None, True, True]
 
 
 def test_a_stage_without_end_is_ended_with_its_processes_and_the_next_runs(

@@ -3,15 +3,18 @@ waiting for it, and fills their argument struct.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from adaptive_longformer.attention.backends.triton import lists_of_call
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.kernels.cuda_launches import (
     ELEMENT_TYPES,
     KEY_BLOCK_SIZE,
+    PIECE,
     Launch,
     backward_launches,
     forward_launches,
@@ -145,6 +148,11 @@ def _packed_lists(layout: BlockLayout, num_packs: int) -> _Lists:
     return _Lists(layout, num_packs, order.flatten().int())
 
 
+def _strides_of_lists(shape: Sequence[int], rows: int) -> tuple[int, int]:
+    """Of [batch or 1, heads or 1, ...]: strides by batch row and by head, 0 where shared."""
+    return shape[1] * rows * (shape[0] > 1), rows * (shape[1] > 1)
+
+
 def _lists_of(call: AttentionCall, num_packs: int) -> _Lists:
     """The lists of a call. Those of a pattern are kept: they are the same in every layer and step,
     and making them anew can take longer than the attention.
@@ -206,14 +214,15 @@ def backward(
     rows = (*query.shape[:2], arguments.num_query_blocks)
     grad_bias = grad_span = None
     if call.entry_bias is not None:
-        grad_bias = query.new_zeros((*rows, arguments.max_entries), dtype=torch.float32)
+        shape = arguments.shape_of_bias_gradients(call.entry_bias)
+        grad_bias = query.new_zeros((*query.shape[:2], *shape), dtype=torch.float32)
         arguments.set_arrays(grad_entry_bias=grad_bias)
     if call.span is not None:
         grad_span = query.new_empty(rows, dtype=torch.float32)
         arguments.set_arrays(grad_span=grad_span)
     arguments.run(backward_launches(arguments))
     if grad_bias is not None:
-        grad_bias = grad_bias[..., arguments.num_packs :]
+        grad_bias = arguments.bias_gradients(grad_bias)
     return *grads, *gradients_of_biases(call, grad_bias, grad_span)
 
 
@@ -227,8 +236,12 @@ class CudaArguments(KernelArguments):
         *fields(ctypes.c_int, "has_dropout dropout_threshold"),
         *fields(ctypes.c_float, "scale keep_factor span_ramp"),
         *fields(ctypes.c_int, "num_items num_slots"),
+        *fields(ctypes.c_int, "small_query_block small_key_block small_width small_tiles"),
+        *fields(ctypes.c_int, "small_room small_slots slot_readers packed_parts"),
+        *fields(ctypes.c_int, "small_batch_stride small_head_stride"),
         *fields(RowTensor, "query key value"),
-        *fields(ctypes.c_void_p, "key_blocks counts flags order entry_bias"),
+        *fields(ctypes.c_void_p, "key_blocks counts flags order"),
+        *fields(ctypes.c_void_p, "small_items small_entries small_counts entry_bias"),
         *fields(ctypes.c_longlong, "bias_batch_stride bias_head_stride"),
         *fields(ctypes.c_void_p, "open_keys global_positions is_padding row_words column_words"),
         *fields(ctypes.c_void_p, "span_length"),
@@ -241,19 +254,24 @@ class CudaArguments(KernelArguments):
         *fields(ctypes.c_void_p, "transposed_query_blocks transposed_entries"),
         *fields(ctypes.c_void_p, "item_column item_first item_last item_slot"),
         *fields(ctypes.c_void_p, "column_first_slot column_slots partial_keys partial_values"),
+        *fields(ctypes.c_void_p, "reader_starts reader_entries slot_starts slot_columns"),
+        *fields(ctypes.c_void_p, "small_keys small_values"),
     ]
 
     def __init__(self, call: AttentionCall) -> None:
         super().__init__(call)
         self.element_type = ELEMENT_TYPES[call.query.dtype]
         self.set_rows(query=call.query, key=call.key, value=call.value)
-        self._set_lists()
+        self.is_small = call.block_sizes[1] < KEY_BLOCK_SIZE
+        self._set_keys()
+        self._set_small_lists() if self.is_small else self._set_lists()
         if call.entry_bias is not None:
-            padded = torch.nn.functional.pad(call.entry_bias.float(), (self.num_packs, 0))
-            self.set_arrays(entry_bias=padded)
-            rows = padded.shape[2]
-            self.bias_batch_stride = padded.shape[1] * rows if padded.shape[0] > 1 else 0
-            self.bias_head_stride = rows if padded.shape[1] > 1 else 0
+            bias = call.entry_bias.float()
+            if not self.is_small:
+                bias = torch.nn.functional.pad(bias, (self.num_packs, 0))
+            self.set_arrays(entry_bias=bias)
+            strides = _strides_of_lists(bias.shape, bias.shape[2])
+            self.bias_batch_stride, self.bias_head_stride = strides
         if call.span is not None:
             self.set_arrays(span_length=call.span.length.detach().float())
             self.span_ramp = call.span.ramp
@@ -264,8 +282,42 @@ class CudaArguments(KernelArguments):
             self.has_dropout = 1
             self.set_dropout_words()
 
+    def _set_small_lists(self) -> None:
+        """The lists of blocks smaller than a tile, put together for tiles of queries."""
+        call = self.call
+        self.small_query_block, self.small_key_block = call.block_sizes
+        self.query_block_size = KEY_BLOCK_SIZE
+        self.num_query_blocks, self.list_batches, self.list_heads = self.num_sequence_blocks, 1, 1
+        assert call.layout is not None
+        self.set_window(call.layout.window)
+        with torch.cuda.device_of(call.query):
+            self.small_lists = lists_of_call(call)
+            if self.small_lists is None:
+                return
+            tiles, shape = self.small_lists.tiles, self.small_lists.shape
+        self.small_width = shape[3]
+        self.small_tiles, self.small_room = tiles.items.shape[1:]
+        self.small_batch_stride, self.small_head_stride = _strides_of_lists(shape, 1)
+        self.set_arrays(small_items=tiles.items, small_counts=tiles.counts)
+        if tiles.entries is not None:
+            self.set_arrays(small_entries=tiles.entries)
+
     def _set_lists(self) -> None:
-        """Packs the global keys, marks the open keys, and sets the lists."""
+        """The lists of blocks as large as a tile."""
+        self.lists = _lists_of(self.call, self.num_packs)
+        layout = self.lists.layout
+        self.set_window(layout.window)
+        self.list_batches, self.list_heads = layout.key_blocks.shape[:2]
+        self.num_query_blocks, self.max_entries = layout.key_blocks.shape[2:]
+        self.set_arrays(
+            key_blocks=layout.key_blocks,
+            counts=layout.counts,
+            flags=layout.flags,
+            order=self.lists.order,
+        )
+
+    def _set_keys(self) -> None:
+        """Packs the global keys, and marks the open keys."""
         call, device = self.call, self.call.query.device
         batch, _, length, _ = call.query.shape
         num_sequence_blocks = -(-length // KEY_BLOCK_SIZE)
@@ -284,32 +336,49 @@ class CudaArguments(KernelArguments):
             self.set_arrays(global_positions=positions.int())
         num_blocks = num_sequence_blocks + self.num_packs
         self.num_sequence_blocks, self.num_blocks = num_sequence_blocks, num_blocks
-        self.lists = _lists_of(call, self.num_packs)
-        layout = self.lists.layout
-        self.set_window(layout.window)
-        self.list_batches, self.list_heads = layout.key_blocks.shape[:2]
-        self.num_query_blocks, self.max_entries = layout.key_blocks.shape[2:]
         bits = is_open.view(-1, num_blocks, KEY_BLOCK_SIZE).long()
         bits = (bits << torch.arange(KEY_BLOCK_SIZE, device=device)).sum(dim=-1)
-        self.set_arrays(
-            key_blocks=layout.key_blocks,
-            counts=layout.counts,
-            flags=layout.flags,
-            open_keys=bits,
-            order=self.lists.order,
-        )
+        self.set_arrays(open_keys=bits)
+
+    def shape_of_bias_gradients(self, bias: torch.Tensor) -> tuple[int, ...]:
+        """Of a batch row and head, as the kernels write them."""
+        blocks, width = bias.shape[2:]
+        if not self.is_small:
+            return blocks, self.max_entries
+        query_block, key_block = self.call.block_sizes
+        return blocks * query_block // PIECE, width, key_block // PIECE
+
+    def bias_gradients(self, written: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, query blocks, entries] from what the kernels wrote."""
+        if not self.is_small:
+            return written[..., self.num_packs :]
+        return written.unflatten(2, (-1, self.call.block_sizes[0] // PIECE)).sum(dim=(3, 5))
 
     def set_gradient_items(self) -> None:
         """The transposed lists, and room for what the backward pass keeps between its kernels."""
-        query, items = self.call.query, self.lists.items()
-        self.num_items, self.num_slots = items.column.numel(), items.num_slots
+        query = self.call.query
+        if self.is_small:
+            self._set_small_items()
+        else:
+            self._set_items()
         parts = (
             query.shape[0]
             // max(self.list_batches, 1)
             * (query.shape[1] // max(self.list_heads, 1)),
-            items.num_slots * KEY_BLOCK_SIZE * query.shape[3],
+            self.num_slots * KEY_BLOCK_SIZE * query.shape[3],
         )
         rows = (*query.shape[:2], self.num_query_blocks * self.query_block_size)
+        self.set_arrays(
+            partial_keys=query.new_empty(parts, dtype=torch.float32),
+            partial_values=query.new_empty(parts, dtype=torch.float32),
+            row_lse=query.new_empty(rows, dtype=torch.float32),
+            row_delta=query.new_empty(rows, dtype=torch.float32),
+            row_used=query.new_empty((*rows[:2], rows[2] // 64), dtype=torch.int64),
+        )
+
+    def _set_items(self) -> None:
+        items = self.lists.items()
+        self.num_items, self.num_slots = items.column.numel(), items.num_slots
         self.set_arrays(
             transposed_query_blocks=items.query_blocks,
             transposed_entries=items.entries,
@@ -319,11 +388,27 @@ class CudaArguments(KernelArguments):
             item_slot=items.slot,
             column_first_slot=items.column_first_slot,
             column_slots=items.column_slots,
-            partial_keys=query.new_empty(parts, dtype=torch.float32),
-            partial_values=query.new_empty(parts, dtype=torch.float32),
-            row_lse=query.new_empty(rows, dtype=torch.float32),
-            row_delta=query.new_empty(rows, dtype=torch.float32),
-            row_used=query.new_empty((*rows[:2], rows[2] // 64), dtype=torch.int64),
+        )
+
+    def _set_small_items(self) -> None:
+        query, lists = self.call.query, self.small_lists
+        self.packed_parts = max(1, -(-self.num_query_blocks // _ITEM_ENTRIES))
+        packed = self.num_packs * self.packed_parts
+        self.num_items = self.num_sequence_blocks + packed
+        self.num_slots = packed if self.packed_parts > 1 else 0
+        if lists is None:
+            return
+        with torch.cuda.device_of(query):
+            readers = lists.readers
+        self.small_slots, self.slot_readers = lists.max_slots, lists.part
+        shape = (*query.shape[:2], lists.max_slots, self.small_key_block, query.shape[3])
+        self.set_arrays(
+            reader_starts=readers.starts,
+            reader_entries=readers.entries,
+            slot_starts=readers.slot_starts,
+            slot_columns=readers.slot_columns,
+            small_keys=query.new_empty(shape, dtype=torch.float32),
+            small_values=query.new_empty(shape, dtype=torch.float32),
         )
 
     def set_rows(self, **tensors: torch.Tensor) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
-from adaptive_longformer.attention.backends.compiled import why_not_whole_blocks
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.call import AttentionCall
+from adaptive_longformer.attention.cuda_graphs import fits_graphs
 from adaptive_longformer.attention.dropout import threshold
-from adaptive_longformer.attention.kernels.kernel_call import check_shapes, gradients_of_biases
+from adaptive_longformer.attention.kernels.kernel_call import (
+    check_shapes,
+    gradients_of_biases,
+    why_not_whole_blocks,
+)
 from adaptive_longformer.attention.kernels.load import until_forgotten
 from adaptive_longformer.attention.kernels.triton_device import FAR, why_no_triton
 from adaptive_longformer.attention.memory_format import like_projection
@@ -50,19 +54,27 @@ def triton_supports(call: AttentionCall) -> str | None:
         return f"head_dim {query.shape[3]} is not a multiple of 8 from 16 to 128"
     if query_block not in BLOCK_SIZES or key_block not in BLOCK_SIZES:
         return f"blocks of {query_block} x {key_block} tokens, each of {BLOCK_SIZES} is needed"
-    if call.layout is not None:
-        width, blocks = call.layout.key_blocks.shape[3], call.layout.num_query_blocks
-        most = _MOST_ENTRIES // _groups(query_block)
-        if width > most or width * blocks >= 2**31:
-            return f"the layout has lists of {width} entries, {most} are allowed"
-    return why_not_whole_blocks(call) or _why_no_kernels(
-        query.device, query.dtype, query.shape[3], query_block, key_block
+    return (
+        why_no_lists(call)
+        or why_not_whole_blocks(call)
+        or _why_no_kernels(query.device, query.dtype, query.shape[3], query_block, key_block)
     )
+
+
+def why_no_lists(call: AttentionCall) -> str | None:
+    """None, or why the lists of a call are too large for `lists_of_call`."""
+    if call.layout is None:
+        return None
+    width, blocks = call.layout.key_blocks.shape[3], call.layout.num_query_blocks
+    most = _MOST_ENTRIES // _groups(call.layout.query_block_size)
+    if width > most or width * blocks >= 2**31:
+        return f"the layout has lists of {width} entries, {most} are allowed"
+    return None
 
 
 def run_triton(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [batch, heads, length, head_dim] and log-sum-exp [batch, heads, length] of a call."""
-    return run_operator(triton_attention, call)
+    return run_operator(_in_graphs if fits_graphs(call) else triton_attention, call)
 
 
 # torch.compile takes the answer as a constant.
@@ -96,7 +108,7 @@ def _kernels(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class CallLists:
     """The lists of a layout on their device, and what the kernels make of them.
 
     Attributes:
@@ -226,9 +238,9 @@ def _window(call: AttentionCall) -> Any:
     return _kernels("tiles").Window(min(window.left, FAR), min(window.right, FAR))
 
 
-def _lists_of(call: AttentionCall) -> _Lists | None:
-    """The lists of a call; None if the window is all. Those of a pattern are kept: they are the
-    same in every layer and step.
+def lists_of_call(call: AttentionCall) -> CallLists | None:
+    """The lists of a call, made on the current device; None if the window is all. Those of a
+    pattern are kept: they are the same in every layer and step.
     """
     if call.layout is not None:
         return _make_lists(call)
@@ -246,7 +258,7 @@ def _lists_of(call: AttentionCall) -> _Lists | None:
 @torch.inference_mode(False)
 def _pattern_lists(
     pattern: Pattern, length: int, heads: int, device: torch.device, is_causal: bool
-) -> _Lists | None:
+) -> CallLists | None:
     empty = torch.empty(1, heads, length, 1, device=device)
     lists = _make_lists(AttentionCall(empty, empty, empty, 1.0, pattern, is_causal=is_causal))
     assert lists is not None and lists.tiles is not None and lists.readers is not None
@@ -255,7 +267,7 @@ def _pattern_lists(
     return lists
 
 
-def _make_lists(call: AttentionCall) -> _Lists | None:
+def _make_lists(call: AttentionCall) -> CallLists | None:
     layout = call.lists()
     if layout.key_blocks.numel() == 0:
         return None
@@ -268,7 +280,7 @@ def _make_lists(call: AttentionCall) -> _Lists | None:
         constant(layout.key_block_size),
     )
     shape, has_bias = tuple(layout.key_blocks.shape), call.entry_bias is not None
-    return _Lists(lists, shape, layout.length, _window(call), call.is_causal, has_bias)
+    return CallLists(lists, shape, layout.length, _window(call), call.is_causal, has_bias)
 
 
 class _Problem:
@@ -286,7 +298,7 @@ class _Problem:
         check_shapes(call)
         self.call, module = call, _kernels("tiles")
         constant = importlib.import_module("triton.language").constexpr
-        self.lists = _lists_of(call)
+        self.lists = lists_of_call(call)
         batch, heads, length, head_dim = call.query.shape
         query_block, key_block = call.block_sizes
         groups = _groups(query_block)
@@ -441,3 +453,4 @@ def _key_gradients(
 
 
 triton_attention = define_operator("triton_attention", forward, backward)
+_in_graphs = define_operator("triton_attention_in_graphs", forward, backward, ())

@@ -7,7 +7,8 @@ import torch
 
 from adaptive_longformer.attention.call import AttentionCall
 from adaptive_longformer.attention.dropout import column_keys, row_keys, threshold
-from adaptive_longformer.patterns.block_layout import check_block_sizes
+from adaptive_longformer.patterns.block_layout import check_block_sizes, split_window
+from adaptive_longformer.patterns.random_blocks import RandomBlocks
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 
 
@@ -101,6 +102,25 @@ def gradients_of_biases(
     if grad_span is not None and span is not None:
         grad_span = grad_span.sum(dim=(0, 2)).to(span.length.dtype)
     return grad_bias, grad_span
+
+
+def why_not_whole_blocks(call: AttentionCall) -> str | None:
+    """None if the pattern beside the window lets all or no pairs of a tile through, or why not."""
+    if call.layout is not None:
+        pattern = call.layout.pattern
+    else:
+        assert call.pattern is not None
+        pattern = split_window(call.pattern)[1]
+    query_block, key_block = call.block_sizes
+    for part in pattern.parts if pattern is not None else ():
+        is_aligned = (
+            isinstance(part, RandomBlocks)
+            and part.block_size % query_block == 0
+            and part.block_size % key_block == 0
+        )
+        if not is_aligned:
+            return f"{part} is not made of whole blocks of {query_block} x {key_block} tokens"
+    return None
 
 
 def check_shapes(call: AttentionCall) -> None:

@@ -7,38 +7,44 @@
 namespace adaptive {
 
 // Bytes of shared memory: the query tile, two stages of keys and values, the steps.
-template <int D, int QUERY_BLOCK>
+template <int D, int QUERY_BLOCK, int WIDTH>
 constexpr int forward_shared_memory() {
-  return (QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half) + STEP_ROOM * (int)sizeof(Step);
+  return (QUERY_BLOCK + 4 * KEY_BLOCK) * D * (int)sizeof(Half) + steps_shared_memory<QUERY_BLOCK, WIDTH>();
 }
 
-template <int TYPE, int D, int QUERY_BLOCK>
+// Steps are of WIDTH keys: a whole tile, or one of its pieces.
+template <int TYPE, int D, int QUERY_BLOCK, int WIDTH>
 KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) forward_kernel(const Arguments arguments) {
-  constexpr int THREADS = QUERY_BLOCK * 2;
+  constexpr int THREADS = QUERY_BLOCK * 2, OF_TILE = KEY_BLOCK / WIDTH, FRAGMENTS = WIDTH / 8;
   SHARED_MEMORY(shared);
   Half* query_tile = (Half*)shared;
   Half* key_tiles = query_tile + QUERY_BLOCK * D;
   Half* value_tiles = key_tiles + 2 * KEY_BLOCK * D;
   const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-  const Place place(arguments, arguments.order[blockIdx.x], blockIdx.y, blockIdx.z);
+  const Place place = Place::of(arguments, blockIdx.x, blockIdx.y, blockIdx.z);
   const int first_query = place.query_block * QUERY_BLOCK;
-  Steps<false> steps{(Step*)(value_tiles + 2 * KEY_BLOCK * D), nullptr, 0};
+  Step* ring = (Step*)(value_tiles + 2 * KEY_BLOCK * D);
+  float* biases = WIDTH < KEY_BLOCK ? (float*)(ring + STEP_ROOM) + warp * STEP_ROOM : nullptr;
+  Steps<OF_TILE> steps{ring, nullptr, biases, 0};
+  const Pieces pieces{arguments, place, first_query};
   const long long first_row = ((long long)place.batch * arguments.heads + place.head) * arguments.length;
 
-  const auto count = [&] { return arguments.counts[place.list]; };
+  const auto count = [&] { return WIDTH < KEY_BLOCK ? pieces.count() : arguments.counts[place.list]; };
   const auto find_step = [&](int candidate, Step& step) {
-    return step.set_listed(arguments, place, first_query, QUERY_BLOCK, candidate);
+    if constexpr (WIDTH < KEY_BLOCK)
+      return pieces.find(candidate, warp, step);
+    else
+      return step.set_listed(arguments, place, first_query, QUERY_BLOCK, candidate);
   };
-  const auto load_step = [&](int index) {
-    const int stage = index % 2;
-    load_keys_and_values<D, THREADS>(key_tiles + stage * KEY_BLOCK * D, value_tiles + stage * KEY_BLOCK * D, arguments,
-                                     place, steps[index].keys(arguments, place.batch));
+  const auto load_tile = [&](int index) {
+    load_step_keys<D, THREADS>(key_tiles + index % 2 * KEY_BLOCK * D, value_tiles + index % 2 * KEY_BLOCK * D, arguments,
+                               place, steps, index);
   };
 
   load_queries<D, QUERY_BLOCK, THREADS>(query_tile, arguments, place, first_query);
   steps.look_ahead(0, count, find_step);
   synchronize_block();
-  if (steps.found > 0) load_step(0);
+  if (steps.found > 0) load_tile(0);
   commit_copies();
 
   int query[2], row_word[2];
@@ -54,12 +60,12 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
   Word query_parts[D / 16][4];
   const float scale = arguments.scale * LOG2_E;
 
-  for (int index = 0; index < steps.found; index++) {
-    if (index + 1 < steps.found) load_step(index + 1);
+  for (int index = 0; index * OF_TILE < steps.found; index++) {
+    if ((index + 1) * OF_TILE < steps.found) load_tile(index + 1);
     commit_copies();
     wait_for_copies<1>();
     synchronize_block();
-    steps.look_ahead(index, count, find_step);
+    steps.look_ahead(index * OF_TILE, count, find_step);
     if (index == 0)
       UNROLL for (int k = 0; k < D / 16; k++)
         load_matrices(query_parts[k], query_tile + swizzled<D>(warp * 16 + lane % 16, k * 2 + lane / 16));
@@ -77,38 +83,46 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
       }
     }
 
-    const Step& step = steps[index];
-    const KeyBlock keys = step.keys(arguments, place.batch);
-    if (step.is(Step::SPANNED)) {
-      const float unscale = 1.0f / scale;
-      UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)
-        UNROLL for (int j = 0; j < 4; j++)
-          scores[n][j] += span_log2(span_weight(arguments, place.head,
-                                                keys.first + fragment_column(lane, n, j) - query[j / 2])) *
-                          unscale;
-    }
-    if (step.is(Step::MASKED)) {
-      const Bits visible[2] = {step.visible_keys(arguments, keys, query[0]),
-                               step.visible_keys(arguments, keys, query[1])};
-      hide(scores, visible, 0, lane);
+    float largest[2] = {row_max[0], row_max[1]};
+    UNROLL for (int part = 0; part < OF_TILE; part++) {
+      const Step& step = steps[index * OF_TILE + part];
+      const auto keys = step.keys<WIDTH>(arguments, place.batch);
+      float (*own)[4] = scores + part * FRAGMENTS;
+      if (step.is(Step::SPANNED)) {
+        const float unscale = 1.0f / scale;
+        UNROLL for (int n = 0; n < FRAGMENTS; n++)
+          UNROLL for (int j = 0; j < 4; j++)
+            own[n][j] += span_log2(span_weight(arguments, place.head,
+                                               keys.first + fragment_column(lane, n, j) - query[j / 2])) *
+                         unscale;
+      }
+      if (step.is(Step::MASKED)) {
+        const bool is_seen = WIDTH == KEY_BLOCK || step.is_of_group(pieces.group(warp));
+        Bits visible[2];
+        UNROLL for (int h = 0; h < 2; h++) visible[h] = is_seen ? step.visible_keys(arguments, keys, query[h]) : 0;
+        hide<FRAGMENTS>(own, visible, 0, lane);
+      }
+      const float bias = steps.bias(index * OF_TILE + part);
+      UNROLL for (int h = 0; h < 2; h++) {
+        float new_max = -infinity();
+        UNROLL for (int n = 0; n < FRAGMENTS; n++) new_max = fmaxf(new_max, fmaxf(own[n][2 * h], own[n][2 * h + 1]));
+        // The scale is positive: the largest product is the largest score.
+        largest[h] = fmaxf(largest[h], new_max * scale + bias);
+      }
     }
     UNROLL for (int h = 0; h < 2; h++) {
-      float new_max = -infinity();
-      UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++)
-        new_max = fmaxf(new_max, fmaxf(scores[n][2 * h], scores[n][2 * h + 1]));
-      new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
-      new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
-      // The scale is positive: the largest product is the largest score.
-      new_max = fmaxf(row_max[h], new_max * scale + step.bias);
-      const float shift = new_max == -infinity() ? 0.0f : new_max;
-      const float decay = power_of_two(row_max[h] - shift), offset = step.bias - shift;
-      row_max[h] = new_max;
+      largest[h] = fmaxf(largest[h], shuffle_xor(largest[h], 1));
+      largest[h] = fmaxf(largest[h], shuffle_xor(largest[h], 2));
+      const float shift = largest[h] == -infinity() ? 0.0f : largest[h];
+      const float decay = power_of_two(row_max[h] - shift);
+      row_max[h] = largest[h];
       row_total[h] *= decay;
       UNROLL for (int i = 0; i < D / 8; i++) {
         sum[i][2 * h] *= decay;
         sum[i][2 * h + 1] *= decay;
       }
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++) {
+        const float offset = steps.bias(index * OF_TILE + n / FRAGMENTS) - shift;
         UNROLL for (int j = 2 * h; j < 2 * h + 2; j++) {
           scores[n][j] = power_of_two(scores[n][j] * scale + offset);
           row_total[h] += scores[n][j];
@@ -117,8 +131,9 @@ KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) fo
     }
     if (arguments.has_dropout) {
       UNROLL for (int n = 0; n < KEY_BLOCK / 8; n++) {
+        const auto keys = steps[index * OF_TILE + n / FRAGMENTS].template keys<WIDTH>(arguments, place.batch);
         UNROLL for (int side = 0; side < 2; side++) {
-          const int column = fragment_column(lane, n, side);
+          const int column = fragment_column(lane, n % FRAGMENTS, side);
           const int column_word = keys.is_open(column) ? arguments.column_words[keys.position(column)] : 0;
           UNROLL for (int h = 0; h < 2; h++)
             if (!is_kept(arguments, row_word[h], column_word)) scores[n][2 * h + side] = 0.0f;

@@ -9,7 +9,7 @@ namespace adaptive {
 constexpr int NO_INSTANCE = -1, WRONG_SHARED_MEMORY = -2;
 
 // In the order of attention/kernels/cuda_launches.py, as the fields of Launch are.
-enum KernelName { FORWARD, ROW_SUMS, GRAD_KEYS, ADD_PARTS, GRAD_QUERIES };
+enum KernelName { FORWARD, ROW_SUMS, GRAD_SMALL_KEYS, GRAD_KEYS, ADD_PARTS, GRAD_QUERIES };
 
 inline const char* launch_error(int error) {
   return error == WRONG_SHARED_MEMORY ? "another amount of shared memory is needed" : "no kernel for these types and sizes";
@@ -23,7 +23,7 @@ struct Launch {
 
 // Calls start(kernel, launch, arguments) with the kernel of a launch. The shared memory that a kernel lays out is what it
 // must be given: the caller counted it too.
-template <int TYPE, int D, int QUERY_BLOCK, typename Start>
+template <int TYPE, int D, int QUERY_BLOCK, int WIDTH, typename Start>
 int launch_instance(const Launch& launch, const Arguments& arguments, const Start& start) {
   const auto with = [&](auto kernel, int shared_memory) {
     if (launch.grid_x == 0 || launch.grid_y == 0 || launch.grid_z == 0) return 0;
@@ -31,12 +31,14 @@ int launch_instance(const Launch& launch, const Arguments& arguments, const Star
     return start(kernel, launch, arguments);
   };
   switch (launch.kernel) {
-    case FORWARD: return with(forward_kernel<TYPE, D, QUERY_BLOCK>, forward_shared_memory<D, QUERY_BLOCK>());
+    case FORWARD:
+      return with(forward_kernel<TYPE, D, QUERY_BLOCK, WIDTH>, forward_shared_memory<D, QUERY_BLOCK, WIDTH>());
     case ROW_SUMS: return with(row_sums_kernel<TYPE>, 0);
+    case GRAD_SMALL_KEYS: return with(grad_small_keys_kernel<TYPE, D>, grad_small_keys_shared_memory<D>());
     case GRAD_KEYS: return with(grad_keys_kernel<TYPE, D, QUERY_BLOCK>, grad_keys_shared_memory<D>());
     case ADD_PARTS: return with(add_parts_kernel<TYPE>, 0);
     case GRAD_QUERIES:
-      return with(grad_queries_kernel<TYPE, D, QUERY_BLOCK>, grad_queries_shared_memory<D, QUERY_BLOCK>());
+      return with(grad_queries_kernel<TYPE, D, QUERY_BLOCK, WIDTH>, grad_queries_shared_memory<D, QUERY_BLOCK, WIDTH>());
     default: return NO_INSTANCE;
   }
 }
@@ -44,8 +46,9 @@ int launch_instance(const Launch& launch, const Arguments& arguments, const Star
 // The instances of one type and head dimension.
 template <int TYPE, int D, typename Start>
 int launch_by_query_block(const Launch& launch, const Arguments& arguments, const Start& start) {
-  if (arguments.query_block_size == 64) return launch_instance<TYPE, D, 64>(launch, arguments, start);
-  if (arguments.query_block_size == 128) return launch_instance<TYPE, D, 128>(launch, arguments, start);
+  if (arguments.small_query_block != 0) return launch_instance<TYPE, D, 64, PIECE>(launch, arguments, start);
+  if (arguments.query_block_size == 64) return launch_instance<TYPE, D, 64, KEY_BLOCK>(launch, arguments, start);
+  if (arguments.query_block_size == 128) return launch_instance<TYPE, D, 128, KEY_BLOCK>(launch, arguments, start);
   return NO_INSTANCE;
 }
 

@@ -23,6 +23,10 @@ struct Place {
   int batch, head, query_block;
   long long list;  // row of key_blocks, counts and flags
 
+  // The list of a block of threads.
+  static DEVICE Place of(const Arguments& arguments, int index, int batch_repeat, int head_repeat) {
+    return Place(arguments, arguments.order != nullptr ? arguments.order[index] : index, batch_repeat, head_repeat);
+  }
   DEVICE Place(const Arguments& arguments, int list_index, int batch_repeat, int head_repeat) {
     const int list_row = list_index / arguments.num_query_blocks;
     query_block = list_index % arguments.num_query_blocks;
@@ -30,35 +34,36 @@ struct Place {
     head = arguments.list_heads > 1 ? list_row % arguments.list_heads : head_repeat;
     list = list_index;
   }
-
-  // The list of another query block of the same batch row and head: no division.
-  DEVICE Place with_query_block(int other) const {
-    Place place = *this;
-    place.query_block = other;
-    place.list += other - query_block;
-    return place;
-  }
 };
 
-// A block of keys: of the sequence, or packed global keys.
+// WIDTH keys, a block or a piece of one: of the sequence, or packed global keys.
+template <int WIDTH>
 struct KeyBlock {
   Bits open;
   int first;
   const int* positions;  // null for a block of the sequence
 
   DEVICE KeyBlock(const Arguments& arguments, int batch, int block)
-      : KeyBlock(arguments, batch, block, arguments.open_keys[(long long)batch * arguments.num_blocks + block]) {}
+      : KeyBlock(arguments, batch, block, open_keys(arguments, batch, block)) {}
   DEVICE KeyBlock(const Arguments& arguments, int batch, int block, Bits open) : open(open) {
-    first = block * KEY_BLOCK;
+    first = block * WIDTH;
     positions = nullptr;
-    const int packed = block - arguments.num_sequence_blocks;
+    const int packed = first - arguments.num_sequence_blocks * KEY_BLOCK;
     if (packed >= 0)
       positions = arguments.global_positions +
-                  ((long long)batch * (arguments.num_blocks - arguments.num_sequence_blocks) + packed) * KEY_BLOCK;
+                  (long long)batch * (arguments.num_blocks - arguments.num_sequence_blocks) * KEY_BLOCK + packed;
   }
   DEVICE bool is_open(int column) const { return open >> column & 1; }
   // Only for open columns.
   DEVICE int position(int column) const { return positions == nullptr ? first + column : positions[column]; }
+  static DEVICE Bits all() { return ~(Bits)0 >> (64 - WIDTH); }
+
+ private:
+  static DEVICE Bits open_keys(const Arguments& arguments, int batch, int block) {
+    constexpr int SHARE = KEY_BLOCK / WIDTH;
+    const Bits open = arguments.open_keys[(long long)batch * arguments.num_blocks + block / SHARE];
+    return open >> block % SHARE * WIDTH & all();
+  }
 };
 
 // Bits from first to last, clipped to 0 to 63.
@@ -69,24 +74,41 @@ DEVICE Bits interval(int first, int last) {
   return from & to;
 }
 
+// The bias of an entry of the list of a query block, in base 2.
+DEVICE float entry_bias(const Arguments& arguments, int batch, int head, int query_block, int width, int entry) {
+  const long long lists = batch * arguments.bias_batch_stride + head * arguments.bias_head_stride;
+  return LOG2_E * arguments.entry_bias[(lists + query_block) * width + entry];
+}
+
 // What a kernel does with one entry of a list, or with a part of its queries: the same in all threads.
 struct alignas(16) Step {
   // Some pairs are hidden; pairs have a span; only those inside, or outside, of the window are visible; a bias of its own.
   enum Flag { MASKED = 1, SPANNED = 2, INSIDE = 4, OUTSIDE = 8, BIASED = 16 };
 
-  Bits open;  // the keys that can be seen at all; in grad_keys_kernel, the queries that have weights
-  int tile_and_flags;
+  // The keys that can be seen at all, or the queries that have weights. Of a piece of keys the bits from GROUPS on say
+  // which of the query blocks of a tile see it.
+  Bits open;
+  Word tile_and_flags;
   float bias;  // in base 2
+  static constexpr int GROUPS = 32;
 
   // Which block of keys, or part of the queries, the kernel has to load.
-  DEVICE int tile() const { return tile_and_flags >> 5; }
+  DEVICE int tile() const { return (int)(tile_and_flags >> 5); }
   DEVICE bool is(int flag) const { return tile_and_flags & flag; }
+  DEVICE bool is_of_group(int group) const { return open >> (GROUPS + group) & 1; }
 
-  // Makes the step of an entry. False: it has no visible pair.
-  DEVICE bool set(const Arguments& arguments, const Place& place, int first_query, int num_queries, long long entry,
-                  const KeyBlock& keys, int tile) {
-    const int entry_flags = arguments.flags[entry];
-    int flags = keys.open != ~(Bits)0 ? MASKED : 0;
+  // A step without anything to see.
+  DEVICE void clear() {
+    open = 0;
+    tile_and_flags = MASKED;
+    bias = 0.0f;
+  }
+
+  // Makes the step of an entry with these flags, whose bias is still 0. False: it has no visible pair.
+  template <int WIDTH>
+  DEVICE bool set(const Arguments& arguments, int head, int first_query, int num_queries, int entry_flags,
+                  const KeyBlock<WIDTH>& keys, int tile) {
+    int flags = keys.open != keys.all() ? MASKED : 0;
     bool is_visible = keys.open != 0;
     open = keys.open;
     bias = 0.0f;
@@ -95,7 +117,7 @@ struct alignas(16) Step {
     } else {
       const bool is_window = entry_flags & WINDOW;
       const int last_query = min_of(first_query + num_queries, arguments.length) - 1;
-      const int last_key = min_of(keys.first + KEY_BLOCK, arguments.length) - 1;
+      const int last_key = min_of(keys.first + WIDTH, arguments.length) - 1;
       // The offsets key - query of the tile.
       const int lowest = keys.first - last_query, highest = last_key - first_query;
       if (arguments.is_causal) {
@@ -108,17 +130,15 @@ struct alignas(16) Step {
         is_visible &= is_window ? touches : !is_inside;
         if (is_window ? !is_inside : touches) flags |= MASKED | (is_window ? INSIDE : OUTSIDE);
       }
-      if (is_window && arguments.span_length != nullptr &&
-          !((float)(-lowest > highest ? -lowest : highest) < arguments.span_length[place.head]))
-        flags |= SPANNED;
-      if (!is_window) flags |= BIASED;
-      if (!is_window && arguments.entry_bias != nullptr) {
-        const long long lists = place.batch * arguments.bias_batch_stride + place.head * arguments.bias_head_stride;
-        bias = LOG2_E * arguments.entry_bias[(lists + place.query_block) * arguments.max_entries +
-                                             (entry - place.list * arguments.max_entries)];
+      if (is_window && arguments.span_length != nullptr) {
+        const float length = arguments.span_length[head];
+        if (!((float)(-lowest > highest ? -lowest : highest) < length)) flags |= SPANNED;
+        // Behind the ramp there is no weight.
+        if ((float)(lowest > -highest ? lowest : -highest) >= length + arguments.span_ramp) is_visible = false;
       }
+      if (!is_window) flags |= BIASED;
     }
-    tile_and_flags = tile << 5 | flags;
+    tile_and_flags = (Word)tile << 5 | (Word)flags;
     return is_visible;
   }
 
@@ -126,12 +146,20 @@ struct alignas(16) Step {
   DEVICE bool set_listed(const Arguments& arguments, const Place& place, int first_query, int num_queries, int candidate) {
     const long long entry = place.list * arguments.max_entries + candidate;
     const int block = arguments.key_blocks[entry];
-    return set(arguments, place, first_query, num_queries, entry, KeyBlock(arguments, place.batch, block), block);
+    const bool is_visible = set(arguments, place.head, first_query, num_queries, arguments.flags[entry],
+                                KeyBlock<KEY_BLOCK>(arguments, place.batch, block), block);
+    if (is(BIASED) && arguments.entry_bias != nullptr)
+      bias = entry_bias(arguments, place.batch, place.head, place.query_block, arguments.max_entries, candidate);
+    return is_visible;
   }
-  DEVICE KeyBlock keys(const Arguments& arguments, int batch) const { return KeyBlock(arguments, batch, tile(), open); }
+  template <int WIDTH>
+  DEVICE KeyBlock<WIDTH> keys(const Arguments& arguments, int batch) const {
+    return KeyBlock<WIDTH>(arguments, batch, tile(), open & KeyBlock<WIDTH>::all());
+  }
 
-  // Which of the 64 keys the query at a position sees.
-  DEVICE Bits visible_keys(const Arguments& arguments, const KeyBlock& keys, int query) const {
+  // Which of the keys the query at a position sees.
+  template <int WIDTH>
+  DEVICE Bits visible_keys(const Arguments& arguments, const KeyBlock<WIDTH>& keys, int query) const {
     Bits visible = keys.open;
     if (keys.positions == nullptr) {
       const int start = query - keys.first;
@@ -139,7 +167,7 @@ struct alignas(16) Step {
       if (arguments.is_causal) visible &= interval(0, start);
     } else if (arguments.is_causal) {
       // Packed keys have no window.
-      for (int column = 0; column < KEY_BLOCK; column++)
+      for (int column = 0; column < WIDTH; column++)
         if (keys.is_open(column) && keys.position(column) > query) visible &= ~((Bits)1 << column);
     }
     return visible;
@@ -161,37 +189,137 @@ struct alignas(16) Step {
   }
 };
 
+// The pieces that 64 queries from first_query on read where blocks are smaller: those of packed keys, those that their
+// window touches, then those of the items that their lists have together.
+struct Pieces {
+  static constexpr int OF_BLOCK = KEY_BLOCK / PIECE;
+  const Arguments& arguments;
+  const Place& place;
+  int first_query;
+
+  DEVICE int packed() const { return (arguments.num_blocks - arguments.num_sequence_blocks) * OF_BLOCK; }
+  DEVICE int first_of_window() const {
+    return first_query > arguments.left ? (first_query - arguments.left) / PIECE : 0;
+  }
+  // Pieces before those of items.
+  DEVICE int others() const {
+    if (!arguments.has_window) return packed();
+    const int query = first_query + 64 < arguments.length ? first_query + 63 : arguments.length - 1;
+    const int key = query + (arguments.is_causal ? 0 : arguments.right);
+    const int last = (key < arguments.length ? key : arguments.length - 1) / PIECE;
+    return packed() + last + 1 - first_of_window();
+  }
+  DEVICE int of_item() const { return arguments.small_key_block / PIECE; }
+  DEVICE long long small_list() const {
+    return place.batch * (long long)arguments.small_batch_stride + place.head * arguments.small_head_stride;
+  }
+  DEVICE long long small_tile() const {
+    const int tile = first_query / (arguments.small_query_block > 64 ? arguments.small_query_block : 64);
+    return small_list() * arguments.small_tiles + tile;
+  }
+  DEVICE int count() const {
+    if (arguments.small_items == nullptr) return others();
+    return others() + arguments.small_counts[small_tile() * 2 + 1] * of_item();
+  }
+  // Query blocks of a tile; which of them has the rows of a warp.
+  DEVICE int groups() const { return arguments.small_query_block < 64 ? 64 / arguments.small_query_block : 1; }
+  DEVICE int group(int warp) const { return warp * 16 / arguments.small_query_block; }
+
+  // Which entry of the list of a warp's query block a candidate is of, if it is of one that the query block has.
+  DEVICE int entry(int candidate, int warp) const {
+    const int item = (candidate - others()) / of_item();
+    return arguments.small_entries[(small_tile() * arguments.small_room + item) * groups() + group(warp)];
+  }
+
+  // Where the gradient of that entry's bias is, as far as it is of the candidate's keys and the warp's queries.
+  DEVICE long long grad_bias_index(int candidate, int warp) const {
+    const int of_query_block = arguments.small_query_block / PIECE;
+    const int num_query_blocks = (arguments.length + arguments.small_query_block - 1) / arguments.small_query_block;
+    const long long head_row = (long long)place.batch * arguments.heads + place.head;
+    const long long row = head_row * num_query_blocks * of_query_block + first_query / PIECE + warp;
+    const int piece = (candidate - others()) % of_item();
+    return (row * arguments.small_width + entry(candidate, warp)) * of_item() + piece;
+  }
+
+  // Makes the step of a candidate, with the bias of the warp's query block.
+  DEVICE bool find(int candidate, int warp, Step& step) const {
+    const int small = candidate - others(), all_groups = (1 << groups()) - 1;
+    int piece, flags = 0, seen_by = all_groups;
+    if (candidate < packed()) {
+      piece = arguments.num_sequence_blocks * OF_BLOCK + candidate;
+      flags = GLOBAL_PACK;
+    } else if (small < 0) {
+      piece = first_of_window() + candidate - packed();
+      flags = WINDOW;
+    } else {
+      const int item = arguments.small_items[small_tile() * arguments.small_room + small / of_item()];
+      piece = item / 16 * of_item() + small % of_item();
+      seen_by = item % 16;
+    }
+    const KeyBlock<PIECE> keys(arguments, place.batch, piece);
+    const bool is_visible = step.set(arguments, place.head, first_query, 64, flags, keys, piece);
+    step.open |= (Bits)seen_by << Step::GROUPS;
+    if (seen_by != all_groups) step.tile_and_flags |= Step::MASKED;
+    if (step.is(Step::BIASED) && arguments.entry_bias != nullptr && step.is_of_group(group(warp)))
+      step.bias =
+          entry_bias(arguments, place.batch, place.head, (first_query + warp * 16) / arguments.small_query_block,
+                     arguments.small_width, entry(candidate, warp));
+    return is_visible;
+  }
+};
+
 // The steps of a thread block, in shared memory, between the one that is computed and those to come. Every warp finds
-// them all, 32 candidates at a time, one for each lane; the first warp writes them.
+// them all, 32 candidates at a time, one for each lane; the first warp writes them. OF_TILE of them are computed at a time.
 constexpr int STEP_ROOM = 64;
 
-template <bool KEEPS_CANDIDATES>
+template <int OF_TILE>
 struct Steps {
   Step* const ring;       // [STEP_ROOM]
-  int* const candidates;  // [STEP_ROOM], of which candidate each step was made; only if they are kept
+  int* const candidates;  // [STEP_ROOM], of which candidate each step was made; null: not kept
+  float* const biases;    // [STEP_ROOM], as this warp has found them; null: all find the same
   int next;               // the first candidate that no lane has looked at; negative: there is none
-  int found = 0;
+  int found = 0;          // whole tiles, once there is no candidate left
 
-  // Looks for steps, until more are at hand than half the room or no candidate is left. No thread may still read a step
-  // before `current`; all may read the new ones after the next barrier.
+  // Looks for steps, until more are at hand than almost half the room or no candidate is left. No thread may still read a
+  // step before `current`; all may read the new ones after the next barrier.
   template <typename End, typename Find>
   DEVICE void look_ahead(int current, const End& end_of_candidates, const Find& find) {
-    while (next >= 0 && found - current <= STEP_ROOM / 2) {
+    while (next >= 0 && found - current <= STEP_ROOM / 2 - OF_TILE) {
       const int lane = thread_index() % 32, candidate = next + lane, end = end_of_candidates();
       Step step;
       const bool is_step = candidate < end && find(candidate, step);
       const Word lanes = ballot(is_step);
-      if (is_step && thread_index() < 32) {
-        const int place = (found + count_bits(lanes & ((1u << lane) - 1))) % STEP_ROOM;
-        ring[place] = step;
-        if constexpr (KEEPS_CANDIDATES) candidates[place] = candidate;
-      }
+      if (is_step) put(step, found + count_bits(lanes & ((1u << lane) - 1)), candidate);
       found += count_bits(lanes);
       next = next + 32 < end ? next + 32 : -1;
+      if (OF_TILE == 1 || next >= 0) continue;
+      const int missing = (OF_TILE - found % OF_TILE) % OF_TILE;
+      step.clear();
+      if (lane < missing) put(step, found + lane, candidate);
+      found += missing;
     }
   }
   DEVICE const Step& operator[](int index) const { return ring[index % STEP_ROOM]; }
+  DEVICE float bias(int index) const {
+    return biases != nullptr ? biases[index % STEP_ROOM] : ring[index % STEP_ROOM].bias;
+  }
+  DEVICE int candidate(int index) const { return candidates[index % STEP_ROOM]; }
+
+ private:
+  DEVICE void put(const Step& step, int index, int candidate) {
+    const int place = index % STEP_ROOM;
+    if (biases != nullptr) biases[place] = step.bias;
+    if (thread_index() >= 32) return;
+    ring[place] = step;
+    if (candidates != nullptr) candidates[place] = candidate;
+  }
 };
+
+// Bytes of the steps, and of the biases that each warp has of steps of pieces.
+template <int QUERY_BLOCK, int WIDTH>
+constexpr int steps_shared_memory() {
+  return STEP_ROOM * ((int)sizeof(Step) + (WIDTH < KEY_BLOCK ? QUERY_BLOCK / 16 * (int)sizeof(float) : 0));
+}
 
 // The weight of the adaptive span for a pair of the window.
 DEVICE float span_weight(const Arguments& arguments, int head, int offset) {
@@ -236,7 +364,7 @@ struct Share {
 // Starts copying the keys and values of a block; hidden rows become zeros, since 0 * NaN is NaN.
 template <int D, int THREADS>
 DEVICE void load_keys_and_values(Half* key_tile, Half* value_tile, const Arguments& arguments, const Place& place,
-                                 const KeyBlock& keys) {
+                                 const KeyBlock<KEY_BLOCK>& keys) {
   const Share<D, THREADS> share;
   const Bits open = keys.open >> share.row;
   if (keys.positions == nullptr) {
@@ -258,6 +386,35 @@ DEVICE void load_keys_and_values(Half* key_tile, Half* value_tile, const Argumen
       share.start(value_tile, step, row_at(arguments.value, place.batch, place.head, position) + share.element, is_open);
     }
   }
+}
+
+// As above, the rows of ROWS / PIECE pieces; keys_of(i) are the keys of the i-th.
+template <int D, int THREADS, int ROWS, typename KeysOf>
+DEVICE void load_pieces(Half* key_tile, Half* value_tile, const Arguments& arguments, const Place& place,
+                        const KeysOf& keys_of) {
+  const Share<D, THREADS> share;
+  NO_UNROLL for (int step = 0; step * share.STEP < ROWS; step++) {
+    const int row = share.row + step * share.STEP;
+    if (row >= ROWS) break;
+    const KeyBlock<PIECE> keys = keys_of(row / PIECE);
+    const bool is_open = keys.is_open(row % PIECE);
+    const int position = is_open ? keys.position(row % PIECE) : 0;
+    share.start(key_tile, step, row_at(arguments.key, place.batch, place.head, position) + share.element, is_open);
+    share.start(value_tile, step, row_at(arguments.value, place.batch, place.head, position) + share.element, is_open);
+  }
+}
+
+// Starts copying the keys and values of a tile of steps.
+template <int D, int THREADS, int OF_TILE>
+DEVICE void load_step_keys(Half* key_tile, Half* value_tile, const Arguments& arguments, const Place& place,
+                           const Steps<OF_TILE>& steps, int index) {
+  if constexpr (OF_TILE == 1)
+    load_keys_and_values<D, THREADS>(key_tile, value_tile, arguments, place,
+                                     steps[index].template keys<KEY_BLOCK>(arguments, place.batch));
+  else
+    load_pieces<D, THREADS, KEY_BLOCK>(key_tile, value_tile, arguments, place, [&](int piece) {
+      return steps[index * OF_TILE + piece].template keys<PIECE>(arguments, place.batch);
+    });
 }
 
 // Starts copying ROWS rows of queries; rows behind the end become zeros.
@@ -329,17 +486,24 @@ DEVICE void multiply_registers(float (&c)[D / 8][4], const float (&a)[DEPTH / 8]
   }
 }
 
+// The sum over the lanes of a warp, in all of them.
+DEVICE float warp_sum(float value) {
+  UNROLL for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+  return value;
+}
+
 template <int COLUMNS>
 DEVICE void set_zero(float (&c)[COLUMNS][4]) {
   UNROLL for (int n = 0; n < COLUMNS; n++) UNROLL for (int j = 0; j < 4; j++) c[n][j] = 0.0f;
 }
 
-// Sets the elements of the hidden pairs to -inf; visible[h] has a bit per column, for the rows of elements 2h and 2h + 1.
-template <int COLUMNS>
-DEVICE void hide(float (&scores)[COLUMNS][4], const Bits (&visible)[2], int first_column, int lane) {
+// Sets the hidden pairs of FRAGMENTS fragments from `scores` on to -inf; visible[h] has a bit per column, from first_column
+// on, for the rows of elements 2h and 2h + 1.
+template <int FRAGMENTS>
+DEVICE void hide(float (*scores)[4], const Bits (&visible)[2], int first_column, int lane) {
   UNROLL for (int h = 0; h < 2; h++) {
     const Bits own = visible[h] >> (first_column + lane % 4 * 2);
-    UNROLL for (int n = 0; n < COLUMNS; n++)
+    UNROLL for (int n = 0; n < FRAGMENTS; n++)
       UNROLL for (int side = 0; side < 2; side++)
         if (!(own >> (n * 8 + side) & 1)) scores[n][2 * h + side] = -infinity();
   }

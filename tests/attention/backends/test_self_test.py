@@ -70,7 +70,7 @@ def test_forgetting_has_a_gpu_checked_again(no_library, monkeypatch):
     monkeypatch.setattr(compiled, "why_wrong", lambda *_: next(answers))
 
     def why_not():
-        return compiled._check_cuda_kernel(0, torch.float16, 64, 64)
+        return compiled._check_cuda_kernel(0, torch.float16, 64, 64, 64)
 
     load.forget()
     assert [why_not() for _ in range(2)] == ["it failed"] * 2

@@ -3,10 +3,8 @@
 bfloat16 is only compiled: the interpreter gets its products wrong (triton#11584).
 """
 
-import importlib.metadata
 from dataclasses import replace
 
-import numpy
 import pytest
 import torch
 from calls import (
@@ -18,7 +16,7 @@ from calls import (
     routed_layout,
     value_and_gradients,
 )
-from triton_on_cpu import compile_only, interpreter, needs_triton, resources
+from triton_on_cpu import compile_only, interpreter, needs_triton, resources, skip_without_loops
 
 from adaptive_longformer.attention import explain_backends, sparse_attention
 from adaptive_longformer.attention.backends import triton as backend
@@ -45,17 +43,11 @@ CALL = {"dtype": torch.float32, "batch": 1, "heads": 1, "head_dim": 16}
 @pytest.fixture(scope="module")
 def interpreted():
     """Calls a function of this file where Triton interprets."""
-    version = importlib.metadata.version("triton") if backend_is_there() else ""
-    if version.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 cannot interpret loops with NumPy 2.4 (triton#9171)")
+    skip_without_loops()
     with interpreter() as call:
         yield lambda function, *arguments, **options: call(
             "test_triton", function.__name__, *arguments, **options
         )
-
-
-def backend_is_there():
-    return not needs_triton.args[0]
 
 
 def check(pattern, *, tolerance=1e-5, part_tiles=1, **options):
