@@ -4,8 +4,8 @@ import pytest
 import torch
 from selection_calls import SMALL, chosen, masks_of, random_keys
 
+from adaptive_longformer.attention import global_keys
 from adaptive_longformer.patterns import EntryFlag, SlidingWindow
-from adaptive_longformer.selection import select_blocks as selection
 from adaptive_longformer.selection.lists import selection_layout
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import select_blocks
@@ -54,7 +54,7 @@ def test_nothing_that_is_looked_up_changes_a_choice(kind, num_global_blocks, mon
     results = []
     for looks_up in (True, False):
         if not looks_up:
-            monkeypatch.setattr(selection, "_READ_BACK", ())  # as on a GPU
+            monkeypatch.setattr(global_keys, "_READ_BACK", ())  # as on a GPU
         results.append(
             select_blocks(
                 query, key, SlidingWindow(20), options, attention_mask=mask,
