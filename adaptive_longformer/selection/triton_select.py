@@ -14,7 +14,6 @@ Kernels, each over all rows of a batch and all heads at once:
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from adaptive_longformer.attention.kernels.triton_device import FAR
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice
@@ -107,6 +106,11 @@ class _Tile(NamedTuple):
     keys: int
 
 
+def _power_of_2(number: int) -> int:
+    """The least one that is not smaller. Triton's own is of the type constexpr for pyright."""
+    return 1 << (number - 1).bit_length()
+
+
 def can_choose(call: ExactCall) -> bool:
     """Whether `triton_choice` may take a call, wherever its tensors are."""
     return (
@@ -141,7 +145,7 @@ def triton_choice(call: ExactCall, with_dropped: bool = False) -> ExactChoice:
     dropped = result.log_dropped if with_dropped else None
     pairs, tiles = batch * heads, -(-rows // tile.rows)
     key_tiles = -(-call.num_key_blocks // tile.blocks)
-    warps, slots = 4 if tile.queries <= _TILE else 8, max(triton.next_power_of_2(width), 32)
+    warps, slots = 4 if tile.queries <= _TILE else 8, max(_power_of_2(width), 32)
     with torch.cuda.device_of(query):
         _launch(weights_kernel, batch * key.shape[1] * key_tiles, 4, inputs, sizes, weights, tile)
         _launch(
@@ -237,11 +241,11 @@ def _sizes(call: ExactCall) -> _Sizes:
 
 def _tile(call: ExactCall) -> _Tile:
     size, keys_per_block = call.query_block_size, call.keys_per_block
-    query_slots = triton.next_power_of_2(size)
-    key_slots = triton.next_power_of_2(keys_per_block)
+    query_slots = _power_of_2(size)
+    key_slots = _power_of_2(keys_per_block)
     rows = max(_TILE // query_slots, 1) if call.places is None else call.places.rows_per_list
     # A product of matrices has 16 rows and columns at least.
-    row_slots = max(triton.next_power_of_2(rows), 16 // query_slots)
+    row_slots = max(_power_of_2(rows), 16 // query_slots)
     queries, head_dim = row_slots * query_slots, call.query.shape[3]
     blocks = max(_TILE * (1 if queries >= _TILE else 2) // key_slots, 1)
     return _Tile(
@@ -254,7 +258,7 @@ def _tile(call: ExactCall) -> _Tile:
         keys_per_block=keys_per_block,
         key_slots=key_slots,
         head_dim=head_dim,
-        dim_slots=max(triton.next_power_of_2(head_dim), 16),
+        dim_slots=max(_power_of_2(head_dim), 16),
         is_causal=call.is_causal,
         rows_per_list=1 if call.places is None else call.places.rows_per_list,
         blocks_per_place=1 if call.places is None else call.places.blocks_per_place,
