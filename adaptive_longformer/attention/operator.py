@@ -193,6 +193,14 @@ def define_operator(
     return _register(name, run_forward, run_backward, tags=tags)
 
 
+def fits_graphs(call: AttentionCall) -> bool:
+    """Whether our kernels read nothing back from the device for a call, and keep nothing there: its
+    lists are its own, not those of a pattern, and the number of its global tokens is known.
+    """
+    keys = call.global_keys
+    return call.layout is not None and (keys is None or keys.positions is not None)
+
+
 def run_operator(operator: Callable, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a call, by an operator of `define_operator`."""
     return operator(*expand(call))

@@ -8,7 +8,6 @@ from adaptive_longformer.attention.backends import cpp, cuda
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.backends.triton import why_no_lists
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.cuda_graphs import fits_graphs
 from adaptive_longformer.attention.kernels.cuda_launches import (
     BLOCK_SIZES,
     ELEMENT_TYPES,
@@ -19,7 +18,7 @@ from adaptive_longformer.attention.kernels.cuda_launches import (
 from adaptive_longformer.attention.kernels.kernel_call import why_not_whole_blocks
 from adaptive_longformer.attention.kernels.load import until_forgotten, why_unavailable
 from adaptive_longformer.attention.kernels.triton_device import why_no_triton
-from adaptive_longformer.attention.operator import define_operator, run_operator
+from adaptive_longformer.attention.operator import define_operator, fits_graphs, run_operator
 
 # The second and the third size of a grid.
 _MOST_REPEATS = 65535

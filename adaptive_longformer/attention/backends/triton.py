@@ -13,7 +13,6 @@ import torch
 
 from adaptive_longformer.attention.backends.self_test import why_wrong
 from adaptive_longformer.attention.call import AttentionCall
-from adaptive_longformer.attention.cuda_graphs import fits_graphs
 from adaptive_longformer.attention.dropout import threshold
 from adaptive_longformer.attention.kernels.kernel_call import (
     check_shapes,
@@ -23,7 +22,7 @@ from adaptive_longformer.attention.kernels.kernel_call import (
 from adaptive_longformer.attention.kernels.load import until_forgotten
 from adaptive_longformer.attention.kernels.triton_device import FAR, why_no_triton
 from adaptive_longformer.attention.memory_format import like_projection
-from adaptive_longformer.attention.operator import define_operator, run_operator
+from adaptive_longformer.attention.operator import define_operator, fits_graphs, run_operator
 from adaptive_longformer.patterns.block_layout import split_window
 from adaptive_longformer.patterns.pattern import Pattern
 

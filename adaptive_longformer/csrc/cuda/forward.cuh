@@ -14,7 +14,7 @@ constexpr int forward_shared_memory() {
 
 // Steps are of WIDTH keys: a whole tile, or one of its pieces.
 template <int TYPE, int D, int QUERY_BLOCK, int WIDTH>
-KERNEL(QUERY_BLOCK * 2, (D <= 32 ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) forward_kernel(const Arguments arguments) {
+KERNEL(QUERY_BLOCK * 2, (D <= 32 && WIDTH == KEY_BLOCK ? 16 : D <= 64 ? 12 : 8) * 16 / QUERY_BLOCK) forward_kernel(const Arguments arguments) {
   constexpr int THREADS = QUERY_BLOCK * 2, OF_TILE = KEY_BLOCK / WIDTH, FRAGMENTS = WIDTH / 8;
   SHARED_MEMORY(shared);
   Half* query_tile = (Half*)shared;
