@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from adaptive_longformer.attention.call import AttentionSpan
+from adaptive_longformer.attention.call import AttentionCall, AttentionSpan
 from adaptive_longformer.attention.global_keys import GlobalKeys
 from adaptive_longformer.attention.join_gradients import JoinGradients
 from adaptive_longformer.baselines.oracle_selection import oracle_selection
@@ -19,6 +19,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 from adaptive_longformer.modeling.head_budgets import HeadBudgets, write_selection
 from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
+from adaptive_longformer.selection.exportable_selection import BlockBias, selecting_attention
 from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
 from adaptive_longformer.selection.lists import selection_layout
 from adaptive_longformer.selection.options import SelectionOptions
@@ -168,6 +169,38 @@ class AdaptiveSelection(HeadBudgets):
         if not torch.is_grad_enabled():
             return query
         return JoinGradients.apply(query, *self.parameters())  # type: ignore[return-value]
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether `attend` stands for the choice and the attention to it: torch.export and ONNX
+        know none of their operators.
+        """
+        is_known = self.config.attention_pattern == "adaptive" and not self.is_causal
+        return is_known and self.is_active and torch.compiler.is_exporting()
+
+    def reads_of_graph(self) -> Reads:
+        """What `attend` is called with."""
+        return Reads(self.window, span=self.weights(False, self.narrows()).span)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """The output [batch, heads, length, head_dim] of a call of `reads_of_graph`, and of what
+        `forward` would choose.
+        """
+        options, weights = (
+            replace(self.options, num_blocks=max(self.most_blocks(), 1)),
+            self.weights(),
+        )
+        assert weights.log_weights is not None and weights.rank_limit is not None
+        ranks = weights.log_weights[:, 1 : 1 + options.num_blocks]
+        rank = torch.arange(options.num_blocks, device=ranks.device)
+        ranks = ranks.masked_fill(rank >= weights.rank_limit[:, None], -torch.inf)
+        if self.global_direction is None:
+            return selecting_attention(call, options, BlockBias(ranks))
+        opening = precise(self.gate) * precise(self.strength)
+        shared = opening.clamp(min=MIN_WEIGHT).log().masked_fill(opening <= 0, -torch.inf)
+        return selecting_attention(
+            call, options, BlockBias(ranks, precise(self.global_direction), shared)
+        )
 
     def choose_next(
         self,

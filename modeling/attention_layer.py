@@ -168,8 +168,11 @@ class AdaptiveSparseAttention(nn.Module):
         is given to read or what the layer chooses. Rows have moved as `masks.padding` says, and
         move back.
         """
-        padding = masks.padding
-        if self.adaptive is not None:
+        padding, is_exported = masks.padding, False
+        if self.adaptive is not None and self.adaptive.is_exported and not output_attentions:
+            is_exported = True
+            reads = self.adaptive.reads_of_graph()
+        elif self.adaptive is not None:
             query, reads = self.adaptive(
                 query, key, masks.attention_mask, masks.global_keys, selection_state
             )
@@ -197,6 +200,9 @@ class AdaptiveSparseAttention(nn.Module):
             all_of_call = make_call(query, key, value, reads.pattern_or_layout, **call)
             context, _, _ = dense_attention(all_of_call, hand_out)
             return padding.restored(context, dim=2, zero=True), attentions[0]
+        if self.adaptive is not None and is_exported:
+            every = make_call(query, key, value, reads.pattern_or_layout, **call)
+            return padding.restored(self.adaptive.attend(every), dim=2, zero=True), None
         context = sparse_attention(
             query,
             key,

@@ -84,8 +84,10 @@ class LeftPadding(NamedTuple):
         if slots is None:
             return cls()
         slot, slots = torch.arange(length, device=slots.device), slots[:, None]
-        size = max(length, 1)
-        return cls((slot + slots) % size, (slot - slots) % size, slot < slots)
+        source, target = slot + slots, slot - slots
+        # By hand, as ONNX has no remainder of a number that is not known.
+        source = source - length * (source >= length).long()
+        return cls(source, target + length * (target < 0).long(), slot < slots)
 
     def removed(self, rows: Any, dim: int = 1) -> Any:
         """Rows [batch, ..., length, ...] that begin with their tokens; None stays None."""

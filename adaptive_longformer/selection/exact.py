@@ -29,7 +29,7 @@ from adaptive_longformer.selection.means import run_means
 # ones of keys cost what more candidates cost, which find more.
 TOKENS_PER_MEAN, MEANS_PER_MEAN = 16, 4
 # Queries that share their places, at least, where they may.
-_QUERIES_PER_LIST = 64
+QUERIES_PER_LIST = 64
 # Scores in memory at a time, by device.
 _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
@@ -52,7 +52,7 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
     num_places = max(1, -(-num_candidates // (blocks_per_place * call.keys_per_block)))
     most_blocks = num_places * blocks_per_place
     if call.num_key_blocks > most_blocks:
-        rows_per_list = 1 if call.is_causal else -(-_QUERIES_PER_LIST // call.query_block_size)
+        rows_per_list = 1 if call.is_causal else -(-QUERIES_PER_LIST // call.query_block_size)
         coarse = _coarser(call, run, blocks_per_place, num_places, rows_per_list)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
         counts = _without_short_lists(call, coarse, kept.counts, most_blocks)
@@ -82,11 +82,11 @@ def covered_blocks(call: ExactCall) -> tuple[torch.Tensor, torch.Tensor]:
     """
     numbers = torch.arange(call.num_rows, device=call.query.device) + call.first_row
     ends = torch.full((1,), call.length, device=numbers.device) if call.ends is None else call.ends
-    first, last = _covered_range(call, numbers, ends[:, None])
+    first, last = covered_range(call, numbers, ends[:, None])
     return first[:, None, :, None], last.expand_as(first)[:, None, :, None]
 
 
-def _covered_range(
+def covered_range(
     call: ExactCall, numbers: torch.Tensor, end: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of query blocks by their numbers, in sequences that end somewhere."""
@@ -387,7 +387,7 @@ class _Row:
         return torch.cat([of_globals.masked_fill(~is_seen, -torch.inf), scores], dim=-1)
 
     def _reach(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _covered_range(self.call, numbers, self.end)
+        return covered_range(self.call, numbers, self.end)
 
     def _covered(self, blocks: torch.Tensor, numbers: torch.Tensor, heads: slice) -> torch.Tensor:
         """Which blocks are read anyway: what the window covers, and shared ones."""

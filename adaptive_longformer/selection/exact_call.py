@@ -95,7 +95,8 @@ class ExactCall:
     @property
     def num_key_blocks(self) -> int:
         """Blocks of the sequence."""
-        return -(-self.length // self.block_size)
+        # Of a length below 0 ONNX rounds the quotient up.
+        return (self.length + self.block_size - 1) // self.block_size
 
     @property
     def num_sequence_keys(self) -> int:

@@ -72,27 +72,29 @@ def run_exportable(call: AttentionCall) -> tuple[torch.Tensor, None]:
     if call.global_keys is None:
         output = _product(_softmax(scores, hidden), near(value))
     else:
-        global_key, global_value, is_used = _global_keys(key, value, call.global_keys, num_blocks)
-        global_scores = _product(rows, global_key.mT).masked_fill(~is_used, hidden)
+        global_key, global_value, is_used = packed_global_keys(key, value, call.global_keys)
+        shape = (-1, -1, num_blocks, -1, -1)
+        global_key, global_value = (
+            tensor[:, :, None].expand(shape) for tensor in (global_key, global_value)
+        )
+        global_scores = _product(rows, global_key.mT).masked_fill(~is_used[:, :, None], hidden)
         weights = _softmax(torch.cat([scores, global_scores], dim=-1), hidden)
         of_near, of_global = weights[..., : len(near_slot)], weights[..., len(near_slot) :]
         output = _product(of_near, near(value)) + _product(of_global, global_value)
     token = torch.arange(length, device=device)
     output = output[:, :, token // size, token % size]
-    return output if call.global_keys is None else _with_global_rows(output, call), None
+    return output if call.global_keys is None else with_global_rows(output, call), None
 
 
-def _global_keys(
-    key: torch.Tensor, value: torch.Tensor, keys: GlobalKeys, num_blocks: int
+def packed_global_keys(
+    key: torch.Tensor, value: torch.Tensor, keys: GlobalKeys
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The keys and values of global tokens [batch, heads, blocks, global tokens, head_dim], and
-    which of them there are, bool [batch, 1, 1, 1, global tokens].
+    """The keys and values of global tokens [batch, heads, global tokens, head_dim], and which of
+    them there are, bool [batch, 1, 1, global tokens].
     """
     positions = keys.packed()
-    is_used = (positions < key.shape[2])[:, None, None, None]
-    shape = (-1, -1, num_blocks, -1, -1)
-    key, value = (_picked(tensor, positions)[:, :, None].expand(shape) for tensor in (key, value))
-    return key, value, is_used
+    is_used = (positions < key.shape[2])[:, None, None]
+    return _picked(key, positions), _picked(value, positions), is_used
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -114,7 +116,7 @@ def _picked(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
-def _with_global_rows(output: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+def with_global_rows(output: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """The output with the rows of global queries, which see every token."""
     assert call.global_keys is not None
     length, positions = output.shape[2], call.global_keys.packed()
