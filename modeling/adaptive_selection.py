@@ -186,21 +186,18 @@ class AdaptiveSelection(HeadBudgets):
         """The output [batch, heads, length, head_dim] of a call of `reads_of_graph`, and of what
         `forward` would choose.
         """
-        options, weights = (
-            replace(self.options, num_blocks=max(self.most_blocks(), 1)),
-            self.weights(),
-        )
+        options = replace(self.options, num_blocks=max(self.most_blocks(), 1))
+        weights = self.weights()
         assert weights.log_weights is not None and weights.rank_limit is not None
         ranks = weights.log_weights[:, 1 : 1 + options.num_blocks]
         rank = torch.arange(options.num_blocks, device=ranks.device)
         ranks = ranks.masked_fill(rank >= weights.rank_limit[:, None], -torch.inf)
-        if self.global_direction is None:
-            return selecting_attention(call, options, BlockBias(ranks))
-        opening = precise(self.gate) * precise(self.strength)
-        shared = opening.clamp(min=MIN_WEIGHT).log().masked_fill(opening <= 0, -torch.inf)
-        return selecting_attention(
-            call, options, BlockBias(ranks, precise(self.global_direction), shared)
-        )
+        bias = BlockBias(ranks)
+        if self.global_direction is not None:
+            opening = precise(self.gate) * precise(self.strength)
+            shared = opening.clamp(min=MIN_WEIGHT).log().masked_fill(opening <= 0, -torch.inf)
+            bias = BlockBias(ranks, precise(self.global_direction), shared)
+        return selecting_attention(call, options, bias)
 
     def choose_next(
         self,

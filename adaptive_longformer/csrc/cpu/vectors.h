@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // Floats per vector. May be defined on the command line to test another width: the compiler splits what is too wide.
 #ifndef VECTOR_FLOATS
@@ -51,16 +52,10 @@ ALWAYS_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 // value where the mask is -1, 0 where it is 0.
 ALWAYS_INLINE Floats zero_unless(Ints mask, Floats value) { return (Floats)((Ints)value & mask); }
 
-ALWAYS_INLINE float horizontal_sum(Floats value) {
-  float lanes[WIDTH];
-  store(lanes, value);
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-ALWAYS_INLINE int32_t horizontal_sum(Ints value) {
-  int32_t lanes[WIDTH];
+// Of Floats or Ints, halves by halves.
+template <typename Vector>
+ALWAYS_INLINE auto horizontal_sum(Vector value) {
+  std::remove_reference_t<decltype(value[0])> lanes[WIDTH];
   store(lanes, value);
   for (int half = WIDTH / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
