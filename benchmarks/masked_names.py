@@ -1,10 +1,13 @@
 """Does reading chosen blocks help a language model with real weights on real documents?
 
+    python benchmarks/masked_names.py --model BERT_FOLDER --seeds 0 1
     python benchmarks/masked_names.py --model BERT_FOLDER \
-        --train-file train.jsonl --eval-file validation.jsonl --seeds 0 1
+        --train-file train.jsonl --eval-file validation.jsonl
 
-A pretrained BERT first learns to predict masked words again, in pieces of its own length, as
-published encoders come without that head. Then it is converted to read long documents and goes on,
+The documents are the source files of Python's standard library, an eighth of them unseen, or those
+of two files. A pretrained BERT first learns to predict masked words again, in pieces of its own
+length, as published encoders come without that head: ordinary words, and names that stand again
+more than 32 tokens away. Then it is converted to read long documents and goes on,
 the same steps on the same pieces for every pattern at about 256 keys per query, and for full
 attention.
 Its position table is repeated as in any conversion; in the arms "averaged" and "interpolated" it is
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from quality.source_code import files_of_the_library
 from side_by_side.measure import default_dtype, environment
 from side_by_side.results import add_results_arguments, results_folder
 from torch.nn.functional import cross_entropy, interpolate
@@ -42,10 +46,10 @@ from adaptive_longformer.modeling.adaptive_selection import selections, set_sele
 from adaptive_longformer.patterns.block_layout import EntryFlag
 from adaptive_longformer.training import adaptive_parameter_groups
 
-FAR = 256
+FAR, SOURCE_FAR = 256, 32
 # Words, by letters and by how often they stand in a piece, that are names rather than grammar.
 LETTERS, MOST_PLACES = 4, 12
-FAR_SHARE, ORDINARY_SHARE = 0.05, 0.10
+FAR_SHARE, ORDINARY_SHARE = 0.10, 0.05
 SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
@@ -67,14 +71,16 @@ ARMS |= dict.fromkeys(POSITIONS, ARMS["adaptive"])
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="BERT: folder or hub id")
-    parser.add_argument("--train-file", required=True, help="jsonl with a column of texts")
-    parser.add_argument("--eval-file", required=True, help="the same, of other documents")
+    parser.add_argument(
+        "--train-file", help="jsonl with a column of texts; default: Python's standard library"
+    )
+    parser.add_argument("--eval-file", help="the same, of other documents")
     parser.add_argument("--column", default="document")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece")
-    parser.add_argument("--source-steps", type=int, default=600, help="before the conversion")
-    parser.add_argument("--steps", type=int, default=400, help="of one piece each")
+    parser.add_argument("--source-steps", type=int, default=2400, help="before the conversion")
+    parser.add_argument("--steps", type=int, default=300, help="of one piece each")
     parser.add_argument("--eval-pieces", type=int, default=2, help="of every unseen document")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -85,18 +91,26 @@ def parse_arguments() -> argparse.Namespace:
     add_results_arguments(parser)
     args = parser.parse_args()
     args.dtype = args.dtype or default_dtype(args.device)
+    if (args.train_file is None) != (args.eval_file is None):
+        parser.error("--train-file and --eval-file belong together")
     if args.length < 4 * FAR:
         parser.error(f"--length is {args.length}, at least {4 * FAR} is needed")
     return args
 
 
-def read_pieces(file: str, column: str, length: int, tokenizer) -> list[list[dict]]:
+def read_pieces(args, length: int, tokenizer, *, unseen: bool = False) -> list[list[dict]]:
     """Of every document its whole pieces: token ids [length] and the words, (first token, one more
     than the last, text).
     """
+    if args.train_file is None:
+        texts = [text.decode(errors="replace") for text in files_of_the_library(unseen)]
+    else:
+        file = Path(args.eval_file if unseen else args.train_file)
+        lines = file.read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)[args.column] for line in lines]
     documents = []
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
-        text, room = json.loads(line)[column], length - 2
+    for text in texts:
+        room = length - 2
         encoding = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -114,12 +128,13 @@ def read_pieces(file: str, column: str, length: int, tokenizer) -> list[list[dic
                 else:
                     words.append([token, token + 1, text[begin:end]])
             pieces.append({"ids": torch.tensor(ids), "words": words})
-        documents.append(pieces)
+        if pieces:
+            documents.append(pieces)
     return documents
 
 
 def mask_piece(
-    piece: dict, mask_token: int, generator: torch.Generator
+    piece: dict, mask_token: int, generator: torch.Generator, *, far: int = FAR
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A piece with masked tokens, their labels (-100 elsewhere), and which of these stand, as
     words, only far away: each [length].
@@ -137,42 +152,42 @@ def mask_piece(
             break
         first, last, text = words[index]
         others = [words[other] for other in places.get(text, ()) if other != index]
-        is_shown = _is_shown_far_away(first, others, is_masked)
+        is_shown = _is_shown_far_away(first, others, is_masked, far)
         if not is_shown or len(others) >= MOST_PLACES or is_far[first:last].any():
             continue
         is_masked[first:last] = is_far[first:last] = True
         for begin, end, _ in others:
-            is_masked[begin:end] |= not _is_far_away(first, begin, end)
+            is_masked[begin:end] |= not _is_far_away(first, begin, end, far)
     # A word that was shown then may be masked since.
     for first, last, text in words:
         if is_far[first:last].any():
             every = [words[index] for index in places[text]]
-            is_far[first:last] = _is_shown_far_away(first, every, is_masked)
+            is_far[first:last] = _is_shown_far_away(first, every, is_masked, far)
     labels = ids.masked_fill(~is_masked, -100)
     return ids.masked_fill(is_masked, mask_token), labels, is_far
 
 
-def _is_far_away(first: int, begin: int, end: int) -> bool:
-    return abs(begin - first) > FAR + end - begin
+def _is_far_away(first: int, begin: int, end: int, far: int) -> bool:
+    return abs(begin - first) > far + end - begin
 
 
-def _is_shown_far_away(first: int, words: list[list], is_masked: torch.Tensor) -> bool:
+def _is_shown_far_away(first: int, words: list[list], is_masked: torch.Tensor, far: int) -> bool:
     """Whether one of the words stands far from a place; what is masked itself answers nothing."""
     return any(
-        _is_far_away(first, begin, end) and not is_masked[begin:end].any()
+        _is_far_away(first, begin, end, far) and not is_masked[begin:end].any()
         for begin, end, _ in words
     )
 
 
 def batches(
-    documents: list[list[dict]], mask_token: int, steps: range, seed: int, size: int = 1
+    documents: list[list[dict]], mask_token: int, steps: range, seed: int, *, size: int, far: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels of steps, [size, length]; a step's do not depend on where one begins."""
     pieces = [piece for document in documents for piece in document]
     for step in steps:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         chosen = torch.randint(len(pieces), (size,), generator=generator).tolist()
-        masked = [mask_piece(pieces[index], mask_token, generator)[:2] for index in chosen]
+        masked = [mask_piece(pieces[index], mask_token, generator, far=far)[:2] for index in chosen]
         ids, labels = (torch.stack(tensors) for tensors in zip(*masked, strict=True))
         yield ids, labels
 
@@ -249,7 +264,16 @@ def evaluate(model, documents: list[list[dict]], mask_token: int, args) -> dict:
 
 
 def train(
-    model, file: Path, documents: list, args, *, steps: int, seed: int, size: int, rate: float
+    model,
+    file: Path,
+    documents: list,
+    args,
+    *,
+    steps: int,
+    seed: int,
+    size: int,
+    far: int,
+    rate: float,
 ) -> float:
     """Trains a masked language model, or goes on with it from what stands in a file.
 
@@ -271,8 +295,8 @@ def train(
         for part, values in zip(parts, state["parts"], strict=True):
             part.load_state_dict(values)
     model.train()
-    todo = range(first, steps)
-    pieces = batches(documents, tokenizer.mask_token_id, todo, seed, size)
+    todo, losses = range(first, steps), []
+    pieces = batches(documents, tokenizer.mask_token_id, todo, seed, size=size, far=far)
     for step, (ids, labels) in zip(todo, pieces, strict=True):
         begin = time.process_time()
         set_seed(1_000_003 * seed + step)  # of what is chosen at random
@@ -286,8 +310,10 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         used += time.process_time() - begin
+        losses.append(loss.item())
         if (step + 1) % STORED_EVERY == 0:
-            print(f"{file.stem}, step {step + 1}: loss {loss.item():.3f}", file=sys.stderr)
+            mean = statistics.mean(losses[-STORED_EVERY:])
+            print(f"{file.stem}, step {step + 1}: loss {mean:.3f}", file=sys.stderr, flush=True)
             values = [part.state_dict() for part in parts]
             torch.save({"step": step + 1, "seconds": used, "parts": values}, f"{file}.new")
             os.replace(f"{file}.new", file)
@@ -302,10 +328,10 @@ def make_source(args: argparse.Namespace, folder: Path) -> None:
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = AutoModelForMaskedLM.from_pretrained(args.model, **off).to(args.device)
     length = model.config.max_position_embeddings
-    documents = read_pieces(args.train_file, args.column, length, tokenizer)
+    documents = read_pieces(args, length, tokenizer)
     train(
         model, folder / "source.pt", documents, args, steps=args.source_steps, seed=0,
-        size=SOURCE_BATCH, rate=SOURCE_LEARNING_RATE,
+        size=SOURCE_BATCH, far=SOURCE_FAR, rate=SOURCE_LEARNING_RATE,
     )  # fmt: skip
     model.save_pretrained(folder / "source")
     tokenizer.save_pretrained(folder / "source")
@@ -320,19 +346,19 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict
     source_rows = AutoConfig.from_pretrained(args.model).max_position_embeddings
     if arm in POSITIONS:
         set_positions(model, arm, source_rows)
-    documents, unseen = (
-        read_pieces(file, args.column, args.length, tokenizer)
-        for file in (args.train_file, args.eval_file)
-    )
+    documents = read_pieces(args, args.length, tokenizer)
+    unseen = read_pieces(args, args.length, tokenizer, unseen=True)
+    at_once = evaluate(model, unseen, tokenizer.mask_token_id, args)
     seconds = train(
         model, folder / f"{arm}-{seed}.pt", documents, args, steps=args.steps, seed=seed, size=1,
-        rate=args.learning_rate,
+        far=FAR, rate=args.learning_rate,
     )  # fmt: skip
     found = evaluate(model, unseen, tokenizer.mask_token_id, args)
     if ARMS[arm]["attention_pattern"] == "adaptive":
         pieces = [pieces[0] for pieces in unseen[:8]]
         share = share_of_repeated_offsets(model, pieces, source_rows, args.device)
         found["share_of_repeated_offsets"] = share
+    found |= {f"{name}_at_once": at_once[name] for name in ("far_bits", "far_accuracy", "bits")}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"arm": arm, "seed": seed, **found, "seconds_per_step": seconds, "peak_mib": peak}
 

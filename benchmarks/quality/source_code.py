@@ -26,7 +26,8 @@ _LEFT_OUT = NOT_THE_LIBRARY | {"test", "tests"}
 
 
 @cache
-def _files(held_out: bool) -> list[bytes]:
+def files_of_the_library(held_out: bool) -> list[bytes]:
+    """The standard library's longer source files without its tests, an eighth of them held out."""
     library = Path(sysconfig.get_path("stdlib"))
     return [
         path.read_bytes()
@@ -53,7 +54,7 @@ def masked_document(
         Token ids, token types, labels (-100 where nothing is masked), and which labels are near and
         which far: each [length].
     """
-    files = _files(held_out)
+    files = files_of_the_library(held_out)
     text = files[int(torch.randint(len(files), (), generator=generator))]
     start = int(torch.randint(len(text) - length + 2, (), generator=generator))
     text = text[start : start + length - 1]

@@ -31,12 +31,13 @@ def random_piece(length, seed):
     return {"ids": torch.tensor([*ids, 2]), "words": words}
 
 
-def test_far_words_are_masked_everywhere_near_and_shown_far_away(masked_names):
+@pytest.mark.parametrize("far", [32, 256])
+def test_far_words_are_masked_everywhere_near_and_shown_far_away(masked_names, far):
     asked = 0
     for seed in range(5):
         piece = random_piece(2048, seed)
         generator = torch.Generator().manual_seed(seed)
-        ids, labels, is_far = masked_names.mask_piece(piece, 5, generator)
+        ids, labels, is_far = masked_names.mask_piece(piece, 5, generator, far=far)
         is_masked = labels >= 0
         assert torch.equal(ids == 5, is_masked) and not (is_far & ~is_masked).any()
         assert torch.equal(labels[is_masked], piece["ids"][is_masked])
@@ -51,14 +52,14 @@ def test_far_words_are_masked_everywhere_near_and_shown_far_away(masked_names):
                 for begin, end, other in piece["words"]
                 if other == name and not is_masked[begin:end].all()
             ]
-            assert shown and min(shown) > masked_names.FAR
+            assert shown and min(shown) > far
     assert asked > 100
 
 
 def test_a_step_has_the_same_piece_whenever_training_begins(masked_names):
     documents = [[random_piece(2048, 0), random_piece(2048, 1)]]
-    whole = list(masked_names.batches(documents, 5, range(6), seed=3))
-    rest = list(masked_names.batches(documents, 5, range(4, 6), seed=3))
+    whole = list(masked_names.batches(documents, 5, range(6), seed=3, size=1, far=256))
+    rest = list(masked_names.batches(documents, 5, range(4, 6), seed=3, size=1, far=256))
     for (ids, labels), (others, other_labels) in zip(whole[4:], rest, strict=True):
         assert torch.equal(ids, others) and torch.equal(labels, other_labels)
     assert not torch.equal(whole[4][0], whole[5][0])
