@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
-from adaptive_longformer.modeling.causal.attention import CausalSparseAttention
+from adaptive_longformer.modeling.causal.attention import CausalSparseAttention, causal_masks
 from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
     can_read_values,
@@ -36,7 +36,7 @@ from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     returning_a_dict,
 )
 from adaptive_longformer.modeling.new_tokens import NewTokens, new_tokens, padded_mask
-from adaptive_longformer.modeling.padding import left_padding
+from adaptive_longformer.modeling.padding import LayerMasks, left_padding
 
 SELECTING_CACHE_IMPLEMENTATIONS = (None, "dynamic")
 
@@ -54,7 +54,7 @@ class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMasks | None = None,
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         slots: torch.Tensor | None = None,
@@ -190,12 +190,17 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = causal_cache(self.config, self.is_selecting)
         first_slots = left_padding(new.mask) if self.is_selecting else None
-        if first_slots is not None and not is_first:
-            first_slots = first_slots.cpu()  # once for all layers
+        # What all layers are told is made once.
+        masks: torch.Tensor | LayerMasks | None = new.mask
+        if is_first:
+            num_sinks = self.config.num_sink_tokens
+            masks = causal_masks(new.mask, sink_rank, first_slots, num_sinks, length)
+        elif first_slots is not None:
+            first_slots = first_slots.cpu()
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, new.mask, sink_rank, output_attentions,
+                hidden_states, masks, sink_rank, output_attentions,
                 None if is_first else new.slots, first_slots, self._selection_state(validate),
                 past_key_values,
             )  # fmt: skip

@@ -29,7 +29,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMasks | None = None,
         sink_rank: torch.Tensor | None = None,
         output_attentions: bool | None = False,
         slots: torch.Tensor | None = None,
@@ -41,7 +41,9 @@ class CausalSparseAttention(AdaptiveSparseAttention):
 
         Args:
             hidden_states: [batch, length, hidden_size], of the new tokens.
-            attention_mask: bool [batch, keys], True where a token is not padding; None: all are.
+            attention_mask: after cached tokens bool [batch, keys], True where a token is not
+                padding, None: all are; else the masks as `causal_masks` makes them, once for all
+                layers.
             sink_rank: int64 [batch, keys], the how-manieth sink a token is, the number of sinks for
                 all others; None: there are no sinks.
             slots: int64 [length], where the tokens stand after cached ones; None: there are none.
@@ -75,12 +77,10 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         if isinstance(cache_layer, SelectionLayer):
             queries = cache_layer.add_queries(query)
         dropout_p = self.dropout_p if self.training else 0.0
-        if slots is None:
-            padding = LeftPadding.by(first_slots, query.shape[2])
-            query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
-            is_sink = None if sink_rank is None else sink_rank < self.num_sinks
+        if isinstance(attention_mask, LayerMasks):
+            removed = attention_mask.padding.removed
             context, probabilities = self._attend(
-                query, key, value, LayerMasks.of(attention_mask, is_sink, padding, self.num_sinks),
+                removed(query, dim=2), removed(key, dim=2), removed(value, dim=2), attention_mask,
                 Reads(self.pattern), selection_state, output_attentions,
             )  # fmt: skip
         elif is_selecting:
@@ -92,7 +92,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
             )  # fmt: skip
             context, probabilities = decoding.attend(query, queries, output_attentions)
         else:
-            assert kept is not None
+            assert kept is not None and slots is not None
             visible = self._visible(cache_layer, slots, kept[0], attention_mask, sink_rank)
             context, probabilities = dense_attention(
                 query,
@@ -131,3 +131,15 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         if attention_mask is not None:
             visible = visible & attention_mask.take_along_dim(key_slot[:, 0], dim=1)[:, None]
         return visible[:, None]
+
+
+def causal_masks(
+    attention_mask: torch.Tensor | None,
+    sink_rank: torch.Tensor | None,
+    first_slots: torch.Tensor | None,
+    num_sinks: int,
+    length: int,
+) -> LayerMasks:
+    """The masks of whole sequences, from those that `CausalSparseAttention.forward` describes."""
+    is_sink = None if sink_rank is None else sink_rank < num_sinks
+    return LayerMasks.of(attention_mask, is_sink, LeftPadding.by(first_slots, length), num_sinks)
