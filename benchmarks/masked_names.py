@@ -10,8 +10,8 @@ length, as published encoders come without that head: ordinary words, and names 
 more than 32 tokens away. Then it is converted to read long documents and goes on,
 the same steps on the same pieces for every pattern at about 256 keys per query, and for full
 attention.
-Its position table is repeated as in any conversion; in the arms "averaged" and "interpolated" it is
-made longer in another way, see `POSITIONS`.
+Its position table is repeated as in any conversion; in the arms of `POSITIONS` it is made longer in
+another way, or the choice does not see it.
 Beside ordinary masking some words are masked that also stand more than 256 tokens away: everywhere
 within 256 tokens, so that no window shows them. What counts is how well these words of unseen
 documents are found: bits of surprise and accuracy, with the standard error over documents.
@@ -51,6 +51,7 @@ FAR, SOURCE_FAR = 256, 32
 LETTERS, MOST_PLACES = 4, 12
 FAR_SHARE, ORDINARY_SHARE = 0.10, 0.05
 SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
+UNPLACED_PIECES = 32
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
 ARMS = {
@@ -60,10 +61,11 @@ ARMS = {
     "big_bird": {"attention_pattern": "big_bird", "block_size": 32, "num_random_blocks": 3},
     "full": {"attention_pattern": "full"},
 }
-# Arms whose position table is not the source's, repeated, but ...
+# Of "adaptive", with another position table or another choice.
 POSITIONS = {
-    "averaged": "adaptive, after the source's rows the mean of its rows everywhere",
-    "interpolated": "adaptive, the source's rows stretched over the longer table",
+    "averaged": "after the source's rows the mean of its rows everywhere",
+    "interpolated": "the source's rows stretched over the longer table",
+    "unplaced": "repeated rows, and blocks chosen by keys less the mean of those with the same row",
 }
 ARMS |= dict.fromkeys(POSITIONS, ARMS["adaptive"])
 
@@ -213,6 +215,32 @@ def set_positions(model, way: str, source_rows: int) -> None:
         table.copy_(stretched[0].T)
 
 
+def choose_without_positions(model, pieces: list[dict], source_rows: int, device: str) -> None:
+    """Lets layers choose by keys without what keys with the same row of positions share."""
+    parts = selections(model)
+    sums = [0.0] * len(parts)
+
+    def see(number, part, args, reads) -> None:
+        key = args[1].float()
+        rows = torch.arange(key.shape[2], device=key.device) % source_rows
+        means = key.new_zeros(*key.shape[:2], source_rows, key.shape[3])
+        means.index_add_(2, rows, key)
+        sums[number] = sums[number] + means / rows.bincount()[:, None] / len(pieces)
+
+    for piece in pieces:
+        watch(model, {"input_ids": piece["ids"][None].to(device)}, see)
+
+    def without(means):
+        def hook(part, args):
+            rows = torch.arange(args[1].shape[2], device=args[1].device) % source_rows
+            return args[0], args[1] - means[:, :, rows].to(args[1].dtype), *args[2:]
+
+        return hook
+
+    for part, means in zip(parts, sums, strict=True):
+        part.register_forward_pre_hook(without(means))
+
+
 @torch.no_grad()
 def share_of_repeated_offsets(model, pieces: list[dict], source_rows: int, device: str) -> float:
     """The share of the chosen blocks whose distance is a whole number of the source's lengths."""
@@ -344,9 +372,12 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict
     model = AutoModelForMaskedLM.from_pretrained(folder / "converted", **ARMS[arm])
     model = model.to(args.device)
     source_rows = AutoConfig.from_pretrained(args.model).max_position_embeddings
-    if arm in POSITIONS:
-        set_positions(model, arm, source_rows)
     documents = read_pieces(args, args.length, tokenizer)
+    if arm == "unplaced":
+        pieces = [pieces[0] for pieces in documents[:UNPLACED_PIECES]]
+        choose_without_positions(model, pieces, source_rows, args.device)
+    elif arm in POSITIONS:
+        set_positions(model, arm, source_rows)
     unseen = read_pieces(args, args.length, tokenizer, unseen=True)
     at_once = evaluate(model, unseen, tokenizer.mask_token_id, args)
     seconds = train(
