@@ -396,11 +396,11 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict
 
 def table(cells: list[dict]) -> str:
     """Means over seeds, and the difference of every arm to "adaptive" over documents and seeds."""
-    lines = [
-        "| pattern | seeds | bits, far words | accuracy, far words | bits, all | bits more than "
-        "adaptive | seconds per step | peak MiB | chosen at repeated offsets |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "pattern", "seeds", "far words: bits at once", "bits", "more than adaptive", "accuracy",
+        "all words: bits", "seconds per step", "peak MiB", "chosen at repeated offsets",
+    )  # fmt: skip
+    rows = [head, ["---"] * len(head)]
     own = {
         cell["seed"]: cell["far_bits_by_document"] for cell in cells if cell["arm"] == "adaptive"
     }
@@ -408,26 +408,37 @@ def table(cells: list[dict]) -> str:
         group = [cell for cell in cells if cell["arm"] == arm]
         if not group:
             continue
-        names = ("far_bits", "far_accuracy", "bits", "seconds_per_step", "peak_mib")
-        mean = {name: statistics.mean(cell[name] for cell in group) for name in names}
+        mean = {
+            name: statistics.mean(cell[name] for cell in group)
+            for name, value in group[0].items()
+            if isinstance(value, float)
+        }
         pairs = [
             other - ours
             for cell in group
             if cell["seed"] in own and arm != "adaptive"
             for other, ours in zip(cell["far_bits_by_document"], own[cell["seed"]], strict=True)
         ]
-        shares = [cell.get("share_of_repeated_offsets") for cell in group]
-        repeated = "" if None in shares else f"{statistics.mean(shares):.1%}"
-        difference = ""
+        difference = "-"
         if len(pairs) > 1:
             error = statistics.stdev(pairs) / math.sqrt(len(pairs))
             difference = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
-        lines.append(
-            f"| {arm} | {len(group)} | {mean['far_bits']:.3f} | {mean['far_accuracy']:.3f} | "
-            f"{mean['bits']:.3f} | {difference} | {mean['seconds_per_step']:.2f} | "
-            f"{mean['peak_mib']:.0f} | {repeated} |"
-        )
-    return "\n".join(lines)
+        repeated = mean.get("share_of_repeated_offsets")
+        rows.append([
+            f"{arm}: {POSITIONS[arm]}" if arm in POSITIONS else arm, str(len(group)),
+            f"{mean['far_bits_at_once']:.2f}", f"{mean['far_bits']:.2f}", difference,
+            f"{mean['far_accuracy']:.1%}", f"{mean['bits']:.2f}",
+            f"{mean['seconds_per_step']:.2f}", f"{mean['peak_mib']:,.0f}",
+            "-" if repeated is None else f"{repeated:.0%}",
+        ])  # fmt: skip
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    documents = len(cells[0]["far_bits_by_document"])
+    settings = cells[0]["settings"]
+    return (
+        f"{lines}\n\n{documents} unseen documents; ±: the standard error over documents and seeds. "
+        f"{settings['steps']} steps of {settings['length']:,} tokens in {settings['dtype']}, after "
+        f"{settings['source_steps']:,} steps of {SOURCE_BATCH} x 512 for the source."
+    )
 
 
 def main() -> int:
@@ -462,7 +473,9 @@ def main() -> int:
         # What stands last counts.
         if status := subprocess.run([sys.executable, *sys.argv, *own], check=False).returncode:
             return status
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    text = table([json.loads(line) for line in file.read_text().splitlines()])
+    file.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(text)
     return 0
 
 

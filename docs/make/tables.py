@@ -185,6 +185,12 @@ def hyperpartisan() -> str:
     return f"{text}\n\n{source('hyperpartisan.json', read('hyperpartisan.json')['environment'])}"
 
 
+def names() -> str:
+    text = (RESULTS / "masked_names.md").read_text(encoding="utf-8").strip()
+    lines = (RESULTS / "masked_names.jsonl").read_text(encoding="utf-8").splitlines()
+    return f"{text}\n\n{source('masked_names.jsonl', json.loads(lines[0])['environment'])}"
+
+
 def fidelity() -> str:
     result = read("fidelity_4096.json")
     rows = []
@@ -234,7 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
         layer, operator, small_encoder, training_step, families, quality, candidates, hyperpartisan,
-        fidelity, recall, embedding,
+        names, fidelity, recall, embedding,
     )
 }  # fmt: skip
 
