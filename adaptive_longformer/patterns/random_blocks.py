@@ -47,6 +47,6 @@ class RandomBlocks(Pattern):
 def _chosen_blocks(pattern: RandomBlocks, length: int) -> torch.Tensor:
     num_blocks = -(-length // pattern.block_size)
     index = torch.arange(num_blocks)
-    row = mix(index + (pattern.seed << 20))[:, None]
+    row = mix(index ^ mix(torch.tensor(pattern.seed)))[:, None]
     rank = mix(row ^ mix(index + 0x5BD1E995))  # [query_block, key_block]
     return rank.topk(min(pattern.num_blocks, num_blocks), dim=1, largest=False).indices

@@ -58,7 +58,8 @@ def test_random_blocks_are_distinct_reproducible_and_touch_no_global_generator()
     assert chosen.shape == (63, 3)
     assert all(len(set(row.tolist())) == 3 for row in chosen)
     assert torch.equal(chosen, RandomBlocks(3, 16, seed=7).chosen_blocks(1000))
-    assert not torch.equal(chosen, RandomBlocks(3, 16, seed=8).chosen_blocks(1000))
+    for seed in (8, 7 + 2**12, 7 + 2**20):
+        assert not torch.equal(chosen, RandomBlocks(3, 16, seed=seed).chosen_blocks(1000))
     assert torch.equal(state, torch.get_rng_state())
     spread = torch.bincount(RandomBlocks(4, 8).chosen_blocks(8 * 512).flatten(), minlength=512)
     assert spread.max() < 20, "some block is drawn far more often than the mean of 4"
