@@ -56,6 +56,9 @@ _WINDOW_OVERLAYS = (
 )
 
 
+_LEAST = {"attention_window": 2, "num_global_tokens": 0, "num_selected_blocks": 0}
+
+
 @dataclass(frozen=True)
 class AdaptiveSparseOptions:
     """What a token of a foreign model reads.
@@ -66,6 +69,8 @@ class AdaptiveSparseOptions:
         num_global_tokens: so many first tokens see all tokens and are seen by all.
         num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
         block_size, query_block_size: tokens per block of keys and of queries.
+        selection_candidates: keys that every query meets when blocks are chosen; of a longer text
+            means of keys say which.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -76,10 +81,11 @@ class AdaptiveSparseOptions:
     num_selected_blocks: int = SelectionOptions.num_blocks
     block_size: int = SelectionOptions.block_size
     query_block_size: int = SelectionOptions.query_block_size
+    selection_candidates: int = SelectionOptions.num_candidates
 
     def __post_init__(self) -> None:
-        least = {"attention_window": 2, "num_global_tokens": 0, "num_selected_blocks": 0}
-        for name, low in least.items():
+        for field in fields(self):
+            name, low = field.name, _LEAST.get(field.name, 1)
             value, is_even = getattr(self, name), name == "attention_window"
             if type(value) is not int or value < low or (is_even and value % 2):
                 raise ValueError(
@@ -95,6 +101,7 @@ class AdaptiveSparseOptions:
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
+            num_candidates=self.selection_candidates,
         )
 
 

@@ -209,6 +209,8 @@ def test_unsupported_wishes_are_refused(extra, message):
         ({"window": 4}, r"unknown options \['window'\], allowed are \['attention_window'"),
         ({"attention_window": 7}, r"\['attention_window'\] is 7, an even number >= 2"),
         ({"num_global_tokens": -1}, r"\['num_global_tokens'\] is -1, a whole number >= 0"),
+        ({"selection_candidates": 0}, r"\['selection_candidates'\] is 0, a whole number >= 1"),
+        ({"block_size": 16.0}, r"\['block_size'\] is 16.0, a whole number >= 1"),
     ],
 )
 def test_wrong_options_name_what_is_allowed(options, message):
@@ -236,6 +238,16 @@ def test_choosing_every_block_equals_eager(config, padding):
     scale = expected.abs().max().clamp(min=1)
     assert (logits_of(ours, 150, padding) - expected).abs().max() <= 1e-5 * scale
     assert (logits_of(narrow, 150, padding) - expected).abs().max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=lambda config: config.model_type)
+def test_few_candidates_leave_less_to_choose_from(config):
+    def logits(**options):
+        options = {**EVERY_BLOCK, "attention_window": 16, **options}
+        return logits_of(foreign_model(config, "adaptive_sparse", **options), 192, "none")
+
+    assert torch.equal(logits(selection_candidates=192), logits())
+    assert (logits(selection_candidates=32) - logits()).abs().max() > 1e-3
 
 
 def test_the_choice_of_a_causal_model_does_not_see_later_tokens():

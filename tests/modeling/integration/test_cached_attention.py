@@ -107,13 +107,9 @@ def test_chosen_blocks_take_a_cache_of_their_own(config, padded):
         assert (recomputed(model, ids, mask) - without)[:, -1].abs().max() > 1e-2
 
 
-def test_more_candidates_than_are_met_one_by_one_make_no_difference(monkeypatch):
+def test_more_candidates_than_are_met_one_by_one_make_no_difference():
     """Where a coarser stage of means of keys comes first."""
-    from adaptive_longformer.selection.options import SelectionOptions
-
-    monkeypatch.setattr(SelectionOptions.__init__, "__defaults__", (2, 16, 16, 0, 32))
-    assert SelectionOptions().num_candidates == 32
-    model = model_of(LLAMA, BLOCKS)
+    model = model_of(LLAMA, {**BLOCKS, "selection_candidates": 32})
     cache = adaptive_sparse_cache(model.config)
     assert cache.layers[0].options.num_candidates == 32
     assert_generates_what_recomputation_does(model, past_key_values=cache)
