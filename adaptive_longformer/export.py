@@ -103,6 +103,11 @@ def _load(args: argparse.Namespace) -> Any:
     ).eval()
     if args.window_only and selections(model):
         model.set_selection_strength(0.0)
+    elif model.config.selection_sampling:
+        raise ValueError(
+            "selection_sampling is True, a graph reads the blocks with the largest mass and draws "
+            "none: set it to False in the model's config.json, or give --window-only"
+        )
     config = model.config
     if config.max_global_tokens is None:
         encoder = model if isinstance(model, models.AdaptiveSparseModel) else model.model

@@ -44,7 +44,10 @@ def variants(keys: int, with_oracle: bool) -> dict[str, dict]:
         f"window of {keys}": {"attention_pattern": "longformer", "attention_window": keys},
         f"random blocks, {keys} keys": {"attention_pattern": "random_selection", **selecting},
         f"adaptive, {keys} keys": {"attention_pattern": "adaptive", **selecting},
-    }
+        f"adaptive, sampled, {keys} keys": {
+            "attention_pattern": "adaptive", "selection_sampling": True, **selecting,
+        },
+    }  # fmt: skip
     if with_oracle:
         found[f"exact mass, {keys} keys"] = {"attention_pattern": "oracle", **selecting}
     return found

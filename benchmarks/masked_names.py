@@ -56,6 +56,7 @@ STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
 ARMS = {
     "adaptive": {"attention_pattern": "adaptive", **CHOOSING},
+    "sampled": {"attention_pattern": "adaptive", "selection_sampling": True, **CHOOSING},
     "longformer": {"attention_pattern": "longformer", "attention_window": 256},
     "random_selection": {"attention_pattern": "random_selection", **CHOOSING},
     "big_bird": {"attention_pattern": "big_bird", "block_size": 32, "num_random_blocks": 3},

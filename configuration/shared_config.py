@@ -95,6 +95,9 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
         selection_candidates: about how many keys every query meets one by one when blocks are
             chosen: all keys of a document that has no more, in a longer one those of the places
             that weigh most by means of keys.
+        selection_sampling: whether blocks are drawn by chance, in proportion to their mass, and
+            stand for those that are not read, in place of the largest: nearer to full attention
+            in a model that was not trained to choose.
         num_learned_global_blocks: blocks per head that a learned direction chooses for all queries
             of a document, at most 4; 0 in the causal model.
         target_density: share of the keys of the full budget (`num_selected_blocks` and the window)
@@ -139,6 +142,7 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     num_selected_blocks: int | None = None
     selection_strength: float | int = 0.0
     selection_candidates: int = 4096
+    selection_sampling: bool = False
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None
     head_budgets: list[list[int]] | None = None

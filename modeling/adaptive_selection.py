@@ -21,7 +21,7 @@ from adaptive_longformer.patterns.block_layout import BlockLayout, window_layout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.selection.exportable_selection import BlockBias, selecting_attention
 from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
-from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
@@ -148,7 +148,10 @@ class AdaptiveSelection(HeadBudgets):
             selected, self.window, length, options, weights.rank_limit, weights.reach
         )
         of_rows = log_weights[:, :, None].expand(*slots.shape[:3], -1)
-        return query, Reads(layout, of_rows.gather(-1, slots), weights.span)
+        entry_bias = of_rows.gather(-1, slots)
+        if (of_entries := weights_of_entries(selected, slots)) is not None:
+            entry_bias = entry_bias + of_entries
+        return query, Reads(layout, entry_bias, weights.span)
 
     def _with_shared(
         self, selected: SelectedBlocks, log_weights: torch.Tensor, direction: torch.Tensor
@@ -207,7 +210,7 @@ class AdaptiveSelection(HeadBudgets):
         global_mask: torch.Tensor | None,
         means: tuple[torch.Tensor, torch.Tensor] | None = None,
         validate: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What one block of queries reads in cached decoding, best first.
 
         Args:
@@ -219,17 +222,17 @@ class AdaptiveSelection(HeadBudgets):
             validate: whether to raise on values that are not finite.
 
         Returns:
-            Key blocks, int32 [batch, heads, at most num_selected_blocks], and how many of them
-            count, int32 [batch, heads].
+            Key blocks, int32 [batch, heads, at most num_selected_blocks]; how many of them count,
+            int32 [batch, heads]; and what is added to the scores of each, or None.
         """
         options = self._selection_options()
         if options is None:
             nothing = query.new_zeros(query.shape[:2], dtype=torch.int32)
-            return nothing[..., None], nothing
+            return nothing[..., None], nothing, None
         selected = self._select(
             query, key, attention_mask, global_mask, options, means=means, validate=validate
         )
-        return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
+        return selected.of_last_row()
 
     def _selection_options(self) -> SelectionOptions | None:
         """The options, with no more blocks than the widest head may read; None: none are read."""

@@ -1,6 +1,7 @@
 """How strongly every head reads what it selects, how much of it, and how wide its window is."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class HeadBudgets(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = is_causal
         self.options: SelectionOptions = config.selection_options
+        if config.selection_sampling:
+            self.options = replace(self.options, sampling_seed=layer_idx)
         pattern = config.pattern(layer_idx)
         assert isinstance(pattern, SlidingWindow)
         self.pattern = pattern

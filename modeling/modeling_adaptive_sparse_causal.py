@@ -190,7 +190,6 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = causal_cache(self.config, self.is_selecting)
         first_slots = left_padding(new.mask) if self.is_selecting else None
-        # What all layers are told is made once.
         masks: torch.Tensor | LayerMasks | None = new.mask
         if is_first:
             num_sinks = self.config.num_sink_tokens

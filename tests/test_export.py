@@ -105,6 +105,11 @@ def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format):
     [
         (None, [], ["bert", "convert"]),
         ({"attention_pattern": "strided"}, [], ["attention_pattern", "'strided'", "longformer"]),
+        (
+            {"attention_pattern": "adaptive", "selection_sampling": True},
+            [],
+            ["selection_sampling is True", "--window-only"],
+        ),
         ({}, ["--format", "tflite"], ["--format", "tflite", "onnx", "torch"]),
         ({}, ["--max-global-tokens", "-1"], ["max_global_tokens", "-1"]),
     ],

@@ -30,8 +30,8 @@ class _SelectArguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "places place_counts"),
         *fields(ctypes.c_int64, "rows_per_list num_lists max_places blocks_per_place"),
         *fields(ctypes.c_void_p, "log_rest shared_blocks"),
-        *fields(ctypes.c_int64, "num_shared"),
-        *fields(ctypes.c_void_p, "key_blocks counts mass covered share log_dropped"),
+        *fields(ctypes.c_int64, "num_shared sampling_seed"),
+        *fields(ctypes.c_void_p, "key_blocks counts mass covered share log_dropped threshold"),
     ]
 
 
@@ -89,12 +89,14 @@ def compiled_choice(
         right=min(call.right, _FAR),
         scale=call.scale,
         num_threads=torch.get_num_threads(),
+        sampling_seed=call.sampling_seed,
         query=RowTensor(query.data_ptr(), *query.stride()[:3]),
         key=RowTensor(key.data_ptr(), *key.stride()[:3]),
     )
     # Kept until the call is over, as the struct only points into them.
     arrays = {name: tensor.contiguous() for name, tensor in _read_arrays(call).items()}
-    arrays |= {name: getattr(result, name) for name in ("key_blocks", "counts", "mass", "covered")}
+    written = ("key_blocks", "counts", "mass", "covered", "threshold")
+    arrays |= {name: getattr(result, name) for name in written}
     if with_share:
         arrays["share"] = result.share
     if with_dropped:

@@ -24,6 +24,7 @@ from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
+from adaptive_longformer.selection.sampling import NO_SEED, chances, row_words
 
 # Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
 # ones of keys cost what more candidates cost, which find more.
@@ -157,6 +158,7 @@ def _coarser(
         tokens_per_key=call.tokens_per_key * run,
         means=None,
         shared_blocks=None,
+        sampling_seed=NO_SEED,
     )
 
 
@@ -268,7 +270,14 @@ class _Row:
             found.scatter_(-1, blocks.expand_as(share), share)
             result.share[heads, rows] = found[..., :-1]
         is_open = ~is_covered & (share > 0)  # also False for NaN
-        best, order = share.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
+        priority = share
+        if call.sampling_seed != NO_SEED:
+            head = torch.arange(heads.start, heads.stop, device=self.device)
+            words = row_words(call.sampling_seed, head, numbers)
+            priority = share / chances(words[..., None], blocks)
+        best, order = priority.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
+        if call.sampling_seed != NO_SEED and best.shape[-1] > call.num_blocks:
+            result.threshold[heads, rows] = best[..., call.num_blocks]
         order, is_chosen = order[..., : call.num_blocks], best[..., : call.num_blocks] > 0
         found = slice(0, order.shape[-1])
         key_blocks = blocks.expand_as(share).gather(-1, order).where(is_chosen, 0)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from adaptive_longformer.selection.sampling import NO_SEED
+
 
 class Places(NamedTuple):
     """What a coarser stage kept: places whose blocks are the candidates of some query blocks in a
@@ -60,6 +62,7 @@ class ExactCall:
             runs].
         shared_blocks: int [batch, heads, any number], not chosen as all query blocks read them
             anyway; -1 for none. None: there are none.
+        sampling_seed: as of `SelectionOptions`.
     """
 
     query: torch.Tensor
@@ -81,11 +84,17 @@ class ExactCall:
     places: Places | None = None
     means: tuple[torch.Tensor, torch.Tensor] | None = None
     shared_blocks: torch.Tensor | None = None
+    sampling_seed: int = NO_SEED
 
     @property
     def num_rows(self) -> int:
         """Query blocks of `query`."""
         return -(-self.query.shape[2] // self.query_block_size)
+
+    @property
+    def num_drawn_rows(self) -> int:
+        """Query blocks that draw what they read by chance."""
+        return 0 if self.sampling_seed == NO_SEED else self.num_rows
 
     @property
     def first_row(self) -> int:
@@ -115,7 +124,8 @@ class ExactCall:
 
 
 class ExactChoice(NamedTuple):
-    """What query blocks chose, best first; of blocks of the same rank the first one first.
+    """What query blocks chose, best first; of blocks of the same rank the first one first. Of
+    blocks that are drawn the one of the largest priority is the best.
 
     Attributes:
         key_blocks: int32 [batch, heads, query_blocks, num_blocks]; 0 beyond the count. In any order
@@ -129,6 +139,8 @@ class ExactChoice(NamedTuple):
         log_dropped: float [batch, heads, query_length], the logarithm of the mass, as a sum of
             exp(scale q.k), that a query leaves neither chosen nor covered, -inf for one that does
             not vote; without queries unless asked for.
+        threshold: float [batch, heads, query_blocks], the largest priority that is not chosen, 0
+            where there is none; without query blocks unless blocks are drawn.
     """
 
     key_blocks: torch.Tensor
@@ -137,6 +149,7 @@ class ExactChoice(NamedTuple):
     covered: torch.Tensor
     share: torch.Tensor
     log_dropped: torch.Tensor
+    threshold: torch.Tensor
 
 
 def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> ExactChoice:
@@ -151,4 +164,5 @@ def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> Exact
         new(*shape, dtype=call.dtype),
         new(*shape, call.num_key_blocks if with_share else 0, dtype=call.dtype),
         new(batch, heads, length if with_dropped else 0, dtype=call.dtype).fill_(-torch.inf),
+        new(batch, heads, call.num_drawn_rows, dtype=call.dtype),
     )

@@ -5,7 +5,8 @@ A loop over chunks of queries, of which a graph has one copy. A chunk meets all 
 say which blocks have the largest mass, as in selection/exact.py, and are those of the attention
 where a block is read. O(length^2) time, O(length) memory.
 
-It chooses in float32, or float64 for tensors in it, and takes it that all numbers are finite.
+It chooses in float32, or float64 for tensors in it, takes it that all numbers are finite, and draws
+no blocks by chance.
 """
 
 import math
@@ -31,6 +32,7 @@ from adaptive_longformer.selection.exact import (
 )
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.sampling import NO_SEED
 
 
 class BlockBias(NamedTuple):
@@ -67,6 +69,8 @@ def selecting_attention(
     # Imported only here: it takes time, and is not the same in every torch.
     from torch._higher_order_ops.scan import scan_op
 
+    if options.sampling_seed != NO_SEED:
+        raise ValueError("selection_sampling is True, False is needed to export a model")
     chunks = _Chunks(call, options, bias)
     nothing = call.query.new_zeros(1)  # is carried from chunk to chunk, as something has to be
     _, output = scan_op(

@@ -68,6 +68,16 @@ def selection_layout(
     return known_right(layout), slots
 
 
+def weights_of_entries(selected: SelectedBlocks, slots: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores of a layout's entries, as they stand for blocks that are not
+    read, by the slots of `selection_layout`; None where blocks are not drawn by chance.
+    """
+    if selected.log_weights is None:
+        return None
+    filler = (1, selected.global_blocks.shape[-1])
+    return torch.nn.functional.pad(selected.log_weights, filler).gather(-1, slots)
+
+
 @torch.library.custom_op("adaptive_longformer::selection_lists", mutates_args=())
 def lists_operator(
     key_blocks: torch.Tensor,

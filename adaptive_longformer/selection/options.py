@@ -2,6 +2,8 @@
 
 from dataclasses import astuple, dataclass
 
+from adaptive_longformer.selection.sampling import NO_SEED
+
 # Key blocks are multiples of it, so that the means of a coarser stage divide them.
 BLOCK_STEP = 4
 
@@ -18,6 +20,8 @@ class SelectionOptions:
         num_candidates: about how many keys every query meets one by one: all of them in rows that
             have no more, else those of the places that have the largest mass as far as means of
             keys tell, see `exact_choice`. More find more, at more cost.
+        sampling_seed: from 0 on: blocks are drawn by chance in proportion to their mass and stand
+            for those that are not, see selection/sampling.py. -1: those with the largest are taken.
 
     Raises:
         ValueError: a number is out of range.
@@ -28,10 +32,11 @@ class SelectionOptions:
     query_block_size: int = 16
     num_global_blocks: int = 0
     num_candidates: int = 4096
+    sampling_seed: int = NO_SEED
 
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(("num_blocks", "query_block_size", "num_candidates"), 1)
-        for name, least in (at_least | {"num_global_blocks": 0}).items():
+        for name, least in (at_least | {"num_global_blocks": 0, "sampling_seed": NO_SEED}).items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"SelectionOptions: {name} is {value}, at least {least} is needed")
         if self.block_size < BLOCK_STEP or self.block_size % BLOCK_STEP:

@@ -23,6 +23,7 @@ from adaptive_longformer.selection.exact import covered_blocks, exact_choice
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.means import run_means
 from adaptive_longformer.selection.options import SelectionCall, SelectionOptions
+from adaptive_longformer.selection.sampling import NO_SEED, log_weights
 
 
 class SelectedBlocks(NamedTuple):
@@ -39,6 +40,8 @@ class SelectedBlocks(NamedTuple):
             reads it through the list (False where the window covers it or the row has no such
             block).
         global_means: float [batch, heads, num_global_blocks, head_dim], the mean key of each.
+        log_weights: float, shape of key_blocks: what is added to the scores of each, 0 beyond the
+            count, where blocks are drawn by chance; else None.
     """
 
     key_blocks: torch.Tensor
@@ -48,6 +51,12 @@ class SelectedBlocks(NamedTuple):
     global_blocks: torch.Tensor
     global_open: torch.Tensor
     global_means: torch.Tensor
+    log_weights: torch.Tensor | None = None
+
+    def of_last_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Key blocks, counts and log_weights of the last query block."""
+        weights = None if self.log_weights is None else self.log_weights[:, :, -1]
+        return self.key_blocks[:, :, -1], self.counts[:, :, -1], weights
 
 
 @torch.no_grad()
@@ -105,12 +114,14 @@ def select_blocks(
     keys = global_mask if isinstance(global_mask, GlobalKeys) else (global_mask, None)
     call = SelectionCall(options, window.left, window.right, is_causal, factor, max_global_tokens)
     is_known = keys[0] is None or keys[1] is not None or max_global_tokens is not None
-    return SelectedBlocks(
-        *(_in_graphs if is_known else selection_operator)(
-            query, key, attention_mask, *keys, global_directions,
-            *((None, None) if means is None else means), call.numbers(), call.scale,
-        )
+    *found, threshold = (_in_graphs if is_known else selection_operator)(
+        query, key, attention_mask, *keys, global_directions,
+        *((None, None) if means is None else means), call.numbers(), call.scale,
     )  # fmt: skip
+    selected = SelectedBlocks(*found)
+    if options.sampling_seed == NO_SEED:
+        return selected
+    return selected._replace(log_weights=log_weights(selected.mass, threshold))
 
 
 def _check_call(
@@ -158,7 +169,8 @@ def _select(
     numbers: list[int],
     scale: float,
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     """`select_blocks` as one operator, whose inside torch.compile need not see."""
     call = SelectionCall.from_numbers(numbers, scale)
@@ -187,6 +199,7 @@ def _select(
             is_causal=call.is_causal,
             scale=call.scale,
             shared_blocks=shared,
+            sampling_seed=options.sampling_seed,
             means=None if means is None or mean_counts is None else (means, mean_counts),
         )
         if shared is not None:
@@ -194,7 +207,8 @@ def _select(
             is_far = (shared[:, :, None] < first) | (shared[:, :, None] > last)
             for_all[1].copy_(is_far & (shared >= 0)[:, :, None])
         choice = exact_choice(exact, options.num_candidates)
-    return choice.key_blocks, choice.counts, choice.mass, choice.covered, *for_all
+    chosen = choice.key_blocks, choice.counts, choice.mass, choice.covered
+    return *chosen, *for_all, choice.threshold
 
 
 def choice_masks(
@@ -241,6 +255,9 @@ def _fake_selection(
         query.new_empty(*shape, options.num_blocks, dtype=dtype),
         query.new_empty(shape, dtype=dtype),
         *_nothing_for_all(query, options),
+        query.new_empty(
+            *shape[:2], 0 if options.sampling_seed == NO_SEED else shape[2], dtype=dtype
+        ),
     )
 
 

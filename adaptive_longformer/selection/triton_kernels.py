@@ -8,6 +8,8 @@ numbered: blocks of places come first, those near the list behind them.
 import triton
 import triton.language as tl
 
+from adaptive_longformer.attention.kernels.triton_tiles import mix
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -298,14 +300,22 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
         )
 
 
+@triton.jit
+def _chances(seed, head, row, block):
+    """Of `sampling.py`."""
+    word = mix(mix(head.to(tl.uint32) ^ mix(seed.to(tl.uint32))) ^ row.to(tl.uint32))
+    drawn = (mix(word ^ mix(block.to(tl.uint32))) >> 8) + 1
+    return drawn.to(tl.float32) * 5.9604644775390625e-08
+
+
 @triton.jit(do_not_specialize=["sizes"])
 def best_kernel(
     inputs, sizes, masses, result, marks: tl.constexpr, tile: tl.constexpr, slots: tl.constexpr
 ):
-    """Writes the first four tensors of an `ExactChoice`, for a query block. With `marks` masses
-    become -1 for what it reads, and 0 for what it drops.
+    """Writes the first four tensors of an `ExactChoice`, for a query block, and where blocks are
+    drawn its threshold. With `marks` masses become -1 for what it reads, and 0 for what it drops.
     """
-    key_blocks, counts, mass, covered = result
+    key_blocks, counts, mass, covered, threshold = result
     at = tl.program_id(0).to(tl.int64)
     pair, row = tl.program_id(0) // sizes.num_rows, tl.program_id(0) % sizes.num_rows
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
@@ -326,8 +336,11 @@ def best_kernel(
     tl.store(covered + at, of_globals + tl.sum(tl.where(is_covered, share, 0.0), axis=0))
 
     # Masses above 0 are ordered as their bits are; of equal ones the first block is the largest.
-    bits = share.to(tl.int32, bitcast=True).to(tl.int64) << 32
     is_open = is_there & ~is_covered & (share > 0)
+    number_of_row = row + sizes.first_row
+    if threshold is not None:
+        share /= _chances(sizes.sampling_seed, pair % sizes.heads, number_of_row, block)
+    bits = share.to(tl.int32, bitcast=True).to(tl.int64) << 32
     rank = tl.where(is_open, bits | (0x7FFFFFFF - block).to(tl.int64), 0)
     count = 0
     for place in range(sizes.num_blocks):
@@ -337,9 +350,14 @@ def best_kernel(
         number = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
         tl.store(key_blocks + at * sizes.num_blocks + place, tl.where(is_chosen, number, 0))
         of_best = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        if threshold is not None:
+            of_best *= _chances(sizes.sampling_seed, pair % sizes.heads, number_of_row, number)
         tl.store(mass + at * sizes.num_blocks + place, of_best)
         count += is_chosen.to(tl.int32)
     tl.store(counts + at, count)
+    if threshold is not None:
+        of_next = (tl.max(rank, axis=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(threshold + at, of_next)
     if marks:
         is_read = is_covered | (is_open & (rank == 0))
         is_slot = candidate < sizes.num_candidates

@@ -77,6 +77,7 @@ class _Sizes(NamedTuple):
     num_blocks: int
     left: int
     right: int
+    sampling_seed: int
 
 
 class _Tile(NamedTuple):
@@ -138,11 +139,13 @@ def triton_choice(call: ExactCall, with_dropped: bool = False) -> ExactChoice:
         covered=new(batch, heads, rows, dtype=floats),
         share=new(batch, heads, rows, 0, dtype=floats),
         log_dropped=new(batch, heads, query_length if with_dropped else 0, dtype=floats),
+        threshold=new(batch, heads, call.num_drawn_rows, dtype=floats),
     )
     inputs, sizes, tile = _inputs(call, query, key), _sizes(call), _tile(call)
     weights = new(*key.shape[:2], call.num_sequence_keys, dtype=floats)
     masses = new(batch, heads, rows, width, dtype=floats)
     dropped = result.log_dropped if with_dropped else None
+    threshold = result.threshold if call.num_drawn_rows else None
     pairs, tiles = batch * heads, -(-rows // tile.rows)
     key_tiles = -(-call.num_key_blocks // tile.blocks)
     warps, slots = 4 if tile.queries <= _TILE else 8, max(_power_of_2(width), 32)
@@ -154,7 +157,7 @@ def triton_choice(call: ExactCall, with_dropped: bool = False) -> ExactChoice:
         )  # fmt: skip
         _launch(
             best_kernel, pairs * rows, max(slots // 1024, 1),
-            inputs, sizes, masses, result[:4], with_dropped, tile, slots,
+            inputs, sizes, masses, (*result[:4], threshold), with_dropped, tile, slots,
         )  # fmt: skip
         if with_dropped:
             # Queries of the last block vote for none that there is.
@@ -236,6 +239,7 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_blocks=call.num_blocks,
         left=min(call.left, FAR),
         right=min(call.right, FAR),
+        sampling_seed=call.sampling_seed,
     )
 
 

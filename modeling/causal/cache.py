@@ -171,6 +171,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         queries: [batch, heads, at most 3 * query_block_size, head_dim], the last ones.
         key_blocks: int64 [batch, heads, num_selected_blocks], the running lists, best first.
         counts: int64 [batch, heads], how many entries of each list count.
+        log_weights: float [batch, heads, num_selected_blocks], what is added to the scores of each.
         most_blocks: at least the largest of the counts.
         chosen_at: int64 [batch] on the host, the slot where the block of each row's list begins;
             -1: the row has no list.
@@ -180,8 +181,8 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
     """
 
     row_tensors = (
-        "keys", "values", "queries", "sink_slots", "key_blocks", "counts", "chosen_at", "means",
-        "mean_counts", "num_means",
+        "keys", "values", "queries", "sink_slots", "key_blocks", "counts", "log_weights",
+        "chosen_at", "means", "mean_counts", "num_means",
     )  # fmt: skip
 
     def __init__(
@@ -208,6 +209,8 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         shape = (batch, heads, self.num_selected_blocks)
         self.key_blocks = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int64, device=self.device)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        self.log_weights = torch.zeros(shape, dtype=precise, device=self.device)
         self.most_blocks = 0
         self.chosen_at = torch.full((batch,), -1)
         self.means = key_states.new_zeros(batch, key_heads, 0, head_dim)
@@ -266,7 +269,12 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         return queries
 
     def set_lists(
-        self, rows: list[int], begin: int, key_blocks: torch.Tensor, counts: torch.Tensor
+        self,
+        rows: list[int],
+        begin: int,
+        key_blocks: torch.Tensor,
+        counts: torch.Tensor,
+        log_weights: torch.Tensor | None = None,
     ) -> None:
         """Replaces the lists of some rows.
 
@@ -275,6 +283,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
             begin: slot where the block of queries begins that the lists are for.
             key_blocks: int [rows, heads, blocks], at most `num_selected_blocks`.
             counts: int [rows, heads].
+            log_weights: float, shape of key_blocks; None: 0.
         """
         index = torch.tensor(rows)
         self.chosen_at = self.chosen_at.index_fill(0, index, begin)
@@ -282,6 +291,9 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         filler = (0, self.num_selected_blocks - key_blocks.shape[2])
         self.key_blocks = self.key_blocks.index_copy(0, index, pad(key_blocks.long(), filler))
         self.counts = self.counts.index_copy(0, index, counts.long())
+        if log_weights is not None:
+            log_weights = pad(log_weights.to(self.log_weights), filler)
+            self.log_weights = self.log_weights.index_copy(0, index, log_weights)
         self.most_blocks = int(self.counts.max())
 
     def key_means(

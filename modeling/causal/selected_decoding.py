@@ -38,7 +38,7 @@ class Choice(Protocol):
         global_mask: torch.Tensor | None,
         means: tuple[torch.Tensor, torch.Tensor] | None = None,
         validate: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
 
 
 class SelectedDecoding:
@@ -224,7 +224,8 @@ class SelectedDecoding:
         is_seen = is_used.repeat_interleave(size, dim=2)
         is_seen = is_seen & self._is_ordinary(slots.flatten(1)).view_as(slots)
         is_outside = slot - slots[:, :, None] > self.part.window.left
-        bias = weights.log_weights[:, 1 : 1 + count].repeat_interleave(size, dim=1)[:, None]
+        bias = weights.log_weights[:, 1 : 1 + count] + self.cache.log_weights[:, :, :count]
+        bias = bias.repeat_interleave(size, dim=2)[:, :, None]
         return slots, _closed_unless(is_seen[:, :, None] & is_outside) + bias
 
     def _is_ordinary(self, slots: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,9 @@ from adaptive_longformer.modeling.padding import LeftPadding
 from adaptive_longformer.patterns.block_layout import BlockLayout
 from adaptive_longformer.patterns.pattern import Pattern
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.lists import selection_layout
+from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.sampling import NO_SEED
 from adaptive_longformer.selection.select_blocks import select_blocks
 
 NAME = "adaptive_sparse"
@@ -71,6 +72,9 @@ class AdaptiveSparseOptions:
         block_size, query_block_size: tokens per block of keys and of queries.
         selection_candidates: keys that every query meets when blocks are chosen; of a longer text
             means of keys say which.
+        selection_sampling: whether blocks are drawn by chance, in proportion to their mass, and
+            stand for those that are not read: nearer to full attention in a model that was not
+            trained to choose.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not nest.
@@ -82,9 +86,15 @@ class AdaptiveSparseOptions:
     block_size: int = SelectionOptions.block_size
     query_block_size: int = SelectionOptions.query_block_size
     selection_candidates: int = SelectionOptions.num_candidates
+    selection_sampling: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        if type(self.selection_sampling) is not bool:
+            raise ValueError(
+                f"config.{NAME}['selection_sampling'] is {self.selection_sampling!r}, True or "
+                "False is needed"
+            )
+        for field in fields(self)[:-1]:
             name, low = field.name, _LEAST.get(field.name, 1)
             value, is_even = getattr(self, name), name == "attention_window"
             if type(value) is not int or value < low or (is_even and value % 2):
@@ -95,13 +105,14 @@ class AdaptiveSparseOptions:
         if self.num_selected_blocks:
             self.selection_options()
 
-    def selection_options(self) -> SelectionOptions:
-        """The same in the words of the selection."""
+    def selection_options(self, layer_idx: int = 0) -> SelectionOptions:
+        """The same in the words of the selection, for a layer."""
         return SelectionOptions(
             num_blocks=self.num_selected_blocks,
             block_size=self.block_size,
             query_block_size=self.query_block_size,
             num_candidates=self.selection_candidates,
+            sampling_seed=layer_idx if self.selection_sampling else NO_SEED,
         )
 
 
@@ -175,6 +186,7 @@ def adaptive_sparse_attention_forward(
             f"an attention_mask of shape {tuple(attention_mask.shape)}; pass [batch, length]"
         )
     options = _options(module.config)
+    layer_idx = getattr(module, "layer_idx", None) or 0
     window = SlidingWindow(options.attention_window // 2)
     if sliding_window is not None:
         # A layer that is local by itself stays what it is. Transformers counts the query in.
@@ -183,7 +195,7 @@ def adaptive_sparse_attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     cache = layer_of(key)
     if cache is not None:
-        _check_same_options(cache, options)
+        _check_same_options(cache, options, layer_idx)
     queries = None if cache is None else cache.add_queries(query)
     if attention_mask is not None:  # a static cache has room behind the last token
         key, value = (rows[:, :, : attention_mask.shape[1]] for rows in (key, value))
@@ -198,7 +210,9 @@ def adaptive_sparse_attention_forward(
     padding = LeftPadding.of(attention_mask if is_selecting else None)
     query, key, value = (padding.removed(tensor, dim=2) for tensor in (query, key, value))
     attention_mask = padding.removed(attention_mask)
-    output = _attend(query, key, value, attention_mask, window, options, causal, scaling, dropout)
+    output = _attend(
+        query, key, value, attention_mask, window, options, layer_idx, causal, scaling, dropout
+    )
     output = padding.restored(output, dim=2).transpose(1, 2)
     return output.contiguous(), None
 
@@ -291,18 +305,22 @@ def adaptive_sparse_cache(config: PreTrainedConfig) -> Cache:
         return cache
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    sizes = options.selection_options(), options.num_global_tokens, heads // key_heads
+    sizes = options.num_global_tokens, heads // key_heads
     cache.layers = [
-        ForeignSelectionLayer(*sizes) if type(layer) is DynamicLayer else layer
-        for layer in cache.layers
+        ForeignSelectionLayer(options.selection_options(layer_idx), *sizes)
+        if type(layer) is DynamicLayer
+        else layer
+        for layer_idx, layer in enumerate(cache.layers)
     ]
     return cache
 
 
-def _check_same_options(cache: ForeignSelectionLayer, options: AdaptiveSparseOptions) -> None:
+def _check_same_options(
+    cache: ForeignSelectionLayer, options: AdaptiveSparseOptions, layer_idx: int
+) -> None:
     made_for = (cache.options, cache.num_sinks)
     if not options.num_selected_blocks or made_for != (
-        options.selection_options(),
+        options.selection_options(layer_idx),
         options.num_global_tokens,
     ):
         raise ValueError(
@@ -332,6 +350,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     window: SlidingWindow,
     options: AdaptiveSparseOptions,
+    layer_idx: int,
     is_causal: bool,
     scale: float | None,
     dropout_p: float,
@@ -344,9 +363,10 @@ def _attend(
             tokens = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
         global_mask = limit_global_tokens(tokens, options.num_global_tokens)
     pattern_or_layout: Pattern | BlockLayout = window
+    entry_bias = None
     length = query.shape[2]
     if options.num_selected_blocks and length > window.left + 1:
-        choice = options.selection_options()
+        choice = options.selection_options(layer_idx)
         selected = select_blocks(
             query.detach(),
             key.detach(),
@@ -358,7 +378,8 @@ def _attend(
             is_causal=is_causal,
             scale=scale,
         )
-        pattern_or_layout, _ = selection_layout(selected, window, length, choice)
+        pattern_or_layout, slots = selection_layout(selected, window, length, choice)
+        entry_bias = weights_of_entries(selected, slots)
     output = sparse_attention(
         query,
         key,
@@ -368,6 +389,7 @@ def _attend(
         is_causal=is_causal,
         global_mask=global_mask,
         max_global_tokens=options.num_global_tokens,
+        entry_bias=entry_bias,
         scale=scale,
         **(fresh_dropout(dropout_p, query.device) if dropout_p else {}),
     )

@@ -151,11 +151,11 @@ class _PlainSelection:
         global_mask: torch.Tensor | None,
         means: tuple[torch.Tensor, torch.Tensor] | None = None,
         validate: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `AdaptiveSelection.choose_next`."""
         selected = select_blocks(
             query, key, self.window, self.options, attention_mask=attention_mask,
             global_mask=global_mask, is_causal=True, scale=self.scale, means=means,
             validate=validate,
         )  # fmt: skip
-        return selected.key_blocks[:, :, -1], selected.counts[:, :, -1]
+        return selected.of_last_row()

@@ -127,8 +127,11 @@ def test_what_the_caller_changes_wins_over_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 33, 64, 65, 500, 1000])
-def test_every_length_equals_the_dense_definition(length):
-    model = tiny_adaptive_model(separate_global_projections=length % 2 == 0)
+@pytest.mark.parametrize("sampling", [False, True], ids=["largest", "drawn"])
+def test_every_length_equals_the_dense_definition(length, sampling):
+    model = tiny_adaptive_model(
+        separate_global_projections=length % 2 == 0, selection_sampling=sampling
+    )
     inputs = tiny_inputs(model, length, padding="left" if length % 3 else "right")
     output = hidden_states_of(model, inputs)
     model.config.attention_backend = "reference"
@@ -156,10 +159,24 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
     ("length", "left", "right"),
     [(300, 1, 0), (300, 64, 0), (300, 0, 64), (20, 700, 24), (300, 0, 700), (300, 700, 0)],
 )
-@pytest.mark.parametrize("num_candidates", [4096, 64])
-def test_padding_changes_nothing(length, left, right, num_candidates):
-    model = tiny_adaptive_model(selection_candidates=num_candidates)
+@pytest.mark.parametrize(
+    "options", [{}, {"selection_candidates": 64}, {"selection_sampling": True}], ids=str
+)
+def test_padding_changes_nothing(length, left, right, options):
+    model = tiny_adaptive_model(**options)
     assert_padding_changes_nothing(model, length, left, right)
+
+
+def test_sampling_is_saved_and_every_layer_draws_its_own(tmp_path):
+    model = tiny_adaptive_model(selection_sampling=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert [part.options.sampling_seed for part in selections(loaded)] == [0, 1]
+    inputs = tiny_inputs(model, 400, padding="none")
+    expected = hidden_states_of(model, inputs)
+    assert torch.equal(hidden_states_of(loaded, inputs), expected)
+    plain = AutoModel.from_pretrained(tmp_path, selection_sampling=False)
+    assert not torch.equal(hidden_states_of(plain, inputs), expected)
 
 
 def test_strength_matters_and_choice_reaches_far():

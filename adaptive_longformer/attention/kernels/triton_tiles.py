@@ -261,7 +261,7 @@ def list_scores(call, scores, query, key, is_seen, is_edge):
 
 
 @triton.jit
-def _mix(word):
+def mix(word):
     """`mix` of patterns/mixing.py on uint32."""
     word = (word ^ (word >> 16)) * _MULTIPLIER_1
     word = (word ^ (word >> 15)) * _MULTIPLIER_2
@@ -272,18 +272,18 @@ def _mix(word):
 def row_words(dropout, row, position):
     """`row_keys` of attention/dropout.py for positions of the row batch * heads + head."""
     seed = tl.load(dropout.seed)
-    first = _mix((seed + row * _GOLDEN).to(tl.uint32))
-    second = _mix((seed >> 32).to(tl.uint32) ^ first)
-    return _mix(_mix(position.to(tl.uint32) + first) ^ second).to(tl.int32)
+    first = mix((seed + row * _GOLDEN).to(tl.uint32))
+    second = mix((seed >> 32).to(tl.uint32) ^ first)
+    return mix(mix(position.to(tl.uint32) + first) ^ second).to(tl.int32)
 
 
 @triton.jit
 def column_words(dropout, position):
     """`column_keys` of attention/dropout.py for positions."""
     seed = tl.load(dropout.seed)
-    first = _mix((seed ^ _GOLDEN).to(tl.uint32))
-    second = _mix((seed >> 32).to(tl.uint32) + first)
-    return _mix(_mix(position.to(tl.uint32) + first) ^ second).to(tl.int32)
+    first = mix((seed ^ _GOLDEN).to(tl.uint32))
+    second = mix((seed >> 32).to(tl.uint32) + first)
+    return mix(mix(position.to(tl.uint32) + first) ^ second).to(tl.int32)
 
 
 @triton.jit

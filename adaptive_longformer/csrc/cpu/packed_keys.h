@@ -42,6 +42,7 @@ struct SelectArguments {
   const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null without places
   const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
   int64_t num_shared;
+  int64_t sampling_seed;  // below 0: the largest masses are chosen, and no threshold is written
 
   int32_t* key_blocks;  // [batch, heads, num_rows, num_selected], zeroed by the caller
   int32_t* counts;      // [batch, heads, num_rows], zeroed
@@ -51,6 +52,7 @@ struct SelectArguments {
   // [batch, heads, query_length], the logarithm of what a query leaves neither chosen nor covered, of queries that vote;
   // null: not wanted.
   float* log_dropped;
+  float* threshold;  // as counts, zeroed
 };
 
 // The keys of one batch row by what they belong to: the members of block 0, 1, ..., then those of global tokens in groups

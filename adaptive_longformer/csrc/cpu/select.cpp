@@ -47,6 +47,13 @@ ALWAYS_INLINE Floats power(Floats x, float) {
   return exp2_approximately(x > POWER_LIMIT ? broadcast(POWER_LIMIT) : x);
 }
 
+// `mix` of patterns/mixing.py.
+ALWAYS_INLINE uint32_t mix(uint32_t word) {
+  word = (word ^ (word >> 16)) * 0x7FEB352Du;
+  word = (word ^ (word >> 15)) * 0x846CA68Bu;
+  return word ^ (word >> 16);
+}
+
 ALWAYS_INLINE bool any_above(Floats value, float limit) {
 #if VECTOR_FLOATS == 16 && defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
@@ -88,7 +95,7 @@ struct Unit {
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
   Buffer<float> sums;    // [vectors, entries, WIDTH], and WIDTH entries behind
-  Buffer<float> shares;  // [entries]
+  Buffer<float> shares, priorities;  // [entries]
   std::vector<int32_t> kept;     // what a query block reads of the entries, by their places
   std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
 };
@@ -255,6 +262,7 @@ class Selection {
     unit.scale.reserve(vectors * WIDTH), unit.voter.reserve(vectors * WIDTH), unit.reference.reserve(vectors * WIDTH);
     unit.total.reserve(vectors * WIDTH);
     unit.shares.reserve(unit.entries.size() + WIDTH);
+    if (call.sampling_seed >= 0) unit.priorities.reserve(unit.entries.size() + WIDTH);
     const int64_t num_sums = ((int64_t)vectors * unit.entries.size() + WIDTH) * WIDTH;
     unit.sums.reserve(num_sums);
     unit.row_of.assign(vectors, 0);
@@ -419,29 +427,44 @@ class Selection {
     for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
 
     const int64_t num_covered = (int64_t)unit.kept.size();
-    const int32_t least = least_chosen(shares, blocks);
+    float* const ranks = call.sampling_seed < 0 ? shares : priorities(head, number, blocks, unit);
+    const int32_t least = least_chosen(ranks, blocks);
     unit.kept.resize(num_covered + blocks + 1);
     int32_t* next = unit.kept.data() + num_covered;
     int32_t* const limit = next + call.num_selected;
     for (int64_t i = 0; i < blocks; i++) {
       *next = (int32_t)i;
-      next += bits_of(shares[i]) > least;
+      next += bits_of(ranks[i]) > least;
     }
     // Of those that are as good as the last one the first ones.
     for (int64_t i = 0; i < blocks && next < limit; i++)
-      if (bits_of(shares[i]) == least) *next++ = (int32_t)i;
+      if (bits_of(ranks[i]) == least) *next++ = (int32_t)i;
     unit.kept.resize(next - unit.kept.data());
     const auto chosen = unit.kept.begin() + num_covered;
     // A finer stage asks for what is dropped, and not for the order.
     if (call.log_dropped == nullptr)
       std::sort(chosen, unit.kept.end(),
-                [&](int32_t a, int32_t b) { return shares[a] != shares[b] ? shares[a] > shares[b] : a < b; });
+                [&](int32_t a, int32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b; });
     const int64_t count = call.counts[result] = (int32_t)(unit.kept.end() - chosen);
     for (int64_t place = 0; place < count; place++) {
       call.key_blocks[result * call.num_selected + place] = unit.entries[chosen[place]];
       call.mass[result * call.num_selected + place] = shares[chosen[place]];
     }
     if (call.log_dropped != nullptr) store_dropped(batch, head, first_row, row, unit);
+    if (call.sampling_seed < 0) return;
+    for (auto place = chosen; place < unit.kept.end(); place++) ranks[*place] = 0.0f;
+    call.threshold[result] = *std::max_element(ranks, ranks + blocks + 1);  // the last one is 0
+  }
+
+  // Masses divided by chances, see selection/sampling.py.
+  float* priorities(int64_t head, int64_t number, int64_t blocks, Unit<Word>& unit) const {
+    const uint32_t word = mix(mix((uint32_t)head ^ mix((uint32_t)call.sampling_seed)) ^ (uint32_t)number);
+    for (int64_t i = 0; i < blocks; i++) {
+      const uint32_t drawn = (mix(word ^ mix((uint32_t)unit.entries[i])) >> 8) + 1;
+      unit.priorities.data()[i] = unit.shares.data()[i] / ((float)drawn * 0x1p-24f);
+    }
+    unit.priorities.data()[blocks] = 0.0f;
+    return unit.priorities.data();
   }
 
   static int32_t bits_of(float value) {

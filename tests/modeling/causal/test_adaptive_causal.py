@@ -25,6 +25,7 @@ from adaptive_longformer.training.selection_ramp import SelectionRampCallback
 VARIANTS = {
     "default": {},
     "few_candidates": dict(selection_candidates=64),
+    "sampling": dict(selection_sampling=True),
     "half_strength": dict(selection_strength=0.5),
     "no_sinks": dict(num_sink_tokens=0),
     "many_sinks": dict(num_sink_tokens=20),
@@ -58,6 +59,7 @@ def logits_of(model, input_ids, mask=None):
         ("default", 200),
         ("few_candidates", 1),
         ("few_candidates", 64),
+        ("sampling", 63),
         ("half_strength", 30),
         ("no_sinks", 1),
         ("many_sinks", 2),
@@ -77,7 +79,9 @@ def test_cached_decoding_equals_recomputation(variant, prompt):
     torch.testing.assert_close(found[valid], expected[valid], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["default", "few_candidates", "windows", "short_query_blocks"])
+@pytest.mark.parametrize(
+    "variant", ["default", "few_candidates", "sampling", "windows", "short_query_blocks"]
+)
 def test_several_new_tokens_at_once_equal_recomputation(variant):
     model = causal(variant).double()
     input_ids, mask = left_padded([230, 229, 91])
@@ -87,7 +91,7 @@ def test_several_new_tokens_at_once_equal_recomputation(variant):
     torch.testing.assert_close(found[valid], expected[valid], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["default", "few_candidates"])
+@pytest.mark.parametrize("variant", ["default", "few_candidates", "sampling"])
 def test_cached_decoding_in_single_precision_equals_recomputation(variant):
     model = causal(variant)
     input_ids, mask = left_padded([150, 90])

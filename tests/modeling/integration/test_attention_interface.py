@@ -210,6 +210,7 @@ def test_unsupported_wishes_are_refused(extra, message):
         ({"attention_window": 7}, r"\['attention_window'\] is 7, an even number >= 2"),
         ({"num_global_tokens": -1}, r"\['num_global_tokens'\] is -1, a whole number >= 0"),
         ({"selection_candidates": 0}, r"\['selection_candidates'\] is 0, a whole number >= 1"),
+        ({"selection_sampling": 1}, r"\['selection_sampling'\] is 1, True or False"),
         ({"block_size": 16.0}, r"\['block_size'\] is 16.0, a whole number >= 1"),
     ],
 )
