@@ -66,6 +66,7 @@ PATTERNS = {
     "big_bird": _fixed("big_bird", block_size=64),
     # A quarter of what "big_bird" reads.
     "adaptive, 100 keys": _selecting(2, attention_window=64),
+    "adaptive, sampled": _selecting(8, selection_sampling=True),
     "random_blocks": _fixed("random_blocks", num_random_blocks=2, block_size=64),
     "sliding_window": _fixed("sliding_window", attention_window=256),
     "strided": _fixed("strided", attention_stride=64),

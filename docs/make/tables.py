@@ -149,6 +149,7 @@ def quality() -> str:
         "oracle": "blocks by their exact share of full attention (`oracle`)",
         "adaptive": "**adaptive**",
         "adaptive, 100 keys": "adaptive, a quarter of BigBird's keys",
+        "adaptive, sampled": "adaptive, blocks drawn in proportion to their mass",
         "random_selection": "blocks at random",
         "big_bird": "BigBird",
         "longformer": "Longformer, wider window",
