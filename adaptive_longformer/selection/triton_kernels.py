@@ -303,7 +303,7 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
 @triton.jit
 def _chances(seed, head, row, block):
     """Of `sampling.py`."""
-    word = mix(mix(head.to(tl.uint32) ^ mix(seed.to(tl.uint32))) ^ row.to(tl.uint32))
+    word = mix(mix(head.to(tl.uint32) ^ mix(tl.cast(seed, tl.uint32))) ^ row.to(tl.uint32))
     drawn = (mix(word ^ mix(block.to(tl.uint32))) >> 8) + 1
     return drawn.to(tl.float32) * 5.9604644775390625e-08
 
