@@ -36,7 +36,8 @@ _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
 
 def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
-    """The blocks with the largest mass of every query block.
+    """The blocks with the largest mass of every query block, or those that it draws in proportion
+    to their mass, see sampling.py. Coarser stages draw nothing.
 
     A block with a key that is not finite is never chosen and counts nowhere; a query block with
     such a query among those that vote for it chooses nothing.

@@ -25,7 +25,7 @@ NO_SEED = -1
 
 def row_words(seed: int, heads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Words of query blocks by their numbers in the sequence: int64 [heads, rows]."""
-    of_head = mix(heads ^ mix(torch.tensor(seed, device=heads.device)))
+    of_head = mix(heads ^ mix(torch.full_like(heads, seed)))
     return mix(of_head[:, None] ^ rows)
 
 

@@ -2,7 +2,7 @@
 
 All queries of a block vote, and meet the keys of its candidates themselves: a block of keys gets
 the share of their attention that its keys would get, averaged over the queries, and those with the
-largest mass are chosen. In short rows all blocks are candidates. In longer ones candidates are what
+largest mass are chosen, or some in proportion to it (sampling.py). In short rows all blocks are candidates. In longer ones candidates are what
 a coarser stage keeps, the same choice among means of keys: O(length log length) time and O(length)
 memory. See selection/exact.py.
 
