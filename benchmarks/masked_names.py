@@ -10,8 +10,7 @@ length, as published encoders come without that head: ordinary words, and names 
 more than 32 tokens away. Then it is converted to read long documents and goes on,
 the same steps on the same pieces for every pattern at about 256 keys per query, and for full
 attention.
-Its position table is repeated as in any conversion; in the arms of `POSITIONS` it is made longer in
-another way, or the choice does not see it.
+Its position table is repeated as in any conversion, or with --positions made longer in another way.
 Beside ordinary masking some words are masked that also stand more than 256 tokens away: everywhere
 within 256 tokens, so that no window shows them. What counts is how well these words of unseen
 documents are found: bits of surprise and accuracy, with the standard error over documents.
@@ -21,6 +20,7 @@ masked_names.jsonl. Every run is a process of its own, whose peak memory is its 
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -62,13 +62,13 @@ ARMS = {
     "big_bird": {"attention_pattern": "big_bird", "block_size": 32, "num_random_blocks": 3},
     "full": {"attention_pattern": "full"},
 }
-# Of "adaptive", with another position table or another choice.
+# How the position table is made longer, and what the choice sees of it.
 POSITIONS = {
+    "repeated": "the source's rows again and again",
     "averaged": "after the source's rows the mean of its rows everywhere",
     "interpolated": "the source's rows stretched over the longer table",
     "unplaced": "repeated rows, and blocks chosen by keys less the mean of those with the same row",
 }
-ARMS |= dict.fromkeys(POSITIONS, ARMS["adaptive"])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-file", help="the same, of other documents")
     parser.add_argument("--column", default="document")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--positions", nargs="+", choices=POSITIONS, default=["repeated"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a piece")
     parser.add_argument("--source-steps", type=int, default=2400, help="before the conversion")
@@ -367,23 +368,23 @@ def make_source(args: argparse.Namespace, folder: Path) -> None:
     convert_checkpoint(folder / "source", folder / "converted", max_positions=args.length)
 
 
-def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict:
+def run_arm(args: argparse.Namespace, arm: str, positions: str, seed: int, file: Path) -> dict:
     """Trains, or goes on training, one pattern from one seed, and evaluates it."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForMaskedLM.from_pretrained(folder / "converted", **ARMS[arm])
+    model = AutoModelForMaskedLM.from_pretrained(file.parent / "converted", **ARMS[arm])
     model = model.to(args.device)
     source_rows = AutoConfig.from_pretrained(args.model).max_position_embeddings
     documents = read_pieces(args, args.length, tokenizer)
-    if arm == "unplaced":
+    if positions == "unplaced":
         pieces = [pieces[0] for pieces in documents[:UNPLACED_PIECES]]
         choose_without_positions(model, pieces, source_rows, args.device)
-    elif arm in POSITIONS:
-        set_positions(model, arm, source_rows)
+    elif positions != "repeated":
+        set_positions(model, positions, source_rows)
     unseen = read_pieces(args, args.length, tokenizer, unseen=True)
     at_once = evaluate(model, unseen, tokenizer.mask_token_id, args)
     seconds = train(
-        model, folder / f"{arm}-{seed}.pt", documents, args, steps=args.steps, seed=seed, size=1,
-        far=FAR, rate=args.learning_rate,
+        model, file, documents, args, steps=args.steps, seed=seed, size=1, far=FAR,
+        rate=args.learning_rate,
     )  # fmt: skip
     found = evaluate(model, unseen, tokenizer.mask_token_id, args)
     if ARMS[arm]["attention_pattern"] == "adaptive":
@@ -392,21 +393,25 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> dict
         found["share_of_repeated_offsets"] = share
     found |= {f"{name}_at_once": at_once[name] for name in ("far_bits", "far_accuracy", "bits")}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"arm": arm, "seed": seed, **found, "seconds_per_step": seconds, "peak_mib": peak}
+    return {**found, "seconds_per_step": seconds, "peak_mib": peak}
 
 
 def table(cells: list[dict]) -> str:
-    """Means over seeds, and the difference of every arm to "adaptive" over documents and seeds."""
+    """Means over seeds; and over documents and seeds the difference of every arm to "adaptive" with
+    the same positions.
+    """
     head = (
-        "pattern", "seeds", "far words: bits at once", "bits", "more than adaptive", "accuracy",
-        "all words: bits", "seconds per step", "peak MiB", "chosen at repeated offsets",
+        "pattern", "positions", "seeds", "far words: bits at once", "bits", "more than adaptive",
+        "accuracy", "all words: bits", "seconds per step", "peak MiB", "chosen at repeated offsets",
     )  # fmt: skip
     rows = [head, ["---"] * len(head)]
     own = {
-        cell["seed"]: cell["far_bits_by_document"] for cell in cells if cell["arm"] == "adaptive"
+        (cell["positions"], cell["seed"]): cell["far_bits_by_document"]
+        for cell in cells
+        if cell["arm"] == "adaptive"
     }
-    for arm in ARMS:
-        group = [cell for cell in cells if cell["arm"] == arm]
+    for positions, arm in itertools.product(POSITIONS, ARMS):
+        group = [cell for cell in cells if (cell["positions"], cell["arm"]) == (positions, arm)]
         if not group:
             continue
         mean = {
@@ -417,8 +422,10 @@ def table(cells: list[dict]) -> str:
         pairs = [
             other - ours
             for cell in group
-            if cell["seed"] in own and arm != "adaptive"
-            for other, ours in zip(cell["far_bits_by_document"], own[cell["seed"]], strict=True)
+            if (positions, cell["seed"]) in own and arm != "adaptive"
+            for other, ours in zip(
+                cell["far_bits_by_document"], own[positions, cell["seed"]], strict=True
+            )
         ]
         difference = "-"
         if len(pairs) > 1:
@@ -426,9 +433,8 @@ def table(cells: list[dict]) -> str:
             difference = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
         repeated = mean.get("share_of_repeated_offsets")
         rows.append([
-            f"{arm}: {POSITIONS[arm]}" if arm in POSITIONS else arm, str(len(group)),
-            f"{mean['far_bits_at_once']:.2f}", f"{mean['far_bits']:.2f}", difference,
-            f"{mean['far_accuracy']:.1%}", f"{mean['bits']:.2f}",
+            arm, positions, str(len(group)), f"{mean['far_bits_at_once']:.2f}",
+            f"{mean['far_bits']:.2f}", difference, f"{mean['far_accuracy']:.1%}", f"{mean['bits']:.2f}",
             f"{mean['seconds_per_step']:.2f}", f"{mean['peak_mib']:,.0f}",
             "-" if repeated is None else f"{repeated:.0%}",
         ])  # fmt: skip
@@ -458,20 +464,25 @@ def main() -> int:
     if any(cell["settings"] != settings for cell in cells):
         print(f"{file} holds runs of other settings: move it away first", file=sys.stderr)
         return 2
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    done = {(cell["arm"], cell["seed"]) for cell in cells}
-    todo = [pair for pair in todo if pair not in done]
-    if len(args.arms) == len(args.seeds) == 1:
-        for arm, seed in todo:
-            cell = run_arm(args, arm, seed, folder)
-            about = environment(torch.device(args.device))
+    names = ("arm", "positions", "seed")
+    done = [{name: cell[name] for name in names} for cell in cells]
+    todo = [
+        dict(zip(names, (arm, positions, seed), strict=True))
+        for seed, positions, arm in itertools.product(args.seeds, args.positions, args.arms)
+        if positions != "unplaced" or ARMS[arm]["attention_pattern"] == "adaptive"
+    ]
+    is_one = len(todo) == 1
+    for run in (run for run in todo if run not in done):
+        if is_one:
+            state = folder / f"{run['arm']}-{run['positions']}-{run['seed']}.pt"
+            cell = {**run, **run_arm(args, **run, file=state), "settings": settings}
+            cell["environment"] = environment(torch.device(args.device))
             with file.open("a") as out:
-                out.write(json.dumps({**cell, "settings": settings, "environment": about}) + "\n")
-            (folder / f"{arm}-{seed}.pt").unlink(missing_ok=True)
-        return 0
-    for arm, seed in todo:
-        own = ["--arms", arm, "--seeds", str(seed)]
+                out.write(json.dumps(cell) + "\n")
+            state.unlink(missing_ok=True)
+            return 0
         # What stands last counts.
+        own = ["--arms", run["arm"], "--positions", run["positions"], "--seeds", str(run["seed"])]
         if status := subprocess.run([sys.executable, *sys.argv, *own], check=False).returncode:
             return status
     text = table([json.loads(line) for line in file.read_text().splitlines()])
