@@ -434,8 +434,8 @@ def table(cells: list[dict]) -> str:
         repeated = mean.get("share_of_repeated_offsets")
         rows.append([
             arm, positions, str(len(group)), f"{mean['far_bits_at_once']:.2f}",
-            f"{mean['far_bits']:.2f}", difference, f"{mean['far_accuracy']:.1%}", f"{mean['bits']:.2f}",
-            f"{mean['seconds_per_step']:.2f}", f"{mean['peak_mib']:,.0f}",
+            f"{mean['far_bits']:.2f}", difference, f"{mean['far_accuracy']:.1%}",
+            f"{mean['bits']:.2f}", f"{mean['seconds_per_step']:.2f}", f"{mean['peak_mib']:,.0f}",
             "-" if repeated is None else f"{repeated:.0%}",
         ])  # fmt: skip
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
