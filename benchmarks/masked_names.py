@@ -51,7 +51,8 @@ FAR, SOURCE_FAR = 256, 32
 LETTERS, MOST_PLACES = 4, 12
 FAR_SHARE, ORDINARY_SHARE = 0.10, 0.05
 SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
-UNPLACED_PIECES = 32
+OF_THE_CHOICE = ("unplaced", "centred")
+UNPLACED_PIECES, PLACE = 32, 16
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
 ARMS = {
@@ -68,6 +69,8 @@ POSITIONS = {
     "averaged": "after the source's rows the mean of its rows everywhere",
     "interpolated": "the source's rows stretched over the longer table",
     "unplaced": "repeated rows, and blocks chosen by keys less the mean of those with the same row",
+    "centred": "repeated rows, and blocks chosen by keys less the mean of those at places, 16 rows "
+    "each, that are equal in the same document",
 }
 
 
@@ -243,6 +246,15 @@ def choose_without_positions(model, pieces: list[dict], source_rows: int, device
         part.register_forward_pre_hook(without(means))
 
 
+def centred(args: tuple, source_rows: int) -> tuple:
+    """The arguments of a layer's choice, with other keys."""
+    key = args[1]
+    place = torch.arange(key.shape[2], device=key.device) % source_rows // PLACE
+    sums = torch.zeros(*key.shape[:2], source_rows // PLACE, key.shape[3], device=key.device)
+    means = sums.index_add(2, place, key.float()) / place.bincount()[:, None]
+    return args[0], key - means[:, :, place].to(key.dtype), *args[2:]
+
+
 @torch.no_grad()
 def share_of_repeated_offsets(model, pieces: list[dict], source_rows: int, device: str) -> float:
     """The share of the chosen blocks whose distance is a whole number of the source's lengths."""
@@ -378,6 +390,9 @@ def run_arm(args: argparse.Namespace, arm: str, positions: str, seed: int, file:
     if positions == "unplaced":
         pieces = [pieces[0] for pieces in documents[:UNPLACED_PIECES]]
         choose_without_positions(model, pieces, source_rows, args.device)
+    elif positions == "centred":
+        for part in selections(model):
+            part.register_forward_pre_hook(lambda part, args: centred(args, source_rows))
     elif positions != "repeated":
         set_positions(model, positions, source_rows)
     unseen = read_pieces(args, args.length, tokenizer, unseen=True)
@@ -469,7 +484,7 @@ def main() -> int:
     todo = [
         dict(zip(names, (arm, positions, seed), strict=True))
         for seed, positions, arm in itertools.product(args.seeds, args.positions, args.arms)
-        if positions != "unplaced" or ARMS[arm]["attention_pattern"] == "adaptive"
+        if positions not in OF_THE_CHOICE or ARMS[arm]["attention_pattern"] == "adaptive"
     ]
     is_one = len(todo) == 1
     for run in (run for run in todo if run not in done):
