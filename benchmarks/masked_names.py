@@ -51,8 +51,8 @@ FAR, SOURCE_FAR = 256, 32
 LETTERS, MOST_PLACES = 4, 12
 FAR_SHARE, ORDINARY_SHARE = 0.10, 0.05
 SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
-OF_THE_CHOICE = ("unplaced", "centred")
-UNPLACED_PIECES, PLACE = 32, 16
+OF_THE_CHOICE = ("seen", "unplaced")
+UNPLACED_PIECES = 32
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
 ARMS = {
@@ -65,12 +65,11 @@ ARMS = {
 }
 # How the position table is made longer, and what the choice sees of it.
 POSITIONS = {
-    "repeated": "the source's rows again and again",
+    "repeated": "the source's rows again and again, which the choice does not see",
+    "seen": "the same, and it does",
     "averaged": "after the source's rows the mean of its rows everywhere",
     "interpolated": "the source's rows stretched over the longer table",
-    "unplaced": "repeated rows, and blocks chosen by keys less the mean of those with the same row",
-    "centred": "repeated rows, and blocks chosen by keys less the mean of those at places, 16 rows "
-    "each, that are equal in the same document",
+    "unplaced": "the same, and blocks chosen by keys less the mean of those with the same row",
 }
 
 
@@ -246,15 +245,6 @@ def choose_without_positions(model, pieces: list[dict], source_rows: int, device
         part.register_forward_pre_hook(without(means))
 
 
-def centred(args: tuple, source_rows: int) -> tuple:
-    """The arguments of a layer's choice, with other keys."""
-    key = args[1]
-    place = torch.arange(key.shape[2], device=key.device) % source_rows // PLACE
-    sums = torch.zeros(*key.shape[:2], source_rows // PLACE, key.shape[3], device=key.device)
-    means = sums.index_add(2, place, key.float()) / place.bincount()[:, None]
-    return args[0], key - means[:, :, place].to(key.dtype), *args[2:]
-
-
 @torch.no_grad()
 def share_of_repeated_offsets(model, pieces: list[dict], source_rows: int, device: str) -> float:
     """The share of the chosen blocks whose distance is a whole number of the source's lengths."""
@@ -387,13 +377,12 @@ def run_arm(args: argparse.Namespace, arm: str, positions: str, seed: int, file:
     model = model.to(args.device)
     source_rows = AutoConfig.from_pretrained(args.model).max_position_embeddings
     documents = read_pieces(args, args.length, tokenizer)
+    if positions != "repeated":
+        model.config.source_config = None  # nothing is known of repeated positions
     if positions == "unplaced":
         pieces = [pieces[0] for pieces in documents[:UNPLACED_PIECES]]
         choose_without_positions(model, pieces, source_rows, args.device)
-    elif positions == "centred":
-        for part in selections(model):
-            part.register_forward_pre_hook(lambda part, args: centred(args, source_rows))
-    elif positions != "repeated":
+    elif positions not in ("repeated", *OF_THE_CHOICE):
         set_positions(model, positions, source_rows)
     unseen = read_pieces(args, args.length, tokenizer, unseen=True)
     at_once = evaluate(model, unseen, tokenizer.mask_token_id, args)

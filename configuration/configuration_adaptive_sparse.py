@@ -96,6 +96,15 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
         return self.max_position_embeddings - self.position_offset
 
     @property
+    def repeated_length(self) -> int | None:
+        """After how many tokens the positions of a converted model repeat: the length of its
+        source, if it was converted to read more; None otherwise.
+        """
+        rows = (getattr(self, "source_config", None) or {}).get("max_position_embeddings")
+        is_repeated = rows is not None and rows < self.max_position_embeddings
+        return rows - self.position_offset if is_repeated else None
+
+    @property
     def position_offset(self) -> int:
         """The row of the position table that belongs to the first token."""
         if self.position_style == "bert":

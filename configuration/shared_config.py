@@ -192,6 +192,11 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
         return self.attention_pattern not in WITHOUT_GLOBAL_TOKENS
 
     @property
+    def repeated_length(self) -> int | None:
+        """After how many tokens the positions of a document repeat; None: they do not."""
+        return None
+
+    @property
     def selection_options(self) -> SelectionOptions:
         """How "adaptive" layers choose blocks."""
         num_blocks = self.num_selected_blocks

@@ -23,6 +23,7 @@ from adaptive_longformer.selection.exportable_selection import BlockBias, select
 from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
 from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.repeated_positions import PlaceMeans
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 
@@ -132,7 +133,7 @@ class AdaptiveSelection(HeadBudgets):
         if selected is None:
             selected = self._select(
                 query.detach(),
-                key.detach(),
+                self._keys_of_choice(key.detach(), attention_mask),
                 attention_mask,
                 global_keys,
                 options,
@@ -152,6 +153,23 @@ class AdaptiveSelection(HeadBudgets):
         if (of_entries := weights_of_entries(selected, slots)) is not None:
             entry_bias = entry_bias + of_entries
         return query, Reads(layout, entry_bias, weights.span)
+
+    def _keys_of_choice(
+        self, key: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The keys as the choice sees them; see `PlaceMeans`. Under causality they are as they are:
+        the mean of a place would tell its first tokens about its last ones.
+        """
+        period = self._repeated_length
+        if period is None or key.shape[2] <= period:
+            return key
+        return PlaceMeans(key, attention_mask, period).removed(key)
+
+    @property
+    def _repeated_length(self) -> int | None:
+        """After how many tokens the choice sees the same positions again; None: it does not."""
+        is_own = self.config.attention_pattern == "adaptive" and not self.is_causal
+        return self.config.repeated_length if is_own else None
 
     def _with_shared(
         self, selected: SelectedBlocks, log_weights: torch.Tensor, direction: torch.Tensor
@@ -200,7 +218,7 @@ class AdaptiveSelection(HeadBudgets):
             opening = precise(self.gate) * precise(self.strength)
             shared = opening.clamp(min=MIN_WEIGHT).log().masked_fill(opening <= 0, -torch.inf)
             bias = BlockBias(ranks, precise(self.global_direction), shared)
-        return selecting_attention(call, options, bias)
+        return selecting_attention(call, options, bias, self._repeated_length)
 
     def choose_next(
         self,

@@ -77,8 +77,9 @@ def test_torch_export_equals_the_model_in_linear_memory(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "torch"])
-def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format):
-    """Both stages, blocks for all, budgets, gates and spans. The model chooses in float64, as its
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format, repeats):
+    """Both stages, repeated positions, blocks for all, budgets, gates and spans. The model chooses in float64, as its
     kernels may choose by int8. No masses here are so near that rounding changes a choice.
     """
     if file_format == "onnx":
@@ -87,6 +88,7 @@ def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format):
     model = tiny_adaptive_model(
         AdaptiveSparseForQuestionAnswering, num_hidden_layers=1, selection_candidates=64,
         num_learned_global_blocks=2, max_global_tokens=3, max_position_embeddings=1500,
+        source_config={"max_position_embeddings": 52} if repeats else None,
     )  # fmt: skip
     model.save_pretrained(tmp_path / "model")
     arguments = ["export", str(tmp_path / "model"), str(tmp_path / "graph")]

@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from adaptive_longformer.analysis.reading_map import (
     reading_maps,
-    repeated_length,
     save_reading_maps,
 )
 from adaptive_longformer.analysis.sparsity import LEGEND, sparsity_report
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         f"({report.keys_per_query / length:.1%} of all), strength {report.strength:g}\n"
         f"{report.table()}\n\n{LEGEND}\n"
     )
-    period = repeated_length(config)
+    period = config.repeated_length
     maps = reading_maps(model, batch) if period or args.figure else []
     numbers = {"length": length, **report.as_dict()}
     if period:

@@ -54,15 +54,6 @@ class ReadingMap:
         return float((self.selected * is_multiple).sum() / total)
 
 
-def repeated_length(config: Any) -> int | None:
-    """After how many tokens the positions of a converted model repeat: the length of its source, if
-    it was converted to read more; None otherwise.
-    """
-    rows = (getattr(config, "source_config", None) or {}).get("max_position_embeddings")
-    is_repeated = rows is not None and rows < config.max_position_embeddings
-    return rows - config.position_offset if is_repeated else None
-
-
 def reading_maps(model: nn.Module, batch: Mapping[str, Any]) -> list[ReadingMap]:
     """For every layer who reads whom. O(blocks^2) memory: for inspection.
 
@@ -87,7 +78,7 @@ def save_reading_maps(
     maps: list[ReadingMap], file: str | Path, title: str = "", period: int | None = None
 ) -> None:
     """Draws the maps side by side into a PNG, with lines at the multiples of a distance in tokens,
-    see `repeated_length`.
+    see `config.repeated_length`.
 
     Raises:
         ValueError: matplotlib is not installed.

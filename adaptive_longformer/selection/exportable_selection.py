@@ -32,6 +32,7 @@ from adaptive_longformer.selection.exact import (
 )
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.options import SelectionOptions
+from adaptive_longformer.selection.repeated_positions import TOKENS_PER_PLACE
 from adaptive_longformer.selection.sampling import NO_SEED
 
 
@@ -61,17 +62,21 @@ def _place_size(options: SelectionOptions) -> int:
 
 
 def selecting_attention(
-    call: AttentionCall, options: SelectionOptions, bias: BlockBias
+    call: AttentionCall,
+    options: SelectionOptions,
+    bias: BlockBias,
+    repeated_length: int | None = None,
 ) -> torch.Tensor:
     """Output [batch, heads, length, head_dim] of a layer that selects; the call's pattern is the
-    window, which is read anyway.
+    window, which is read anyway. In longer documents than `repeated_length` the choice sees keys
+    without what `PlaceMeans` takes out.
     """
     # Imported only here: it takes time, and is not the same in every torch.
     from torch._higher_order_ops.scan import scan_op
 
     if options.sampling_seed != NO_SEED:
         raise ValueError("selection_sampling is True, False is needed to export a model")
-    chunks = _Chunks(call, options, bias)
+    chunks = _Chunks(call, options, bias, repeated_length)
     nothing = call.query.new_zeros(1)  # is carried from chunk to chunk, as something has to be
     _, output = scan_op(
         chunks.step, [nothing], [*chunks.steps.values()], (*chunks.common.values(),)
@@ -91,7 +96,13 @@ class _Chunks:
     more than one.
     """
 
-    def __init__(self, call: AttentionCall, options: SelectionOptions, bias: BlockBias) -> None:
+    def __init__(
+        self,
+        call: AttentionCall,
+        options: SelectionOptions,
+        bias: BlockBias,
+        repeated_length: int | None,
+    ) -> None:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         self.call, self.options = call, options
@@ -125,6 +136,13 @@ class _Chunks:
             "rank_bias": bias.ranks.to(dtype),
         }
         self.common |= self._global_tokens(key, value)
+        self.is_repeated, choice_key = repeated_length is not None, key
+        if repeated_length is not None:
+            choice_key = _without_positions(key, is_member, repeated_length)
+            self.common |= {
+                "choice_key": _picked(choice_key, token, options.block_size),
+                "choice_global_key": self._global_tokens(choice_key, value)["global_key"],
+            }
         if call.span is not None:
             self.common["span"] = call.span.length
         if bias.directions is not None and bias.shared is not None:
@@ -133,7 +151,7 @@ class _Chunks:
         most = -(-options.num_candidates // place)
         self.num_places = 0 if statically_known_true(length <= most * place) else most
         if self.num_places:
-            self._add_places(key, is_member, chunk, row)
+            self._add_places(choice_key, is_member, chunk, row)
 
     def _ends(self) -> torch.Tensor:
         """One more than the last token that is not padding: int64 [batch, 1, 1]."""
@@ -176,7 +194,8 @@ class _Chunks:
         wanted = self.options.num_global_blocks
         is_member = self.common["log_count"].exp()  # [batch, 1, tokens of a block, blocks]
         counts = is_member.sum(dim=2)  # [batch, 1, blocks]
-        means = (self.common["key"] * is_member[..., None]).sum(dim=2)
+        key = self.common["choice_key" if self.is_repeated else "key"]
+        means = (key * is_member[..., None]).sum(dim=2)
         means = means / counts.clamp(min=1.0)[..., None]
         fit = (means * directions[:, None]).sum(dim=-1)  # [batch, heads, blocks]
         best, order = F.pad(fit + counts.log(), (0, wanted), value=-torch.inf).topk(wanted)
@@ -213,7 +232,11 @@ class _Chunks:
         given = SimpleNamespace(**dict(zip([*self.steps, *self.common], tensors, strict=True)))
         scores = _scores(given.query, given.key, given.log_count)
         of_globals = given.query @ given.global_key.mT + given.global_log
-        bias = self._block_bias(given, scores, of_globals)[:, :, :, None]
+        seen = scores, of_globals  # by the choice
+        if self.is_repeated:
+            of_choice = _scores(given.query, given.choice_key, given.log_count)
+            seen = of_choice, given.query @ given.choice_global_key.mT + given.global_log
+        bias = self._block_bias(given, *seen)[:, :, :, None]
         offset = given.token - given.slot[:, None, None]
         window = _window(self.call)
         in_window = (offset >= -window.left) & (offset <= window.right)
@@ -285,6 +308,22 @@ def _tokens(length: int, size: int, device: torch.device) -> torch.Tensor:
     """Tokens of blocks, int64 [size, blocks]."""
     block = torch.arange(length // size + 2, device=device)
     return torch.arange(size, device=device)[:, None] + size * block
+
+
+def _without_positions(key: torch.Tensor, is_member: torch.Tensor, period: int) -> torch.Tensor:
+    """The keys as `PlaceMeans` leaves them, in documents longer than the period."""
+    length, places = key.shape[2], -(-period // TOKENS_PER_PLACE)
+    slot = torch.arange(length, device=key.device)
+    copies = _tokens(length, period, key.device)  # [period, copies]
+
+    def sums(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = _picked(tensor, copies, period).sum(dim=3)
+        tensor = F.pad(tensor, (0, 0, 0, places * TOKENS_PER_PLACE - period))
+        return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
+
+    means = sums(key * is_member) / sums(is_member).clamp(min=1.0)
+    is_long = (slot[-1] >= period).to(key.dtype)
+    return key - is_long * means.index_select(2, slot % period // TOKENS_PER_PLACE)
 
 
 def _picked(tensor: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:

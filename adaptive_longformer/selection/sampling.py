@@ -8,8 +8,8 @@ priority are read. With the next priority as `threshold`, a block that is read s
     weight = max(1, threshold / mass)
 
 blocks of its kind: the expected sum of weight * mass over what is read is the mass of all, block by
-block, and no scheme with one block fewer has a smaller variance (Szegedy 2006). A block whose mass is above
-the threshold is read for certain and stands for itself alone.
+block, and no scheme with one block fewer has a smaller variance (Szegedy 2006). A block whose mass
+is above the threshold is read for certain and stands for itself alone.
 
 A chance is a hash of seed, head, query block and key block: the same on every device, in training
 and evaluation, and whenever a layer is computed again.

@@ -2,9 +2,9 @@
 
 All queries of a block vote, and meet the keys of its candidates themselves: a block of keys gets
 the share of their attention that its keys would get, averaged over the queries, and those with the
-largest mass are chosen, or some in proportion to it (sampling.py). In short rows all blocks are candidates. In longer ones candidates are what
-a coarser stage keeps, the same choice among means of keys: O(length log length) time and O(length)
-memory. See selection/exact.py.
+largest mass are chosen, or some in proportion to it (sampling.py). In short rows all blocks are
+candidates. In longer ones candidates are what a coarser stage keeps, the same choice among means of
+keys: O(length log length) time and O(length) memory. See selection/exact.py.
 
 The choice is discrete and carries no gradient; what is chosen is read by the attention itself, with
 the same queries and keys, and that trains it.

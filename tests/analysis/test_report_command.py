@@ -8,7 +8,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 import adaptive_longformer.analysis.command as report_command
 from adaptive_longformer.analysis.reading_map import (
     reading_maps,
-    repeated_length,
     save_reading_maps,
 )
 from adaptive_longformer.analysis.sparsity import sparsity_report
@@ -123,7 +122,7 @@ def test_multiples_of_the_length_of_the_source_are_marked(places, tmp_path, caps
         tmp_path / "long", attention_pattern="adaptive", num_selected_blocks=4,
         selection_strength=1.0,
     )  # fmt: skip
-    assert repeated_length(model.config) == 64
+    assert model.config.repeated_length == 64
     (reads,) = reading_maps(model, {"input_ids": torch.randint(5, 300, (1, 512))})
     # 4 of at most 14 blocks apart from the window: those around -64, 64, 128, ... tokens.
     assert reads.share_at_multiples(64) > 0.9
@@ -147,7 +146,7 @@ def test_multiples_of_the_length_of_the_source_are_marked(places, tmp_path, caps
     save_reading_maps(maps, file, *more)
     save_reading_maps(maps, tmp_path / "plain.png", more[0])
     assert (tmp_path / "map.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
-    assert repeated_length(tiny_model().config) is None
+    assert tiny_model().config.repeated_length is None
 
 
 def test_a_causal_checkpoint_is_reported_as_it_reads(places, tmp_path, capsys):

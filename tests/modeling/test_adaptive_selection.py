@@ -160,7 +160,14 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
     [(300, 1, 0), (300, 64, 0), (300, 0, 64), (20, 700, 24), (300, 0, 700), (300, 700, 0)],
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"selection_candidates": 64}, {"selection_sampling": True}], ids=str
+    "options",
+    [
+        {},
+        {"selection_candidates": 64},
+        {"selection_sampling": True},
+        {"source_config": {"max_position_embeddings": 66}},  # positions repeat after 64 tokens
+    ],
+    ids=str,
 )
 def test_padding_changes_nothing(length, left, right, options):
     model = tiny_adaptive_model(**options)
