@@ -79,8 +79,9 @@ def test_torch_export_equals_the_model_in_linear_memory(tmp_path, capsys):
 @pytest.mark.parametrize("file_format", ["onnx", "torch"])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format, repeats):
-    """Both stages, repeated positions, blocks for all, budgets, gates and spans. The model chooses in float64, as its
-    kernels may choose by int8. No masses here are so near that rounding changes a choice.
+    """Both stages, repeated positions, blocks for all, budgets, gates and spans. The model chooses
+    in float64, as its kernels may choose by int8. No masses here are so near that rounding changes
+    a choice.
     """
     if file_format == "onnx":
         pytest.importorskip("onnxscript", reason="needs the extra 'export'")

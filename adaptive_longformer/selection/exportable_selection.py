@@ -138,7 +138,7 @@ class _Chunks:
         self.common |= self._global_tokens(key, value)
         self.is_repeated, choice_key = repeated_length is not None, key
         if repeated_length is not None:
-            choice_key = _without_positions(key, is_member, repeated_length)
+            choice_key = _without_positions(key, call.attention_mask, repeated_length)
             self.common |= {
                 "choice_key": _picked(choice_key, token, options.block_size),
                 "choice_global_key": self._global_tokens(choice_key, value)["global_key"],
@@ -310,10 +310,15 @@ def _tokens(length: int, size: int, device: torch.device) -> torch.Tensor:
     return torch.arange(size, device=device)[:, None] + size * block
 
 
-def _without_positions(key: torch.Tensor, is_member: torch.Tensor, period: int) -> torch.Tensor:
-    """The keys as `PlaceMeans` leaves them, in documents longer than the period."""
+def _without_positions(
+    key: torch.Tensor, attention_mask: torch.Tensor | None, period: int
+) -> torch.Tensor:
+    """The keys as `PlaceMeans` leaves them."""
     length, places = key.shape[2], -(-period // TOKENS_PER_PLACE)
     slot = torch.arange(length, device=key.device)
+    is_valid = torch.ones_like(key[:, :1, :, :1])
+    if attention_mask is not None:
+        is_valid = is_valid * attention_mask[:, None, :, None].to(key.dtype)
     copies = _tokens(length, period, key.device)  # [period, copies]
 
     def sums(tensor: torch.Tensor) -> torch.Tensor:
@@ -321,8 +326,8 @@ def _without_positions(key: torch.Tensor, is_member: torch.Tensor, period: int) 
         tensor = F.pad(tensor, (0, 0, 0, places * TOKENS_PER_PLACE - period))
         return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
 
-    means = sums(key * is_member) / sums(is_member).clamp(min=1.0)
-    is_long = (slot[-1] >= period).to(key.dtype)
+    means = sums(key * is_valid) / sums(is_valid).clamp(min=1.0)
+    is_long = (is_valid * (slot >= period)[:, None]).amax(dim=2, keepdim=True)
     return key - is_long * means.index_select(2, slot % period // TOKENS_PER_PLACE)
 
 

@@ -21,7 +21,8 @@ class PlaceMeans:
         period: tokens until the same row comes again.
 
     Attributes:
-        means: [batch, heads, places, head_dim], in float32 at least; 0 of a place without members.
+        means: [batch, heads, places, head_dim], in float32 at least; 0 of a place without members,
+            and in a row that ends before the period does.
         place: int64 [length], the place of every token.
     """
 
@@ -38,11 +39,12 @@ class PlaceMeans:
             return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
 
         precise = key.to(torch.promote_types(key.dtype, torch.float32))
-        is_finite = precise.isfinite().all(dim=-1, keepdim=True)
+        is_counted = precise.isfinite().all(dim=-1, keepdim=True)
         if members is not None:
-            is_finite = is_finite & members[:, None, :, None]
-        counts = sums(is_finite.to(precise.dtype))
-        self.means = sums(precise.where(is_finite, 0.0)) / counts.clamp(min=1.0)
+            is_long = members[:, period:].any(dim=1)[:, None, None, None]
+            is_counted = is_counted & members[:, None, :, None] & is_long
+        counts = sums(is_counted.to(precise.dtype))
+        self.means = sums(precise.where(is_counted, 0.0)) / counts.clamp(min=1.0)
 
     def removed(self, key: torch.Tensor) -> torch.Tensor:
         """The keys without the mean of their place."""
