@@ -157,7 +157,15 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
 
 @pytest.mark.parametrize(
     ("length", "left", "right"),
-    [(300, 1, 0), (300, 64, 0), (300, 0, 64), (20, 700, 24), (300, 0, 700), (300, 700, 0)],
+    [
+        (60, 0, 90),
+        (300, 1, 0),
+        (300, 64, 0),
+        (300, 0, 64),
+        (20, 700, 24),
+        (300, 0, 700),
+        (300, 700, 0),
+    ],
 )
 @pytest.mark.parametrize(
     "options",
@@ -165,7 +173,8 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
         {},
         {"selection_candidates": 64},
         {"selection_sampling": True},
-        {"source_config": {"max_position_embeddings": 66}},  # positions repeat after 64 tokens
+        # Positions repeat after 64 tokens.
+        {"source_config": {"max_position_embeddings": 66}, "num_selected_blocks": 1},
     ],
     ids=str,
 )
