@@ -24,6 +24,7 @@ from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
 from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.repeated_positions import PlaceMeans
+from adaptive_longformer.selection.sampling import NO_SEED
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
 
@@ -167,9 +168,12 @@ class AdaptiveSelection(HeadBudgets):
 
     @property
     def _repeated_length(self) -> int | None:
-        """After how many tokens the choice sees the same positions again; None: it does not."""
+        """After how many tokens the choice meets the same positions again and does not see them;
+        None: keys are as they are. Sampling is for what the attention itself would read.
+        """
         is_own = self.config.attention_pattern == "adaptive" and not self.is_causal
-        return self.config.repeated_length if is_own else None
+        is_hidden = is_own and self.options.sampling_seed == NO_SEED
+        return self.config.repeated_length if is_hidden else None
 
     def _with_shared(
         self, selected: SelectedBlocks, log_weights: torch.Tensor, direction: torch.Tensor
