@@ -244,9 +244,8 @@ def _target_fields(
             )
             if family.is_dense:
                 notes.append(
-                    "an adaptive selection (attention_pattern 'adaptive') follows the repeated "
-                    "positions instead of the content until this model is fine-tuned; with "
-                    "selection_sampling it stays nearer to full attention"
+                    "an adaptive selection (attention_pattern 'adaptive') does not see the repeated "
+                    "positions, but the attention to what it chose does, until it is fine-tuned"
                 )
     if attention_window is not None:
         overrides["attention_window"] = attention_window
