@@ -244,7 +244,7 @@ def _target_fields(
             )
             if family.is_dense:
                 notes.append(
-                    "an adaptive selection (attention_pattern 'adaptive') does not see the repeated "
+                    "an adaptive selection (attention_pattern 'adaptive') does not see repeated "
                     "positions, but the attention to what it chose does, until it is fine-tuned"
                 )
     if attention_window is not None:
