@@ -101,8 +101,9 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
         source, if it was converted to read more; None otherwise.
         """
         rows = (getattr(self, "source_config", None) or {}).get("max_position_embeddings")
-        is_repeated = rows is not None and rows < self.max_position_embeddings
-        return rows - self.position_offset if is_repeated else None
+        if rows is None or rows >= self.max_position_embeddings:
+            return None
+        return rows - self.position_offset
 
     @property
     def position_offset(self) -> int:

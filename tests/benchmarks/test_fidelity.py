@@ -59,5 +59,6 @@ def check_rows(tmp_path, table):
     assert long["adaptive, 256 keys"]["error"] > 1e-3
     assert short["window of 1024"]["error"] < 1e-5
     assert short["adaptive, 1024 keys"]["error"] < 1e-5
+    assert short["adaptive, sampled, 1024 keys"]["error"] < 1e-5
     assert short["window of 1024"]["cosine"] == pytest.approx(1.0)
     assert short["window of 256"]["error"] > 1e-3
