@@ -202,24 +202,32 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    parts = {
+        task: {
+            _by_keys: [c for c in of_task if c["part"] == "keys"],
+            _by_length: [c for c in of_task if c["part"] == "patterns" and "by_length" in c],
+            _by_strength: [c for c in of_task if "by_strength" in c],
+            _learned: [c for c in of_task if c["part"] == "learned budgets"],
+        }
+        for task in tasks
+        for of_task in [[cell for cell in cells if cell["task"] == task]]
+    }
+    draws = [draw for draw in (_by_keys, _by_length, _by_strength, _learned)
+             if any(found[draw] for found in parts.values())]  # fmt: skip
+    parts = {task: found for task, found in parts.items() if any(found.values())}
     figure, rows = pyplot.subplots(
-        len(tasks), 4, figsize=(18, 3.8 * len(tasks)), squeeze=False, layout="constrained"
-    )
-    for axes, task in zip(rows, tasks):
-        of_task = [cell for cell in cells if cell["task"] == task]
-        _by_keys(axes[0], [cell for cell in of_task if cell["part"] == "keys"])
-        studied = [c for c in of_task if "by_length" in c and c["part"] == "patterns"]
-        _by_length(axes[1], studied)
-        _by_strength(axes[2], [cell for cell in studied if "by_strength" in cell])
-        _learned(axes[3], [cell for cell in of_task if cell["part"] == "learned budgets"])
-        for axis in axes[:3]:
-            axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
-            axis.set(ylim=(0, 1.02), ylabel="accuracy on what is far")
-        axes[2].set_ylabel("accuracy")
-        for axis in axes:
+        max(len(parts), 1), max(len(draws), 1), squeeze=False, layout="constrained",
+        figsize=(4.5 * max(len(draws), 1), 3.8 * max(len(parts), 1)),
+    )  # fmt: skip
+    for axes, (task, found) in zip(rows, parts.items(), strict=False):
+        for axis, draw in zip(axes, draws, strict=True):
+            draw(axis, found[draw])
             axis.set_title(f"{task}: {axis.get_title()}")
-            if axis.get_legend() is None:  # nothing was measured
-                axis.set_visible(False)
+            axis.set_visible(bool(found[draw]))
+            if draw is not _learned:
+                axis.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
+                far = "accuracy" if draw is _by_strength else "accuracy on what is far"
+                axis.set(ylim=(0, 1.02), ylabel=far)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
