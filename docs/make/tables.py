@@ -189,7 +189,9 @@ def hyperpartisan() -> str:
 def names() -> str:
     text = (RESULTS / "masked_names.md").read_text(encoding="utf-8").strip()
     lines = (RESULTS / "masked_names.jsonl").read_text(encoding="utf-8").splitlines()
-    return f"{text}\n\n{source('masked_names.jsonl', json.loads(lines[0])['environment'])}"
+    about = [json.loads(line)["environment"] for line in lines]
+    commits = ", ".join(dict.fromkeys(one["commit"] for one in about))
+    return f"{text}\n\n{source('masked_names.jsonl', {**about[0], 'commit': commits})}"
 
 
 def fidelity() -> str:
