@@ -23,7 +23,7 @@ from adaptive_longformer.selection.exportable_selection import BlockBias, select
 from adaptive_longformer.selection.head_weights import MIN_WEIGHT, precise
 from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.repeated_positions import PlaceMeans
+from adaptive_longformer.selection.repeated_positions import without_positions
 from adaptive_longformer.selection.sampling import NO_SEED
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
@@ -158,13 +158,17 @@ class AdaptiveSelection(HeadBudgets):
     def _keys_of_choice(
         self, key: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The keys as the choice sees them; see `PlaceMeans`. Under causality they are as they are:
-        the mean of a place would tell its first tokens about its last ones.
+        """The keys as the choice sees them; see `without_positions`. Under causality they are as
+        they are: the mean of a place would tell its first tokens about its last ones.
         """
         period = self._repeated_length
         if period is None or key.shape[2] <= period:
             return key
-        return PlaceMeans(key, attention_mask, period).removed(key)
+        seen = precise(key)
+        is_counted = seen.isfinite().all(dim=-1, keepdim=True)
+        if attention_mask is not None:
+            is_counted = is_counted & attention_mask[:, None, :, None]
+        return without_positions(seen, is_counted, period).to(key.dtype)
 
     @property
     def _repeated_length(self) -> int | None:

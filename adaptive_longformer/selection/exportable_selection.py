@@ -32,7 +32,7 @@ from adaptive_longformer.selection.exact import (
 )
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.repeated_positions import TOKENS_PER_PLACE
+from adaptive_longformer.selection.repeated_positions import without_positions
 from adaptive_longformer.selection.sampling import NO_SEED
 
 
@@ -69,7 +69,7 @@ def selecting_attention(
 ) -> torch.Tensor:
     """Output [batch, heads, length, head_dim] of a layer that selects; the call's pattern is the
     window, which is read anyway. In longer documents than `repeated_length` the choice sees keys
-    without what `PlaceMeans` takes out.
+    as `without_positions` leaves them.
     """
     # Imported only here: it takes time, and is not the same in every torch.
     from torch._higher_order_ops.scan import scan_op
@@ -138,7 +138,10 @@ class _Chunks:
         self.common |= self._global_tokens(key, value)
         self.is_repeated, choice_key = repeated_length is not None, key
         if repeated_length is not None:
-            choice_key = _without_positions(key, call.attention_mask, repeated_length)
+            is_valid = torch.ones_like(key[:, :1, :, :1], dtype=torch.bool)
+            if call.attention_mask is not None:
+                is_valid = call.attention_mask[:, None, :, None]
+            choice_key = without_positions(key, is_valid, repeated_length)
             self.common |= {
                 "choice_key": _picked(choice_key, token, options.block_size),
                 "choice_global_key": self._global_tokens(choice_key, value)["global_key"],
@@ -308,27 +311,6 @@ def _tokens(length: int, size: int, device: torch.device) -> torch.Tensor:
     """Tokens of blocks, int64 [size, blocks]."""
     block = torch.arange(length // size + 2, device=device)
     return torch.arange(size, device=device)[:, None] + size * block
-
-
-def _without_positions(
-    key: torch.Tensor, attention_mask: torch.Tensor | None, period: int
-) -> torch.Tensor:
-    """The keys as `PlaceMeans` leaves them."""
-    length, places = key.shape[2], -(-period // TOKENS_PER_PLACE)
-    slot = torch.arange(length, device=key.device)
-    is_valid = torch.ones_like(key[:, :1, :, :1])
-    if attention_mask is not None:
-        is_valid = is_valid * attention_mask[:, None, :, None].to(key.dtype)
-    copies = _tokens(length, period, key.device)  # [period, copies]
-
-    def sums(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = _picked(tensor, copies, period).sum(dim=3)
-        tensor = F.pad(tensor, (0, 0, 0, places * TOKENS_PER_PLACE - period))
-        return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
-
-    means = sums(key * is_valid) / sums(is_valid).clamp(min=1.0)
-    is_long = (is_valid * (slot >= period)[:, None]).amax(dim=2, keepdim=True)
-    return key - is_long * means.index_select(2, slot % period // TOKENS_PER_PLACE)
 
 
 def _picked(tensor: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:

@@ -12,40 +12,28 @@ from torch.nn import functional as F
 TOKENS_PER_PLACE = 16
 
 
-class PlaceMeans:
-    """The mean key of every place of a period.
+def without_positions(key: torch.Tensor, is_counted: torch.Tensor, period: int) -> torch.Tensor:
+    """The keys without the mean of their place; as they are in a row that ends before the period
+    does. In operations that graphs of open length know, and whose order never changes.
 
     Args:
-        key: [batch, heads, length, head_dim].
-        members: bool [batch, length], the tokens that count; None: all.
+        key: [batch, heads, length, head_dim], in float32 at least.
+        is_counted: bool [batch, heads or 1, length, 1], the tokens that the means are of.
         period: tokens until the same row comes again.
-
-    Attributes:
-        means: [batch, heads, places, head_dim], in float32 at least; 0 of a place without members,
-            and in a row that ends before the period does.
-        place: int64 [length], the place of every token.
     """
+    length, places = key.shape[2], -(-period // TOKENS_PER_PLACE)
+    slot = torch.arange(length, device=key.device)
+    # One copy more than is needed: a graph asks nowhere whether there is more than one.
+    copies = torch.arange(length // period + 2, device=key.device) * period
+    copies = copies + torch.arange(period, device=key.device)[:, None]
 
-    def __init__(self, key: torch.Tensor, members: torch.Tensor | None, period: int) -> None:
-        length = key.shape[2]
-        copies, places = -(-length // period), -(-period // TOKENS_PER_PLACE)
-        self.place = torch.arange(length, device=key.device) % period // TOKENS_PER_PLACE
+    def sums(tensor: torch.Tensor) -> torch.Tensor:
+        """Sums over the tokens of a place, [..., places, width]."""
+        tensor = F.pad(tensor, (0, 0, 0, 2 * period))[:, :, copies].sum(dim=3)
+        tensor = F.pad(tensor, (0, 0, 0, places * TOKENS_PER_PLACE - period))
+        return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
 
-        def sums(tensor: torch.Tensor) -> torch.Tensor:
-            """Sums over the tokens of a place, without an order that may change."""
-            tensor = F.pad(tensor, (0, 0, 0, copies * period - length))
-            tensor = tensor.unflatten(2, (copies, period)).sum(dim=2)
-            tensor = F.pad(tensor, (0, 0, 0, places * TOKENS_PER_PLACE - period))
-            return tensor.unflatten(2, (places, TOKENS_PER_PLACE)).sum(dim=3)
-
-        precise = key.to(torch.promote_types(key.dtype, torch.float32))
-        is_counted = precise.isfinite().all(dim=-1, keepdim=True)
-        if members is not None:
-            is_long = members[:, period:].any(dim=1)[:, None, None, None]
-            is_counted = is_counted & members[:, None, :, None] & is_long
-        counts = sums(is_counted.to(precise.dtype))
-        self.means = sums(precise.where(is_counted, 0.0)) / counts.clamp(min=1.0)
-
-    def removed(self, key: torch.Tensor) -> torch.Tensor:
-        """The keys without the mean of their place."""
-        return (key - self.means[:, :, self.place]).to(key.dtype)
+    weights = is_counted.to(key.dtype)
+    means = sums(key.masked_fill(~is_counted, 0.0)) / sums(weights).clamp(min=1.0)
+    is_long = (weights * (slot >= period)[:, None]).amax(dim=2, keepdim=True)
+    return key - is_long * means.index_select(2, slot % period // TOKENS_PER_PLACE)

@@ -5,7 +5,7 @@ import torch
 
 from adaptive_longformer.patterns import SlidingWindow
 from adaptive_longformer.selection.options import SelectionOptions
-from adaptive_longformer.selection.repeated_positions import TOKENS_PER_PLACE, PlaceMeans
+from adaptive_longformer.selection.repeated_positions import TOKENS_PER_PLACE, without_positions
 from adaptive_longformer.selection.select_blocks import select_blocks
 
 
@@ -18,7 +18,10 @@ def test_means_are_those_of_the_tokens_of_a_place(length, period, masked):
     members[0, -1], members[1, period:] = True, False  # a row that does not come back to any place
     bad = length // 2
     key[1, 0, bad] = torch.nan
-    found = PlaceMeans(key, members if masked else None, period).removed(key)
+    is_counted = key.isfinite().all(dim=-1, keepdim=True)
+    if masked:
+        is_counted = is_counted & members[:, None, :, None]
+    found = without_positions(key, is_counted, period)
     for batch in range(2):
         for head in range(3):
             for token in range(length):
@@ -56,6 +59,7 @@ def test_a_choice_goes_by_content_and_not_by_the_row_of_positions():
         return same_topic, (offset * size % period == 0).float().mean()
 
     by_row = shares(key)
-    by_content = shares(PlaceMeans(key, None, period).removed(key))
+    everything = torch.ones(1, 1, length, 1, dtype=torch.bool)
+    by_content = shares(without_positions(key, everything, period))
     assert by_row[1] > 0.6 and by_row[0] < 0.5
     assert by_content[1] < 0.3 and by_content[0] > 0.9
