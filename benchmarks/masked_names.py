@@ -51,7 +51,6 @@ FAR, SOURCE_FAR = 256, 32
 LETTERS, MOST_PLACES = 4, 12
 FAR_SHARE, ORDINARY_SHARE = 0.10, 0.05
 SOURCE_BATCH, SOURCE_LEARNING_RATE = 4, 3e-4
-OF_THE_CHOICE = ("seen", "unplaced")
 UNPLACED_PIECES = 32
 STORED_EVERY, RAMP_RATIO, WARM_UP = 50, 0.25, 0.05
 CHOOSING = {"attention_window": 128, "num_selected_blocks": 8}
@@ -67,10 +66,12 @@ ARMS = {
 POSITIONS = {
     "repeated": "the source's rows again and again, which the choice does not see",
     "seen": "the same, and it does",
+    "unplaced": "the same, and blocks chosen by keys less the mean of those with the same row",
     "averaged": "after the source's rows the mean of its rows everywhere",
     "interpolated": "the source's rows stretched over the longer table",
-    "unplaced": "the same, and blocks chosen by keys less the mean of those with the same row",
 }
+# Of these, those that only what chooses can tell from the first.
+OF_THE_CHOICE = ("seen", "unplaced")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -202,19 +202,20 @@ def _figure(file: Path, cells: list[dict], tasks: list[str]) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = {
-        task: {
-            _by_keys: [c for c in of_task if c["part"] == "keys"],
-            _by_length: [c for c in of_task if c["part"] == "patterns" and "by_length" in c],
-            _by_strength: [c for c in of_task if "by_strength" in c],
-            _learned: [c for c in of_task if c["part"] == "learned budgets"],
+    parts = {}
+    for task in tasks:
+        of_task = [cell for cell in cells if cell["task"] == task]
+        studied = [c for c in of_task if "by_length" in c and c["part"] == "patterns"]
+        found = {
+            _by_keys: [cell for cell in of_task if cell["part"] == "keys"],
+            _by_length: studied,
+            _by_strength: [cell for cell in studied if "by_strength" in cell],
+            _learned: [cell for cell in of_task if cell["part"] == "learned budgets"],
         }
-        for task in tasks
-        for of_task in [[cell for cell in cells if cell["task"] == task]]
-    }
-    draws = [draw for draw in (_by_keys, _by_length, _by_strength, _learned)
-             if any(found[draw] for found in parts.values())]  # fmt: skip
-    parts = {task: found for task, found in parts.items() if any(found.values())}
+        if any(found.values()):
+            parts[task] = found
+    measured = {draw for found in parts.values() for draw, of_draw in found.items() if of_draw}
+    draws = [d for d in (_by_keys, _by_length, _by_strength, _learned) if d in measured]
     figure, rows = pyplot.subplots(
         max(len(parts), 1), max(len(draws), 1), squeeze=False, layout="constrained",
         figsize=(4.5 * max(len(draws), 1), 3.8 * max(len(parts), 1)),

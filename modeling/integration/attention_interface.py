@@ -55,8 +55,7 @@ _WINDOW_OVERLAYS = (
     sliding_window_overlay(1).__code__,
     sliding_window_bidirectional_overlay(1).__code__,
 )
-
-
+# Of the numbers of `AdaptiveSparseOptions`, where it is not 1.
 _LEAST = {"attention_window": 2, "num_global_tokens": 0, "num_selected_blocks": 0}
 
 
@@ -94,9 +93,11 @@ class AdaptiveSparseOptions:
                 f"config.{NAME}['selection_sampling'] is {self.selection_sampling!r}, True or "
                 "False is needed"
             )
-        for field in fields(self)[:-1]:
-            name, low = field.name, _LEAST.get(field.name, 1)
-            value, is_even = getattr(self, name), name == "attention_window"
+        numbers = {
+            name: value for name, value in vars(self).items() if name != "selection_sampling"
+        }
+        for name, value in numbers.items():
+            low, is_even = _LEAST.get(name, 1), name == "attention_window"
             if type(value) is not int or value < low or (is_even and value % 2):
                 raise ValueError(
                     f"config.{NAME}[{name!r}] is {value!r}, "
