@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from adaptive_longformer.attention.global_keys import limit_global_tokens
-from adaptive_longformer.modeling.input_checks import boolean_mask, can_read_values, check_indices
+from adaptive_longformer.attention.padding import may_look
+from adaptive_longformer.modeling.input_checks import boolean_mask, check_indices
 from adaptive_longformer.modeling.padding import effective_mask, first_tokens
 
 # What these values of `config.default_global_tokens` mean: by head, and for all others.
@@ -91,7 +92,7 @@ def encoder_masks(
     global_mask = global_mask.to(device)
     if config.max_global_tokens is not None:
         global_mask = limit_global_tokens(global_mask, config.max_global_tokens)
-    if can_read_values(global_mask, validate=False) and not global_mask.any():
+    if may_look(global_mask) and not global_mask.any():
         return valid, None
     return valid, global_mask
 

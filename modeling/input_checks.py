@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from transformers.utils.import_utils import is_tracing
 
+from adaptive_longformer.attention.padding import may_look
 from adaptive_longformer.patterns.pattern import check_types
 
 _MASK_HINTS: dict[Any, str] = {
@@ -16,18 +16,13 @@ _MASK_HINTS: dict[Any, str] = {
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def can_read_values(tensor: torch.Tensor, validate: bool) -> bool:
-    """Whether looking at the values is free (CPU, not traced) or was asked for."""
-    return validate or (tensor.device.type == "cpu" and not is_tracing(tensor))
-
-
 def boolean_mask(
     name: str, mask: torch.Tensor | None, shape: tuple[int, int], validate: bool
 ) -> torch.Tensor | None:
     """A mask [batch, length] of 0 and 1 (bool, whole or floating point) as bool; None stays None.
 
     Raises:
-        ValueError: it has a wrong type or shape, or values, where `can_read_values`.
+        ValueError: it has a wrong type or shape, or values, where `validate` or `may_look`.
     """
     if mask is None:
         return None
@@ -48,7 +43,7 @@ def boolean_mask(
         raise ValueError(
             f"{name} has dtype {mask.dtype}, bool, whole or floating point numbers are needed"
         )
-    if can_read_values(mask, validate):
+    if validate or may_look(mask):
         wrong = (mask != 0) & (mask != 1)
         if wrong.any():
             value = mask[wrong][0].item()
@@ -73,7 +68,7 @@ def check_indices(
     check_types({name: indices}, torch.Tensor, "a torch.Tensor")
     if indices.dtype not in _INTEGERS:
         raise ValueError(f"{name} has dtype {indices.dtype}, torch.int64 or torch.int32 is needed")
-    if indices.numel() and can_read_values(indices, validate):
+    if indices.numel() and (validate or may_look(indices)):
         low, high = (value.item() for value in indices.aminmax())
         if low < 0 or high >= size:
             value = low if low < 0 else high

@@ -14,12 +14,12 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
+from adaptive_longformer.attention.padding import may_look
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.causal.attention import CausalSparseAttention, causal_masks
 from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
-    can_read_values,
     check_extra_arguments,
     check_inputs,
     check_length,
@@ -211,7 +211,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         """Rows of the position table of the new tokens: [batch or 1, length]."""
         longest, index = new.total, new.slots[None]
         if new.mask is not None:
-            if can_read_values(new.mask, validate=False):
+            if may_look(new.mask):
                 longest = int(new.mask.sum(dim=1).max())
             index = (new.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, new.slots]
         if longest is not None:

@@ -32,6 +32,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 from typing_extensions import Unpack
 
+from adaptive_longformer.attention.padding import may_look
 from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq import (
     AdaptiveSparseSeq2SeqConfig,
 )
@@ -45,7 +46,6 @@ from adaptive_longformer.modeling.decoder_attention import (
 from adaptive_longformer.modeling.default_global_tokens import encoder_masks
 from adaptive_longformer.modeling.input_checks import (
     boolean_mask,
-    can_read_values,
     check_extra_arguments,
     check_inputs,
     check_length,
@@ -789,7 +789,7 @@ class AdaptiveSparseSeq2SeqForSequenceClassification(AdaptiveSparseSeq2SeqPreTra
             )
         ends = torch.as_tensor(self.config.eos_token_id, device=input_ids.device)
         is_end = torch.isin(input_ids, ends).to(hidden_states.device)
-        if can_read_values(input_ids, validate) and not is_end.any(dim=1).all():
+        if (validate or may_look(input_ids)) and not is_end.any(dim=1).all():
             row = int((~is_end.any(dim=1)).nonzero()[0])
             raise ValueError(
                 f"input_ids has no end-of-sequence token in row {row}, config.eos_token_id = "

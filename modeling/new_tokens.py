@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from adaptive_longformer.modeling.input_checks import boolean_mask, can_read_values
+from adaptive_longformer.attention.padding import may_look
+from adaptive_longformer.modeling.input_checks import boolean_mask
 from adaptive_longformer.modeling.padding import effective_mask
 
 
@@ -48,7 +49,7 @@ def new_tokens(
     """
     batch, length = shape
     past: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
-    is_known = isinstance(past, int) or can_read_values(past, validate=False)
+    is_known = isinstance(past, int) or may_look(past)
     total = int(past) + length if is_known else None
     num_keys: Any = total
     if cache is not None and cache.is_compileable:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adaptive_longformer.attention.global_keys import GlobalKeys, global_keys
-from adaptive_longformer.modeling.input_checks import can_read_values
+from adaptive_longformer.attention.padding import may_look
 
 
 def effective_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
@@ -16,7 +16,7 @@ def effective_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Ten
     if mask is None:
         return None
     mask = mask.to(device)
-    return None if can_read_values(mask, validate=False) and mask.all() else mask
+    return None if may_look(mask) and mask.all() else mask
 
 
 def first_slots(mask: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def left_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None:
         return None
     slots = first_slots(mask)
-    return None if can_read_values(slots, validate=False) and not slots.any() else slots
+    return None if may_look(slots) and not slots.any() else slots
 
 
 class LeftPadding(NamedTuple):

@@ -58,13 +58,9 @@ def global_gradients(
     rows = _rows_of(call)
     if rows is None:
         return {}
-    results = {
-        name: others[name] if name in others else _zeros_like(tensor)
-        for name, tensor in rows.inputs().items()
-    }
-    if rows.count > 0:
-        rows.backward(rows.gather(grad_output), rows.gather(grad_lse[..., None]), results)
-    return results
+    if rows.count == 0:
+        return rows.gradients_of_others(others)
+    return rows.backward(rows.gather(grad_output), rows.gather(grad_lse[..., None]), others)
 
 
 def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,21 +138,30 @@ class _Rows:
         """What a chunk of rows reads, by probabilities after dropout."""
         return dropped @ self.value
 
+    def gradients_of_others(self, others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of `inputs` from ordinary rows, zero of what these do not read."""
+        return {
+            name: others[name] if name in others else _zeros_like(tensor)
+            for name, tensor in self.inputs().items()
+        }
+
     def backward(
-        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, results: dict[str, torch.Tensor]
-    ) -> None:
-        """Adds the gradients of `inputs`, by their names, to `results`, in their types.
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, others: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of `inputs`, by their names and in their types.
 
         Args:
             grad_rows: of the output rows, [batch, heads, G, head_dim].
             grad_lse: of the log-sum-exp, [batch, heads, G, 1].
-            results: that of the query is zero at the rows of global queries.
+            others: as in `global_gradients`.
         """
-        query, key, value = self.inputs()
+        results = self.gradients_of_others(others)
         grad_query, grad_key, grad_value = self.gradients(grad_rows, grad_lse)
-        self.add_(results[query], grad_query * self.call.scale)
-        results[key] += grad_key
-        results[value] += grad_value
+        of_query, of_key, of_value = results.values()
+        self.add_(of_query, grad_query * self.call.scale)
+        of_key += grad_key
+        of_value += grad_value
+        return results
 
     def gradients(
         self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, grad_mass: torch.Tensor | None = None
@@ -314,8 +319,8 @@ class _ProjectedRows(_Rows):
         return super().results(dropped)
 
     def backward(
-        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, results: dict[str, torch.Tensor]
-    ) -> None:
+        self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, others: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         grads: dict[str, torch.Tensor] = {}
         if self.is_absorbed:
             grad_projected, grad_states = self.absorbed_gradients(grad_rows, grad_lse, grads)
@@ -327,8 +332,11 @@ class _ProjectedRows(_Rows):
         grad_row_states = self.project_backward("query", grad_projected, self.row_states, grads)
         self.add_(grad_states[:, None], grad_row_states[:, None])
         grads["hidden_states"] = grad_states
-        for name, result in results.items():
-            result.copy_(grads[name].view(result.shape))
+        # None of them is read by ordinary rows.
+        return {
+            name: grads[name].view(tensor.shape).to(tensor.dtype)
+            for name, tensor in self.inputs().items()
+        }
 
     def absorbed_gradients(
         self, grad_rows: torch.Tensor, grad_lse: torch.Tensor, grads: dict[str, torch.Tensor]

@@ -1,11 +1,20 @@
 """Whatever a padded slot holds, NaN included, must reach no real token."""
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def may_look(tensor: torch.Tensor) -> bool:
-    """Whether nobody waits for a device when a number is read."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a number can be read, and nobody waits for a device: on a CPU, in no graph that is
+    being traced.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and isinstance(tensor, torch.Tensor)  # torch.fx has a proxy in its place
+        and tensor.device.type == "cpu"
+        and not isinstance(tensor, FakeTensor)
+    )
 
 
 def are_small(*tensors: torch.Tensor) -> bool:
