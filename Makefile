@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# constraints.txt stays with the last Transformers that the newest PEFT fits.
+NEWEST_TRANSFORMERS := 5.24.0
 SOURCES := adaptive_longformer adaptive_longformer_command_line.py configuration modeling tests $(wildcard examples benchmarks docs/make)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
@@ -13,7 +15,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVAL
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-oldest lint format docs docs-data gpu clean
+.PHONY: help quickstart test test-all test-oldest test-newest lint format docs docs-data gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
@@ -65,6 +67,11 @@ test-all: lint  ## As test, on the full grid (long)
 test-oldest: .venv-oldest/.installed  ## The smoke tests on the oldest supported Transformers
 	$(OFFLINE) .venv-oldest/bin/python -m pytest -q tests/smoke $(PYTEST_ARGS)
 
+test-newest: .venv/.installed-dev  ## The same on the newest one, in place of that of constraints.txt
+	@test -d .venv-newest/transformers-$(NEWEST_TRANSFORMERS).dist-info || \
+		.venv/bin/pip install -qq $(PIP_ARGS) --no-deps --upgrade --target .venv-newest transformers==$(NEWEST_TRANSFORMERS)
+	$(OFFLINE) PYTHONPATH=$(CURDIR)/.venv-newest .venv/bin/python -m pytest -q tests/smoke $(PYTEST_ARGS)
+
 lint: .venv/.installed-dev  ## Check style, format and types
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
@@ -87,5 +94,5 @@ gpu:  ## Test and measure on a GPU, nine minutes at most, into gpu-session/
 	$(OFFLINE) PYTHONPATH=. $(PYTHON) benchmarks/gpu_session.py --output gpu-session
 
 clean:  ## Remove the environments, caches and build outputs
-	rm -rf .venv .venv-docs .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find adaptive_longformer configuration modeling tests -name __pycache__ -prune -exec rm -rf {} +

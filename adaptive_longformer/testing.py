@@ -17,6 +17,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
     AdaptiveSparseSeq2SeqConfig,
 )
 from adaptive_longformer.modeling.adaptive_selection import selections
+from adaptive_longformer.modeling.cache_name import CACHE
 from adaptive_longformer.modeling.modeling_adaptive_sparse import (
     AdaptiveSparseForMaskedLM,
     AdaptiveSparseForMultipleChoice,
@@ -205,11 +206,9 @@ def logits_in_steps(
     """
     pieces, start = [], 0
     for end in (*steps, input_ids.shape[1]):
-        output = model(
-            input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids[:, start:end], mask[:, :end], cache=cache, use_cache=True)
         pieces.append(output.logits)
-        cache, start = output.past_key_values, end
+        cache, start = output[CACHE], end
     return torch.cat(pieces, dim=1)
 
 

@@ -51,7 +51,7 @@ class AdaptiveSparseConfig(AdaptiveSparseSharedConfig):
     """
 
     model_type = "adaptive_sparse"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

@@ -40,7 +40,7 @@ class AdaptiveSparseSeq2SeqConfig(AdaptiveSparseSharedConfig):
     """
 
     model_type = "adaptive_sparse_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "encoder_last_hidden_state"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",

@@ -79,7 +79,7 @@ class DecoderSelfAttention(DecoderAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [batch, length, d_model], and attention probabilities before dropout or None, of
@@ -87,9 +87,9 @@ class DecoderSelfAttention(DecoderAttention):
         """
         key = self._split_heads(self.key(hidden_states))
         value = self._split_heads(self.value(hidden_states))
-        if past_key_values is not None:
-            cache = past_key_values.self_attention_cache
-            key, value = cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            own = cache.self_attention_cache
+            key, value = own.update(key, value, self.layer_idx)
         return self._attend(hidden_states, key, value, attention_mask, output_attentions)
 
 
@@ -105,7 +105,7 @@ class DecoderCrossAttention(DecoderAttention):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends and projects.
@@ -122,18 +122,18 @@ class DecoderCrossAttention(DecoderAttention):
             The output [batch, length, d_model], and the attention probabilities before dropout
             [batch, heads, length, document_length] or None.
         """
-        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
             assert isinstance(layer, CacheLayerMixin)
             key, value = layer.keys, layer.values
             assert key is not None and value is not None
         else:
             key = self._split_heads(self.key(encoder_hidden_states))
             value = self._split_heads(self.value(encoder_hidden_states))
-            if past_key_values is not None:
-                cache = past_key_values.cross_attention_cache
-                key, value = cache.update(key, value, self.layer_idx)
-                past_key_values.is_updated[self.layer_idx] = True
+            if cache is not None:
+                kept = cache.cross_attention_cache
+                key, value = kept.update(key, value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
         batch_size, length, width = hidden_states.shape
         # All texts about a document as one: nothing between them is compared here.
         num_texts = max(1, batch_size // max(1, key.shape[0]))

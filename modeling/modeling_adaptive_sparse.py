@@ -316,7 +316,7 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
         if isinstance(module, AdaptiveSelection | WindowLinearAttention):
             module.reset_parameters()
 
-    def _may_cache(self, past_key_values: Cache | None) -> bool:
+    def _may_cache(self, cache: Cache | None) -> bool:
         """Whether layers may add to a cache: one that is run again for its gradients would add a
         second time.
 
@@ -329,9 +329,9 @@ class AdaptiveSparsePreTrainedModel(PreTrainedModel):
             and getattr(self, "gradient_checkpointing", False)
         ):
             return True
-        if past_key_values is not None and (length := int(past_key_values.get_seq_length())):
+        if cache is not None and (length := int(cache.get_seq_length())):
             raise ValueError(
-                f"past_key_values holds {length} tokens, none is allowed in training with gradient "
+                f"cache holds {length} tokens, none is allowed in training with gradient "
                 "checkpointing: call under torch.no_grad(), or model.eval()"
             )
         return False

@@ -4,6 +4,8 @@ The parameters have the names and shapes of the encoder with its masked language
 that each loads the checkpoints of the other.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -17,6 +19,7 @@ from typing_extensions import Unpack
 from adaptive_longformer.attention.padding import may_look
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
+from adaptive_longformer.modeling.cache_name import CACHE, takes_cache
 from adaptive_longformer.modeling.causal.attention import CausalSparseAttention, causal_masks
 from adaptive_longformer.modeling.causal.cache import causal_cache
 from adaptive_longformer.modeling.input_checks import (
@@ -60,11 +63,11 @@ class AdaptiveSparseCausalLayer(AdaptiveSparseLayer):
         slots: torch.Tensor | None = None,
         first_slots: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         attended, _ = self.attention(
             hidden_states, attention_mask, sink_rank, output_attentions, slots, first_slots,
-            selection_state, past_key_values,
+            selection_state, cache,
         )  # fmt: skip
         return self.after_attention(attended, hidden_states)
 
@@ -126,6 +129,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         """Whether tokens read blocks that they choose: "adaptive" at a strength above 0."""
         return any(layer.attention.is_selecting for layer in self.layers)  # type: ignore[union-attr]
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
@@ -134,7 +138,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         validate: bool = False,
         **kwargs: Unpack[OutputArguments],
@@ -149,21 +153,21 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             position_ids: [batch, length] rows of the position table. None: tokens are counted
                 without padding, whatever `config.position_style` says about slots.
             inputs_embeds: [batch, length, hidden_size] in place of the word embeddings.
-            past_key_values: the keys and values of earlier tokens; the new ones are added, unless
-                gradient checkpointing is at work. None: a cache is made as needed, see
-                `causal_cache`.
+            cache: the keys and values of earlier tokens; the new ones are added, unless gradient
+                checkpointing is at work. None: a cache is made as needed, see `causal_cache`.
+                `past_key_values`, as older Transformers calls it, is the same.
             use_cache: whether to make a cache if none is given; None: `config.use_cache`, never in
                 training.
             validate: see `AdaptiveSparseModel.forward`.
             kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
 
         Returns:
-            last_hidden_state [batch, length, hidden_size], past_key_values or None, and on request
+            last_hidden_state [batch, length, hidden_size], the cache or None, and on request
             hidden_states and attentions (after cached tokens, of what the cache has kept).
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, the sequence is longer than
-                the position table, or past_key_values is no cache for the chosen blocks.
+                the position table, or the cache is none for the chosen blocks.
         """
         check_extra_arguments(kwargs, OutputArguments.__annotations__)
         batch_size, length = check_inputs(
@@ -172,9 +176,7 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         )  # fmt: skip
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
-        new = new_tokens(
-            past_key_values, attention_mask, (batch_size, length), tokens.device, validate
-        )
+        new = new_tokens(cache, attention_mask, (batch_size, length), tokens.device, validate)
         is_first = new.total == length
         if is_first:  # they read no cache
             mask = None if new.mask is None else new.mask[:, :length]
@@ -185,10 +187,10 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
         sink_rank = self._sink_rank(new, batch_size)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if not self._may_cache(past_key_values):
-            past_key_values = None
-        elif use_cache and past_key_values is None:
-            past_key_values = causal_cache(self.config, self.is_selecting)
+        if not self._may_cache(cache):
+            cache = None
+        elif use_cache and cache is None:
+            cache = causal_cache(self.config, self.is_selecting)
         first_slots = left_padding(new.mask) if self.is_selecting else None
         masks: torch.Tensor | LayerMasks | None = new.mask
         if is_first:
@@ -201,11 +203,10 @@ class AdaptiveSparseCausalModel(AdaptiveSparsePreTrainedModel):
             hidden_states = layer(
                 hidden_states, masks, sink_rank, output_attentions,
                 None if is_first else new.slots, first_slots, self._selection_state(validate),
-                past_key_values,
+                cache,
             )  # fmt: skip
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        named: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named)
 
     def _position_ids(self, new: NewTokens) -> torch.Tensor:
         """Rows of the position table of the new tokens: [batch or 1, length]."""
@@ -260,6 +261,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
         self.lm_head = AdaptiveSparseLMHead(config)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -268,7 +270,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -283,8 +285,8 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many tokens only; 0: of all.
 
         Returns:
-            logits [batch, length or logits_to_keep, vocab_size], past_key_values, and the loss if
-            there are labels.
+            logits [batch, length or logits_to_keep, vocab_size], the cache, and the loss if there
+            are labels.
 
         Raises:
             ValueError: both labels and logits_to_keep are given, or see
@@ -297,7 +299,7 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
             )
         outputs = self.model(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            past_key_values, use_cache, validate, **returning_a_dict(kwargs),
+            cache, use_cache, validate, **returning_a_dict(kwargs),
         )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         num_items = kwargs.get("num_items_in_batch")
@@ -333,10 +335,10 @@ class AdaptiveSparseForCausalLM(AdaptiveSparseLanguageModel, GenerationMixin):
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         takes_back = is_assisted or generation_config.is_assistant
-        has_cache = model_kwargs.get("past_key_values") is not None
+        has_cache = model_kwargs.get(CACHE) is not None
         makes_ours = is_selecting or (kind is None and not takes_back)
         if makes_ours and not has_cache and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = causal_cache(self.config, is_selecting)
+            model_kwargs[CACHE] = causal_cache(self.config, is_selecting)
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[attr-defined]
             generation_config, model_kwargs, generation_mode, *args, **kwargs

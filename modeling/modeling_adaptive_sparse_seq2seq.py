@@ -38,6 +38,7 @@ from adaptive_longformer.configuration.configuration_adaptive_sparse_seq2seq imp
 )
 from adaptive_longformer.modeling.adaptive_selection import SelectionState
 from adaptive_longformer.modeling.attention_layer import AdaptiveSparseAttention
+from adaptive_longformer.modeling.cache_name import CACHE, takes_cache
 from adaptive_longformer.modeling.decoder_attention import (
     DecoderCrossAttention,
     DecoderSelfAttention,
@@ -182,16 +183,16 @@ class AdaptiveSparseSeq2SeqDecoderLayer(AdaptiveSparseSeq2SeqSublayers):
         attention_mask: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool | None = False,
     ) -> torch.Tensor:
         read = self._before(self.self_attention_layer_norm, hidden_states)
-        attended, _ = self.self_attention(read, attention_mask, past_key_values, output_attentions)
+        attended, _ = self.self_attention(read, attention_mask, cache, output_attentions)
         hidden_states = self._after(self.self_attention_layer_norm, hidden_states, attended)
 
         read = self._before(self.cross_attention_layer_norm, hidden_states)
         attended, _ = self.cross_attention(
-            read, encoder_hidden_states, encoder_attention_mask, past_key_values, output_attentions
+            read, encoder_hidden_states, encoder_attention_mask, cache, output_attentions
         )
         hidden_states = self._after(self.cross_attention_layer_norm, hidden_states, attended)
         return self._feed_forward(hidden_states)
@@ -206,7 +207,7 @@ class AdaptiveSparseSeq2SeqPreTrainedModel(AdaptiveSparsePreTrainedModel):
         "AdaptiveSparseSeq2SeqEncoderLayer",
         "AdaptiveSparseSeq2SeqDecoderLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _can_record_outputs = {}
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -330,6 +331,7 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
@@ -337,7 +339,7 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         validate: bool = False,
@@ -353,8 +355,8 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             encoder_attention_mask: [documents, document_length], 1 for tokens, 0 for padding.
 
         Returns:
-            last_hidden_state [batch, length, d_model], past_key_values, and on request
-            hidden_states, attentions and cross_attentions.
+            last_hidden_state [batch, length, d_model], the cache, and on request hidden_states,
+            attentions and cross_attentions.
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, or the text is too long.
@@ -372,12 +374,12 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
         encoder_mask = boolean_mask(
             "attention_mask", encoder_attention_mask, document_shape, validate
         )
-        past_key_values = self._cache(past_key_values, use_cache)
+        cache = self._cache(cache, use_cache)
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
         device = tokens.device
         new = new_tokens(
-            past_key_values, attention_mask, shape, device, validate, name="decoder_attention_mask"
+            cache, attention_mask, shape, device, validate, name="decoder_attention_mask"
         )
         longest = self.config.max_decoder_position_embeddings
         if new.total is not None and new.total > longest:
@@ -394,30 +396,28 @@ class AdaptiveSparseSeq2SeqDecoder(AdaptiveSparseSeq2SeqPreTrainedModel):
             output_attentions = self.config.output_attentions
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, mask, encoder_hidden_states, encoder_mask, past_key_values,
+                hidden_states, mask, encoder_hidden_states, encoder_mask, cache,
                 output_attentions,
             )  # fmt: skip
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        named: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **named)
 
     def _cache(
-        self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
+        self, cache: EncoderDecoderCache | None, use_cache: bool | None
     ) -> EncoderDecoderCache | None:
         """The cache to use: the caller's, a new one, or none."""
-        if not self._may_cache(past_key_values):
+        if not self._may_cache(cache):
             return None
-        if past_key_values is None:
+        if cache is None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
             return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
-        if not isinstance(past_key_values, EncoderDecoderCache):
+        if not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, "
-                "a transformers.EncoderDecoderCache is needed"
+                f"cache is a {type(cache).__name__}, a transformers.EncoderDecoderCache is needed"
             )
-        return past_key_values
+        return cache
 
 
 class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
@@ -447,6 +447,7 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
         if self.config.tie_word_embeddings:
             self.decoder.embeddings.word_embeddings = value
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -456,7 +457,7 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -475,8 +476,9 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
             encoder_outputs: what the encoder returned for the document, to not encode it again.
             global_attention_mask: [batch, length], 1 for tokens that attend to all tokens and that
                 all attend to. None: `config.default_global_tokens`.
-            past_key_values: the decoder's cache; give it only the tokens that come after. Not used
-                in training with gradient checkpointing.
+            cache: the decoder's cache; give it only the tokens that come after. Not used in
+                training with gradient checkpointing. `past_key_values`, as older Transformers calls
+                it, is the same.
             inputs_embeds: [batch, length, d_model] in place of the document's word embeddings.
             decoder_inputs_embeds: [batch, target_length, d_model].
             use_cache: whether to return the decoder's cache; None: `config.use_cache`.
@@ -484,9 +486,9 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
             kwargs: `output_attentions`, `output_hidden_states`, `return_dict`.
 
         Returns:
-            last_hidden_state [batch, target_length, d_model], past_key_values,
-            encoder_last_hidden_state [batch, length, d_model], and on request the hidden states,
-            attentions and cross-attentions of both.
+            last_hidden_state [batch, target_length, d_model], the cache, encoder_last_hidden_state
+            [batch, length, d_model], and on request the hidden states, attentions and
+            cross-attentions of both.
 
         Raises:
             ValueError: an argument has a wrong shape, type or value, an input is too long, or there
@@ -507,17 +509,17 @@ class AdaptiveSparseSeq2SeqModel(AdaptiveSparseSeq2SeqPreTrainedModel):
         assert isinstance(encoder_outputs, ModelOutput)
         decoder_outputs = self.decoder(
             decoder_input_ids, decoder_attention_mask, encoder_outputs[0], attention_mask,
-            past_key_values, decoder_inputs_embeds, use_cache, validate, return_dict=True, **also,
+            cache, decoder_inputs_embeds, use_cache, validate, return_dict=True, **also,
         )  # fmt: skip
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
+            **{CACHE: decoder_outputs.get(CACHE)},
         )
 
     def _shifted_document(self, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -569,6 +571,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
             labels, cast(Any, self.config.pad_token_id), self.config.decoder_start_token_id
         )
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -578,7 +581,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         global_attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -601,7 +604,7 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
-            global_attention_mask, past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache,
+            global_attention_mask, cache, inputs_embeds, decoder_inputs_embeds, use_cache,
             validate, **returning_a_dict(kwargs),
         )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state) + self.final_logits_bias
@@ -638,11 +641,11 @@ class AdaptiveSparseForConditionalGeneration(AdaptiveSparseSeq2SeqPreTrainedMode
         return any(module._forward_pre_hooks for module in modules)
 
     def _reorder_cache(
-        self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor
+        self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor
     ) -> EncoderDecoderCache:
         """Lets the texts so far follow their beams; all beams read the same document."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache
 
     def _validate_generated_length(self, generation_config, *args, **kwargs) -> None:
         """Refuses at the start of generate() what would fail at its end."""

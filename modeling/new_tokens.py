@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from adaptive_longformer.attention.padding import may_look
+from adaptive_longformer.modeling.cache_name import takes_cache
 from adaptive_longformer.modeling.input_checks import boolean_mask
 from adaptive_longformer.modeling.padding import effective_mask
 
@@ -61,11 +62,12 @@ def new_tokens(
     return NewTokens(slots, num_keys, mask, total)
 
 
+@takes_cache
 def padded_mask(
-    attention_mask: torch.Tensor | None = None, past_key_values: Any = None, **_
+    attention_mask: torch.Tensor | None = None, cache: Any = None, **_
 ) -> torch.Tensor | None:
     """A mask [batch, tokens so far] in the one shape that torch.compile sees in `generate()`."""
     if attention_mask is not None:
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = cache.get_max_length() - attention_mask.shape[1]
         attention_mask = F.pad(attention_mask, (0, missing))
     return attention_mask

@@ -51,10 +51,8 @@ def rows_of_nan(
     with torch.no_grad():
         # Every key that is read has the same weight.
         zeros = torch.zeros_like(call.query, dtype=torch.float32)
-        bias, marks = (
-            call.entry_bias,
-            [bad[..., None].expand_as(zeros).float() for bad in (bad_key, bad_global)],
-        )
+        marks = [bad[..., None].expand_as(zeros).float() for bad in (bad_key, bad_global)]
+        bias = call.entry_bias
         marked, sums = mark(
             replace(
                 call, query=zeros, key=zeros, value=marks[0], dropout_p=0.0, dropout_seed=None,

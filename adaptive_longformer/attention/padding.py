@@ -10,7 +10,7 @@ def may_look(tensor: torch.Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and isinstance(tensor, torch.Tensor)  # torch.fx has a proxy in its place
         and tensor.device.type == "cpu"
         and not isinstance(tensor, FakeTensor)

@@ -131,7 +131,7 @@ def convert_checkpoint(
         plan = plan_conversion(folder, max_positions, attention_window)
     if verify:
         check_finite(Checkpoint(folder))
-    progress = progress or _no_progress
+    progress = progress or (lambda stage, done, total: None)
     plan.notes += left_behind(target_folder)
     with staged_folder(target_folder) as staging:
         _write(plan, folder, staging, progress)
@@ -153,10 +153,6 @@ def convert_checkpoint(
         address=address,
         notes=plan.notes,
     )
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def _check_arguments(

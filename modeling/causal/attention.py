@@ -35,7 +35,7 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         slots: torch.Tensor | None = None,
         first_slots: torch.Tensor | None = None,
         selection_state: SelectionState | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends and projects.
 
@@ -60,16 +60,16 @@ class CausalSparseAttention(AdaptiveSparseAttention):
         """
         query, key, value = self._project(hidden_states)
         kept = cache_layer = None
-        if past_key_values is not None:
+        if cache is not None:
             new_ranks = sink_rank
             if sink_rank is not None and slots is not None:
                 new_ranks = sink_rank[:, slots]
-            kept = past_key_values.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
-            cache_layer = past_key_values.layers[self.layer_idx]
+            kept = cache.update(key, value, self.layer_idx, {"sink_rank": new_ranks})
+            cache_layer = cache.layers[self.layer_idx]
         is_selecting = self.is_selecting
         if is_selecting and cache_layer is not None and not isinstance(cache_layer, SelectionLayer):
             raise ValueError(
-                f"past_key_values has a layer of type {type(cache_layer).__name__}, a layer "
+                f"cache has a layer of type {type(cache_layer).__name__}, a layer "
                 "that chooses blocks needs a SelectionLayer: pass none, and one is made, or "
                 "make one by adaptive_longformer.modeling.causal.cache.causal_cache"
             )

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from adaptive_longformer.configuration.configuration_adaptive_sparse import AdaptiveSparseConfig
+from adaptive_longformer.modeling.cache_name import CACHE
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.means import run_means
 
@@ -150,7 +151,7 @@ class SinkWindowLayer(_RowsMixin, CacheLayerMixin):
         if tokens_to_remove != 0:
             raise ValueError(
                 f"crop: tokens_to_remove is {tokens_to_remove}, the cache of a window layer cannot "
-                "take tokens back; pass past_key_values=DynamicCache()"
+                f"take tokens back; pass {CACHE}=DynamicCache()"
             )
 
 

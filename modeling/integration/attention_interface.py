@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 from adaptive_longformer.attention.dropout import fresh_dropout
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.attention.global_keys import limit_global_tokens
+from adaptive_longformer.modeling.cache_name import CACHE
 from adaptive_longformer.modeling.integration.cached_attention import (
     ForeignSelectionLayer,
     attend_after_cached,
@@ -293,7 +294,8 @@ def adaptive_sparse_cache(config: PreTrainedConfig) -> Cache:
         model.generate(**inputs, past_key_values=adaptive_sparse_cache(model.config))
 
     A block of queries chooses by the queries of the block before, which only this cache keeps.
-    Where no blocks are chosen every cache of Transformers will do.
+    Where no blocks are chosen every cache of Transformers will do. From Transformers 5.24 on the
+    argument is called `cache`.
 
     Args:
         config: the model's configuration. Options come from it and from the context
@@ -325,7 +327,7 @@ def _check_same_options(
         options.num_global_tokens,
     ):
         raise ValueError(
-            f"past_key_values was made for {cache.options} and {cache.num_sinks} global tokens, "
+            f"{CACHE} was made for {cache.options} and {cache.num_sinks} global tokens, "
             f"the options are {options} now: make the cache by adaptive_sparse_cache where they "
             "hold"
         )
@@ -423,8 +425,8 @@ def _attend_after_cached(
         )
     if options.num_selected_blocks:
         raise ValueError(
-            f"past_key_values: {lengths}, choosing blocks after cached tokens takes a cache of its "
-            "own: pass past_key_values=adaptive_sparse_cache(model.config), or choose none "
+            f"{CACHE}: {lengths}, choosing blocks after cached tokens takes a cache of its own: "
+            f"pass {CACHE}=adaptive_sparse_cache(model.config), or choose none "
             "(num_selected_blocks=0), or pass use_cache=False"
         )
     return attend_after_cached(

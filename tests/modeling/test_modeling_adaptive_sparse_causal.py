@@ -10,6 +10,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from adaptive_longformer.modeling.cache_name import CACHE
 from adaptive_longformer.modeling.causal.cache import SinkWindowLayer, causal_cache
 from adaptive_longformer.modeling.modeling_adaptive_sparse import AdaptiveSparseForMaskedLM
 from adaptive_longformer.modeling.modeling_adaptive_sparse_causal import AdaptiveSparseForCausalLM
@@ -252,7 +253,7 @@ def test_training_mode_with_gradient_checkpointing_changes_no_text():
     with torch.no_grad():
         cache = model(input_ids, mask, use_cache=True).past_key_values
     assert cache.get_seq_length() == 30
-    with pytest.raises(ValueError, match="past_key_values holds 30 tokens, none is allowed in"):
+    with pytest.raises(ValueError, match="cache holds 30 tokens, none is allowed in"):
         model(input_ids[:, :1], past_key_values=cache)
 
 
@@ -280,7 +281,7 @@ def test_a_window_cache_takes_no_tokens_back():
     cache = causal_cache(model.config)
     model(input_ids, mask, past_key_values=cache)
     cache.crop(0)
-    with pytest.raises(ValueError, match="past_key_values=DynamicCache"):
+    with pytest.raises(ValueError, match=f"{CACHE}=DynamicCache"):
         cache.crop(-1)
 
 

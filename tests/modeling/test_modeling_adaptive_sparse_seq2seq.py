@@ -207,7 +207,7 @@ def test_training_mode_with_gradient_checkpointing_changes_no_text():
     assert torch.equal(generate(model, inputs), expected)
     with torch.no_grad():
         cache = model(**inputs).past_key_values
-    with pytest.raises(ValueError, match="past_key_values holds 12 tokens, none is allowed in"):
+    with pytest.raises(ValueError, match="cache holds 12 tokens, none is allowed in"):
         model(**inputs, past_key_values=cache)
 
 

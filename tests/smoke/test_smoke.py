@@ -6,6 +6,7 @@ The file stands alone: the CI copies it away from the source and runs it on the 
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,25 @@ def test_generation_is_the_same_with_and_without_a_cache(input_ids, options):
     cached = model.generate(input_ids, **options)
     assert torch.equal(cached, model.generate(input_ids, use_cache=False, **options))
     assert cached.shape[1] > input_ids.shape[1]
+
+
+def test_the_cache_has_the_name_of_every_transformers(input_ids):
+    config = AdaptiveSparseConfig(**SIZES, attention_window=32, num_sink_tokens=2)
+    model = randomized(AutoModelForCausalLM.from_config(config).eval())
+
+    def outputs_after_a_cache(name):
+        cache = model(input_ids[:, :60]).past_key_values
+        return model(input_ids[:, 60:], **{name: cache})
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Transformers changed the name
+        by_new, by_old = map(outputs_after_a_cache, ("cache", "past_key_values"))
+        expected = model(input_ids).logits[:, 60:]
+        assert (by_new.logits - expected).abs().max() < 1e-4
+        assert torch.equal(by_new.logits, by_old.logits)
+        cache = by_new.past_key_values
+        with pytest.raises(ValueError, match="cache and past_key_values are the same"):
+            model(input_ids, cache=cache, past_key_values=cache)
 
 
 def test_converted_folder_loads_with_remote_code(tmp_path, longformer):

@@ -90,10 +90,8 @@ class CpuArguments(KernelArguments):
     def __init__(self, call: AttentionCall) -> None:
         super().__init__(call)
         layout = call.lists()
-        self.element_type, self.num_threads = (
-            ELEMENT_TYPES[call.query.dtype],
-            torch.get_num_threads(),
-        )
+        self.element_type = ELEMENT_TYPES[call.query.dtype]
+        self.num_threads = torch.get_num_threads()
         self.key_block_size = layout.key_block_size
         self.set_rows(query=call.query, key=call.key, value=call.value)
         key_blocks = layout.key_blocks.int()

@@ -12,6 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from adaptive_longformer.modeling.cache_name import CACHE
 from adaptive_longformer.modeling.integration.attention_interface import (
     adaptive_sparse_cache,
     adaptive_sparse_options,
@@ -155,7 +156,7 @@ def test_choosing_blocks_with_another_cache_names_the_one_it_takes():
     model = model_of(LLAMA, BLOCKS)
     ids, _ = prompt()
     for given in ({}, {"cache_implementation": "static"}):
-        with pytest.raises(ValueError, match=r"past_key_values=adaptive_sparse_cache\(model.conf"):
+        with pytest.raises(ValueError, match=rf"{CACHE}=adaptive_sparse_cache\(model.config"):
             model.generate(ids, max_new_tokens=3, **given)
     written = model.generate(ids, max_new_tokens=3, use_cache=False)
     assert written.shape == (2, PROMPT + 3)
@@ -167,7 +168,7 @@ def test_options_must_be_those_of_the_cache():
     for options in ({"num_selected_blocks": 3}, {"num_selected_blocks": 0}):
         with (
             adaptive_sparse_options(**options),
-            pytest.raises(ValueError, match=r"past_key_values was made for .*num_blocks=2"),
+            pytest.raises(ValueError, match=rf"{CACHE} was made for .*num_blocks=2"),
         ):
             model(input_ids=torch.full((1, 9), 7), past_key_values=cache)
 
