@@ -84,10 +84,10 @@ format: .venv/.installed-dev  ## Format the sources and fix what ruff can fix
 docs: .venv-docs/.installed  ## Build the documentation into site/, strictly and offline (Python 3.11)
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-docs-data:  ## Draw pictures, write tables and model cards from benchmarks/results
-	$(PYTHON) docs/make/pictures.py
-	$(PYTHON) docs/make/tables.py
-	$(PYTHON) docs/make/model_cards.py
+docs-data: .venv/.installed-dev  ## Draw pictures, write tables and model cards from benchmarks/results
+	.venv/bin/python docs/make/pictures.py
+	.venv/bin/python docs/make/tables.py
+	.venv/bin/python docs/make/model_cards.py
 
 # With the current Python, which needs torch, transformers, pytest and ninja.
 gpu:  ## Test and measure on a GPU, nine minutes at most, into gpu-session/
