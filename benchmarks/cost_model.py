@@ -9,7 +9,11 @@ reads; the selection in the scores that it computes, as if products of bytes cos
 import argparse
 from dataclasses import dataclass, replace
 
-from adaptive_longformer.selection.exact import MEANS_PER_MEAN, TOKENS_PER_MEAN
+from adaptive_longformer.selection.exact import (
+    ALL_PER_CANDIDATE,
+    MEANS_PER_MEAN,
+    TOKENS_PER_MEAN,
+)
 from adaptive_longformer.selection.options import SelectionOptions
 
 
@@ -46,7 +50,7 @@ class Encoder:
     def scores_per_query(self, length: int) -> float:
         """Keys that a query meets in the choice, and means in its coarser stages."""
         found, keys, run = 0.0, float(length), TOKENS_PER_MEAN
-        while keys > self.options.num_candidates:
+        while keys > ALL_PER_CANDIDATE * self.options.num_candidates:
             found += self.options.num_candidates + self.attention_window
             keys, run = keys / run, MEANS_PER_MEAN
         return found + keys

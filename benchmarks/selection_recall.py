@@ -26,6 +26,7 @@ from side_by_side.report import write_json
 from side_by_side.results import add_results_arguments, results_folder
 
 from adaptive_longformer.patterns import SlidingWindow
+from adaptive_longformer.selection.exact import ALL_PER_CANDIDATE
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks, select_blocks
 
@@ -144,11 +145,16 @@ def missed_mass(document: Document, found: SelectedBlocks) -> float:
     return float(torch.cat(missed).mean())
 
 
+def met(candidates: int, length: int) -> int:
+    """The keys that are candidates."""
+    return length if length <= ALL_PER_CANDIDATE * candidates else candidates
+
+
 def measure(kind: str, length: int, seed: int) -> list[dict]:
     """The choice among all keys, and among fewer, on one draw of queries and keys."""
     document = KEYS[kind](length, torch.Generator().manual_seed(seed))
     cells, exact = [], None
-    for candidates in (EVERYTHING, *(count for count in CANDIDATES if count < length)):
+    for candidates in (EVERYTHING, *(count for count in CANDIDATES if met(count, length) < length)):
         options = SelectionOptions(num_candidates=candidates)
         begin = time.process_time()
         choice = select_blocks(document.query, document.key, WINDOW, options)
@@ -159,7 +165,7 @@ def measure(kind: str, length: int, seed: int) -> list[dict]:
                 "keys": kind,
                 "length": length,
                 "seed": seed,
-                "candidates": min(candidates, length),
+                "candidates": met(candidates, length),
                 "recall": recall(choice, exact),
                 "target": found_targets(choice, document.wanted),
                 "missed_mass": missed_mass(document, choice),
@@ -197,7 +203,7 @@ def growth(cells: list[dict]) -> list[dict]:
         points = [
             cell
             for cell in cells
-            if cell["length"] >= 16384 and cell["candidates"] == min(candidates, cell["length"])
+            if cell["length"] >= 16384 and cell["candidates"] == met(candidates, cell["length"])
         ]
         low, high = (pick((cell["length"] for cell in points), default=0) for pick in (min, max))
         if low == high:
@@ -250,7 +256,7 @@ def main() -> int:
             folder / "selection_recall.json",
             environment=about, settings=settings, cells=cells, growth=exponents,
         )  # fmt: skip
-    usual = [c for c in cells if c["candidates"] == min(DEFAULT.num_candidates, c["length"])]
+    usual = [c for c in cells if c["candidates"] == met(DEFAULT.num_candidates, c["length"])]
     worst = min(cell["recall"] for cell in usual if cell["keys"] == "coherent")
     print(f"lowest recall of {DEFAULT.num_candidates} candidates on coherent keys: {worst:.3f}")
     return int(args.check and worst < 0.95)

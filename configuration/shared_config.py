@@ -93,8 +93,8 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
             window is; 0 reproduces "longformer" bit for bit. Of a fresh layer: a checkpoint brings
             its own, see `AdaptiveSparsePreTrainedModel.set_selection_strength`.
         selection_candidates: about how many keys every query meets one by one when blocks are
-            chosen: all keys of a document that has no more, in a longer one those of the places
-            that weigh most by means of keys.
+            chosen: those of the places that weigh most by means of keys, and all of a document that
+            has no more than twice as many.
         selection_sampling: whether blocks are drawn by chance, in proportion to their mass, and
             stand for those that are not read, in place of the largest: nearer to full attention
             in a model that was not trained to choose.
@@ -141,7 +141,7 @@ class AdaptiveSparseSharedConfig(PreTrainedConfig):
     query_block_size: int = 16
     num_selected_blocks: int | None = None
     selection_strength: float | int = 0.0
-    selection_candidates: int = 4096
+    selection_candidates: int = 2048
     selection_sampling: bool = False
     num_learned_global_blocks: int = 0
     target_density: float | int | None = None

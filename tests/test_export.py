@@ -87,7 +87,7 @@ def test_a_graph_selects_what_the_model_does(tmp_path, capsys, file_format, repe
         pytest.importorskip("onnxscript", reason="needs the extra 'export'")
         pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     model = tiny_adaptive_model(
-        AdaptiveSparseForQuestionAnswering, num_hidden_layers=1, selection_candidates=64,
+        AdaptiveSparseForQuestionAnswering, num_hidden_layers=1, selection_candidates=32,
         num_learned_global_blocks=2, max_global_tokens=3, max_position_embeddings=1500,
         source_config={"max_position_embeddings": 52} if repeats else None,
     )  # fmt: skip

@@ -28,7 +28,7 @@ class _SelectArguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "is_voter counts_of_keys ends global_positions global_keys"),
         *fields(ctypes.c_int64, "num_global"),
         *fields(ctypes.c_void_p, "places place_counts"),
-        *fields(ctypes.c_int64, "rows_per_list num_lists max_places blocks_per_place"),
+        *fields(ctypes.c_int64, "max_places blocks_per_place"),
         *fields(ctypes.c_void_p, "log_rest shared_blocks"),
         *fields(ctypes.c_int64, "num_shared sampling_seed"),
         *fields(ctypes.c_void_p, "key_blocks counts mass covered share log_dropped threshold"),
@@ -108,8 +108,7 @@ def compiled_choice(
     if call.shared_blocks is not None:
         arguments.num_shared = call.shared_blocks.shape[-1]
     if call.places is not None:
-        arguments.num_lists, arguments.max_places = call.places.numbers.shape[2:]
-        arguments.rows_per_list = call.places.rows_per_list
+        arguments.max_places = call.places.numbers.shape[3]
         arguments.blocks_per_place = call.places.blocks_per_place
     status = library.adaptive_select(ctypes.byref(arguments))
     if status == _OUT_OF_MEMORY:

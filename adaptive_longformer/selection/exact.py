@@ -6,10 +6,10 @@ where Z_i sums over the keys of the candidate blocks, of the blocks that the win
 global tokens; what a coarser stage dropped joins by its estimated mass. The mass of a block is the
 mean, over the queries that vote, of the sum of its p_ij. Padding and global tokens are in no block.
 
-Rows of at most `num_candidates` keys have all blocks as candidates. Longer ones go through the same
-stage with means of 16 keys first, which keeps the blocks that have the largest mass; it does so
-itself where the means are too many. That is O(length * num_candidates * log length) time and
-O(length) memory: only the scores of a chunk of queries are in memory, and in C++
+Rows of at most twice `num_candidates` keys have all blocks as candidates. Longer ones go through
+the same stage with means of 16 keys first, which keeps the blocks that have the largest mass; it
+does so itself where the means are too many. That is O(length * num_candidates * log length) time
+and O(length) memory: only the scores of a chunk of queries are in memory, and in C++
 (csrc/cpu/select.cpp) and Triton (triton_select.py) none.
 """
 
@@ -29,8 +29,8 @@ from adaptive_longformer.selection.sampling import NO_SEED, chances, row_words
 # Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
 # ones of keys cost what more candidates cost, which find more.
 TOKENS_PER_MEAN, MEANS_PER_MEAN = 16, 4
-# Queries that share their places, at least, where they may.
-QUERIES_PER_LIST = 64
+# Keys or means of a row whose queries meet all of them, at most, by the number of candidates.
+ALL_PER_CANDIDATE = 2
 # Scores in memory at a time, by device.
 _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
@@ -44,7 +44,8 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
 
     Args:
         call: without places.
-        num_candidates: about how many keys a query meets, those of the window aside.
+        num_candidates: about how many keys a query meets, those of the window aside; in rows that
+            have no more than twice as many, all.
         with_dropped: whether to return `log_dropped`.
     """
     run = MEANS_PER_MEAN if call.tokens_per_key > 1 else TOKENS_PER_MEAN
@@ -52,14 +53,13 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
     # takes the room of what is sought elsewhere.
     blocks_per_place = run // math.gcd(run, call.keys_per_block)
     num_places = max(1, -(-num_candidates // (blocks_per_place * call.keys_per_block)))
-    most_blocks = num_places * blocks_per_place
+    most_blocks = ALL_PER_CANDIDATE * num_places * blocks_per_place
     if call.num_key_blocks > most_blocks:
-        rows_per_list = 1 if call.is_causal else -(-QUERIES_PER_LIST // call.query_block_size)
-        coarse = _coarser(call, run, blocks_per_place, num_places, rows_per_list)
+        coarse = _coarser(call, run, blocks_per_place, num_places)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
-        counts = _without_short_lists(call, coarse, kept.counts, most_blocks)
-        places = (kept.key_blocks, counts, blocks_per_place, rows_per_list, kept.log_dropped)
-        call = replace(call, places=Places(*places))
+        counts = _without_short_lists(call, kept.counts, most_blocks)
+        places = Places(kept.key_blocks, counts, blocks_per_place, most_blocks, kept.log_dropped)
+        call = replace(call, places=places)
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)
     if _is_in_triton(call):
@@ -104,15 +104,13 @@ def covered_range(
     return first, last
 
 
-def _without_short_lists(
-    call: ExactCall, coarse: ExactCall, counts: torch.Tensor, most_blocks: int
-) -> torch.Tensor:
+def _without_short_lists(call: ExactCall, counts: torch.Tensor, most_blocks: int) -> torch.Tensor:
     """The counts of a coarser stage, -1 for query blocks for which there are at most so many blocks
     of the finer call, whatever comes behind, be it padding or later tokens.
     """
     if call.is_causal:
-        limit = -(-(most_blocks + 1) * call.block_size // coarse.query_block_size)
-        counts[:, :, : max(limit - coarse.first_row, 0)].fill_(-1)
+        limit = -(-(most_blocks + 1) * call.block_size // call.query_block_size)
+        counts[:, :, : max(limit - call.first_row, 0)].fill_(-1)
         return counts
     if call.ends is None:
         return counts  # there was no coarser stage if all blocks were so few
@@ -120,9 +118,7 @@ def _without_short_lists(
     return counts.masked_fill(is_short[:, None, None], -1)
 
 
-def _coarser(
-    call: ExactCall, run: int, blocks_per_place: int, num_places: int, rows_per_list: int
-) -> ExactCall:
+def _coarser(call: ExactCall, run: int, blocks_per_place: int, num_places: int) -> ExactCall:
     """The call whose blocks are places and whose keys are means of `run` keys."""
     keys = call.num_sequence_keys
     if call.means is None:
@@ -153,7 +149,6 @@ def _coarser(
         key=means.to(call.key.dtype),
         num_blocks=num_places,
         block_size=blocks_per_place * call.block_size,
-        query_block_size=rows_per_list * call.query_block_size,
         key_counts=counts.expand(call.key.shape[0], -1),
         global_keys=global_keys,
         tokens_per_key=call.tokens_per_key * run,
@@ -227,14 +222,15 @@ class _Row:
         call = self.call
         if call.places is None:
             return call.num_key_blocks
-        return call.places.numbers.shape[-1] * call.places.blocks_per_place + self.near_width
+        far = call.places.numbers.shape[-1] * call.places.blocks_per_place
+        return max(far + self.near_width, call.places.most_blocks)
 
     @property
     def near_width(self) -> int:
         """Blocks that are candidates beside those of places, at most."""
         call = self.call
         assert call.places is not None
-        reach = call.left + call.right + call.query_block_size * call.places.rows_per_list
+        reach = call.left + call.right + call.query_block_size
         width = reach // call.block_size + 2 + call.places.blocks_per_place
         return min(width, call.num_key_blocks)
 
@@ -321,19 +317,16 @@ class _Row:
         call, places, nothing = self.call, self.call.places, self.call.num_key_blocks
         if places is None:
             return torch.arange(nothing, device=self.device).view(1, 1, -1)
-        width, step = places.blocks_per_place, places.rows_per_list
-        index = torch.arange(rows.start, rows.stop, device=self.device) // step
-        first_of_list = index * step + call.first_row
-        last_of_list = (first_of_list + step - 1).clamp(max=call.first_row + call.num_rows - 1)
-        near, near_end = self._reach(first_of_list)[0], self._reach(last_of_list)[1]
-        near_end = near_end + 1
+        width = places.blocks_per_place
+        near, last_near = self._reach(numbers)
+        near_end = last_near + 1
         if call.is_causal:
             # No place that the query block begins in was a choice.
             place_size = call.block_size * width
             near = torch.minimum(near, numbers * call.query_block_size // place_size * width)
         near = torch.minimum(near, near_end)[:, None]
-        counts = places.counts[self.batch, heads, index, None]
-        place = places.numbers[self.batch, heads, index].long()[..., None]
+        counts = places.counts[self.batch, heads, rows, None]
+        place = places.numbers[self.batch, heads, rows].long()[..., None]
         is_place = torch.arange(place.shape[-2], device=self.device)
         is_place = is_place < counts
         blocks = (place * width + torch.arange(width, device=self.device)).flatten(-2)
@@ -343,6 +336,7 @@ class _Row:
         is_near = (near_blocks < near_end[:, None]) & (near_blocks < nothing)
         near_blocks = near_blocks.where(is_near, nothing).expand(blocks.shape[0], -1, -1)
         blocks = torch.cat([blocks.where(is_far, nothing), near_blocks], dim=-1)
+        blocks = F.pad(blocks, (0, self.width - blocks.shape[-1]), value=nothing)
         blocks = blocks.sort(dim=-1).values
         every = torch.arange(blocks.shape[-1], device=self.device).clamp(max=nothing)
         return blocks.where(counts >= 0, every)
@@ -378,8 +372,7 @@ class _Row:
             index = self._voters_of(rows)
             is_inside = (index >= 0) & (index < rest.shape[1])
             rest = rest[:, index.clamp(0, rest.shape[1] - 1)].masked_fill(~is_inside, -torch.inf)
-            row = torch.arange(rows.start, rows.stop, device=self.device)
-            counts = call.places.counts[self.batch, heads, row // call.places.rows_per_list]
+            counts = call.places.counts[self.batch, heads, rows]
             scores = rest.view_as(scores).masked_fill((counts < 0)[..., None, None], -torch.inf)
         if call.global_positions is None:
             return scores

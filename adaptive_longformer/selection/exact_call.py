@@ -9,18 +9,16 @@ from adaptive_longformer.selection.sampling import NO_SEED
 
 
 class Places(NamedTuple):
-    """What a coarser stage kept: places whose blocks are the candidates of some query blocks in a
-    row, beside those near them: from the first to the last one that the window covers for any of
-    them and, under causality, from the place that they begin in.
+    """What a coarser stage kept: places whose blocks are the candidates of a query block, beside
+    those near it: from the first to the last one that the window covers and, under causality, from
+    the place that it begins in.
 
     Attributes:
-        numbers: int32 [batch, heads, lists, width], in any order, none twice; anything beyond the
-            count.
-        counts: int32 [batch, heads, lists]; -1 where all blocks are candidates, no more than the
-            width has.
+        numbers: int32 [batch, heads, query_blocks, width], in any order, none twice; anything
+            beyond the count.
+        counts: int32 [batch, heads, query_blocks]; -1 where all blocks are candidates.
         blocks_per_place: blocks of a place.
-        rows_per_list: query blocks that share a list; 1 under causality, where the list of later
-            ones would tell earlier ones about them.
+        most_blocks: blocks where all are candidates, at most.
         log_rest: float [batch, heads, query_length], the logarithm of the mass, as a sum of
             exp(scale q.k), that a query leaves in no place; -inf for none.
     """
@@ -28,7 +26,7 @@ class Places(NamedTuple):
     numbers: torch.Tensor
     counts: torch.Tensor
     blocks_per_place: int
-    rows_per_list: int
+    most_blocks: int
     log_rest: torch.Tensor
 
 

@@ -25,8 +25,8 @@ from adaptive_longformer.attention.padding import ordinary_tokens, readable
 from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.exact import (
+    ALL_PER_CANDIDATE,
     MEANS_PER_MEAN,
-    QUERIES_PER_LIST,
     TOKENS_PER_MEAN,
     covered_range,
 )
@@ -34,6 +34,9 @@ from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.repeated_positions import without_positions
 from adaptive_longformer.selection.sampling import NO_SEED
+
+# Queries that a step of the loop takes, at least.
+_QUERIES_PER_STEP = 64
 
 
 class BlockBias(NamedTuple):
@@ -53,7 +56,7 @@ class BlockBias(NamedTuple):
 def longest_exportable(options: SelectionOptions) -> int:
     """How many tokens a document may have: for more, `exact_choice` has more than two stages."""
     means = math.lcm(MEANS_PER_MEAN, _place_size(options) // TOKENS_PER_MEAN)
-    return -(-options.num_candidates // means) * means * TOKENS_PER_MEAN
+    return ALL_PER_CANDIDATE * -(-options.num_candidates // means) * means * TOKENS_PER_MEAN
 
 
 def _place_size(options: SelectionOptions) -> int:
@@ -106,7 +109,7 @@ class _Chunks:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         self.call, self.options = call, options
-        self.rows = -(-QUERIES_PER_LIST // options.query_block_size)
+        self.rows = -(-_QUERIES_PER_STEP // options.query_block_size)
         self.size = self.rows * options.query_block_size
         length, device = call.query.shape[2], call.query.device
         dtype = torch.promote_types(call.query.dtype, torch.float32)
@@ -151,10 +154,11 @@ class _Chunks:
         if bias.directions is not None and bias.shared is not None:
             self.common |= self._blocks_for_all(bias.directions.to(dtype), bias.shared.to(dtype))
         place = _place_size(options)
-        most = -(-options.num_candidates // place)
-        self.num_places = 0 if statically_known_true(length <= most * place) else most
+        kept = -(-options.num_candidates // place)
+        self.longest_short = ALL_PER_CANDIDATE * kept * place
+        self.num_places = 0 if statically_known_true(length <= self.longest_short) else kept
         if self.num_places:
-            self._add_places(choice_key, is_member, chunk, row)
+            self._add_places(choice_key, is_member, row)
 
     def _ends(self) -> torch.Tensor:
         """One more than the last token that is not padding: int64 [batch, 1, 1]."""
@@ -208,27 +212,18 @@ class _Chunks:
             "shared_bias": shared_bias.masked_fill(best == -torch.inf, -torch.inf),
         }
 
-    def _add_places(
-        self, key: torch.Tensor, is_member: torch.Tensor, chunk: torch.Tensor, row: torch.Tensor
-    ) -> None:
+    def _add_places(self, key: torch.Tensor, is_member: torch.Tensor, row: torch.Tensor) -> None:
         """What the coarser stage needs: means of runs of keys, and what the window covers."""
-        length, block_size = self.call.query.shape[2], self.options.block_size
-        place = _place_size(self.options)
+        length, place = self.call.query.shape[2], _place_size(self.options)
         runs = _tokens(length, place, key.device).unflatten(0, (-1, TOKENS_PER_MEAN))
         # [batch, 1, means of a place, tokens of a mean, places, 1]
         is_member = _picked(is_member, runs, place)
         counts = is_member.sum(dim=3)
         means = (_picked(key, runs, place) * is_member).sum(dim=3) / counts.clamp(min=1.0)
         self.common |= {"mean": means, "log_mean_count": counts[..., 0].log()}
-        self.common["is_short"] = self._ends()[:, :, :, None] <= self.num_places * place
-        first, last = self._covered(chunk[:, None], self.size, place)
-        # Blocks near the chunk are candidates, from the first to the last one that the window
-        # covers for any of its query blocks that has queries.
-        final = (length - 1) // self.options.query_block_size
-        last_near = self._covered(
-            row[:, -1:].clamp(max=final), self.options.query_block_size, block_size
-        )[1]
-        self.steps |= {"first_place": first, "last_place": last, "last_near": last_near}
+        self.common["is_short"] = self._ends()[:, :, :, None] <= self.longest_short
+        first, last = self._covered(row, self.options.query_block_size, place)
+        self.steps |= {"first_place": first, "last_place": last}
 
     def step(self, carry: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The carried tensor, and the output of one chunk [batch, heads, queries, head_dim]."""
@@ -267,6 +262,7 @@ class _Chunks:
         log_rest = None
         if self.num_places:
             is_candidate, log_rest = self._candidates(given, of_globals, block)
+            is_candidate = self._of_queries(is_candidate)
             scores = scores.masked_fill(~is_candidate[:, :, :, None], -torch.inf)
         masses, _, _ = _masses(scores, of_globals, given.is_voter, is_covered, log_rest)
         mass, order = _best(masses, given.rank_bias.shape[1])
@@ -279,14 +275,18 @@ class _Chunks:
             )
             of_all = _spread(of_all, order, masses, -torch.inf).masked_fill(is_near, -torch.inf)
             bias = torch.maximum(bias, of_all)
-        query = torch.arange(self.size, device=block.device)
-        return bias.index_select(2, query // self.options.query_block_size)
+        return self._of_queries(bias)
+
+    def _of_queries(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """What query blocks have, for each of their queries: [batch, heads, queries, ...]."""
+        query = torch.arange(self.size, device=of_rows.device)
+        return of_rows.index_select(2, query // self.options.query_block_size)
 
     def _candidates(
         self, given: SimpleNamespace, of_globals: torch.Tensor, block: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which blocks the coarser stage leaves, bool [batch, heads, 1, blocks], and the logarithm
-        of the mass that it drops [batch, heads, queries], -inf where it is not needed.
+        """Which blocks the coarser stage leaves, bool [batch, heads, query blocks, blocks], and the
+        logarithm of the mass that it drops [batch, heads, queries], -inf where it is not needed.
         """
         scores = _scores(given.query, given.mean, given.log_mean_count)
         place = torch.arange(scores.shape[-1], device=block.device)
@@ -294,11 +294,12 @@ class _Chunks:
         masses, sums, peak = _masses(scores, of_globals, given.is_voter, is_covered)
         mass, order = _best(masses, self.num_places)
         is_chosen = _spread((mass > 0).to(masses.dtype), order, masses, 0.0) > 0
-        dropped = (sums * ~(is_chosen | is_covered)).sum(dim=-1).log() + peak
+        is_kept = self._of_queries(is_chosen | is_covered)
+        dropped = (sums * ~is_kept).sum(dim=-1).log() + peak
         is_unused = given.is_short[..., 0] | (given.is_voter == 0)[:, None]
         width = _place_size(self.options) // self.options.block_size
         is_candidate = is_chosen.index_select(3, block // width) | given.is_short
-        is_candidate = is_candidate | _between(block, given.first[:, :1], given.last_near)
+        is_candidate = is_candidate | _between(block, given.first, given.last)
         return is_candidate, dropped.masked_fill(is_unused, -torch.inf)
 
 

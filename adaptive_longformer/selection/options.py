@@ -17,9 +17,9 @@ class SelectionOptions:
         block_size: tokens per key block, a multiple of 4.
         query_block_size: tokens per query block.
         num_global_blocks: blocks chosen for all query blocks of a row together.
-        num_candidates: about how many keys every query meets one by one: all of them in rows that
-            have no more, else those of the places that have the largest mass as far as means of
-            keys tell, see `exact_choice`. More find more, at more cost.
+        num_candidates: about how many keys every query meets one by one: those of the places that
+            have the largest mass as far as means of keys tell, see `exact_choice`; in rows that
+            have at most twice as many, all. More find more, at more cost.
         sampling_seed: from 0 on: blocks are drawn by chance in proportion to their mass and stand
             for those that are not, see selection/sampling.py. -1: those with the largest are taken.
 
@@ -31,7 +31,7 @@ class SelectionOptions:
     block_size: int = 16
     query_block_size: int = 16
     num_global_blocks: int = 0
-    num_candidates: int = 4096
+    num_candidates: int = 2048
     sampling_seed: int = NO_SEED
 
     def __post_init__(self) -> None:

@@ -85,7 +85,7 @@ def reference_masses(
 
 def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:
     assert call.places is not None
-    return int(call.places.counts[batch, head, row // call.places.rows_per_list])
+    return int(call.places.counts[batch, head, row])
 
 
 def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:
@@ -93,19 +93,15 @@ def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) 
     places = call.places
     if places is None:
         return True
-    place, list_number = block // places.blocks_per_place, row // places.rows_per_list
-    count = _place_count(call, batch, head, row)
-    if count < 0 or place in places.numbers[batch, head, list_number, :count].tolist():
+    place, count = block // places.blocks_per_place, _place_count(call, batch, head, row)
+    if count < 0 or place in places.numbers[batch, head, row, :count].tolist():
         return True
     first_query = (call.first_row + row) * call.query_block_size
     if call.is_causal:
         return place == first_query // (call.block_size * places.blocks_per_place)
-    # Between the first and the last block that the window covers for query blocks of the list.
+    # Between the first and the last block that the window covers for the query block.
     end = call.length if call.ends is None else int(call.ends[batch])
-    first_query = (call.first_row + list_number * places.rows_per_list) * call.query_block_size
-    last_row = min((list_number + 1) * places.rows_per_list, call.num_rows) - 1
-    start_of_last = (call.first_row + last_row) * call.query_block_size
     last_query = min(first_query + call.query_block_size, end) - 1
     starts_inside = block * call.block_size >= last_query - call.left
-    ends_inside = min((block + 1) * call.block_size, end) - 1 <= start_of_last + call.right
+    ends_inside = min((block + 1) * call.block_size, end) - 1 <= first_query + call.right
     return starts_inside and ends_inside

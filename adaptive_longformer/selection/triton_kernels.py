@@ -1,8 +1,8 @@
 # type: ignore  (a kernel's types are Triton's)
 """The kernels of `triton_select.py`, which says what they are for and what their arguments are.
 
-`pair` is batch row * heads + head. Scores and sums are base-2 logarithms. Candidates of a list are
-numbered: blocks of places come first, those near the list behind them.
+`pair` is batch row * heads + head. Scores and sums are base-2 logarithms. Candidates of a
+query block are numbered: blocks of places come first, those near it behind them.
 """
 
 import triton
@@ -40,23 +40,20 @@ def _covered_range(sizes, row, end, tile: tl.constexpr):
 
 @triton.jit
 def _list_of(inputs, sizes, pair, row, end, tile: tl.constexpr):
-    """The list of a query block: its place in memory, its count (-1: all blocks), and the first
-    and one more than the last of the blocks near it.
+    """The places of a query block: where they are in memory, their count (-1: all blocks are
+    candidates), and the first and one more than the last of the blocks near it.
     """
     at = pair.to(tl.int64)
     count, near, near_end = -1, 0, 0
     if inputs.places is not None:
-        number = tl.minimum(row, sizes.num_rows - 1) // tile.rows_per_list
-        at = at * sizes.num_lists + number
+        row = tl.minimum(row, sizes.num_rows - 1)
+        at = at * sizes.num_rows + row
         count = tl.load(inputs.place_counts + at)
-        first_row = number * tile.rows_per_list
-        last_row = tl.minimum(first_row + tile.rows_per_list, sizes.num_rows) - 1
-        near, _ = _covered_range(sizes, first_row, end, tile)
-        _, near_end = _covered_range(sizes, last_row, end, tile)
+        near, near_end = _covered_range(sizes, row, end, tile)
         near_end += 1
         if tile.is_causal:
             # No place that the query block begins in was a choice.
-            start = (first_row + sizes.first_row) * tile.query_block_size
+            start = (row + sizes.first_row) * tile.query_block_size
             place = start // (tile.block_size * tile.blocks_per_place)
             near = tl.minimum(near, place * tile.blocks_per_place)
         near = tl.minimum(near, near_end)
@@ -75,7 +72,7 @@ def _num_used(sizes, row, count, end, tile: tl.constexpr):
 
 @triton.jit
 def _blocks_of(inputs, sizes, list_of, index, tile: tl.constexpr):
-    """The blocks that candidates of a list are; `num_key_blocks` or more where there is none."""
+    """The blocks that candidates are; `num_key_blocks` or more where there is none."""
     at, count, near, near_end = list_of
     block = index
     if inputs.places is not None:
@@ -251,11 +248,13 @@ def weights_kernel(inputs, sizes, weights, tile: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sizes"])
 def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.constexpr):
-    """Writes masses [batch, heads, rows, num_candidates], undefined from the number in use on; the
-    mass of global tokens [batch, heads, rows]; and peaks [batch, heads, query_length] if asked for.
+    """Writes masses [pairs, rows, num_candidates] of the pairs from `first_pair` on, undefined from
+    the number in use on; the mass of global tokens [batch, heads, rows]; and peaks [batch, heads,
+    query_length] if asked for.
     """
     tiles = tl.cdiv(sizes.num_rows, tile.rows)
-    pair, tile_number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    own, tile_number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pair = own + sizes.first_pair
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
@@ -289,6 +288,7 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
             shares = tl.exp2(scores - peak[:, None]) * factor
             covered += tl.sum(_sum_of_rows(shares, tile), axis=1)
     tl.store(of_globals + at, covered, mask=is_row)
+    at = own.to(tl.int64) * sizes.num_rows + row
     for first in range(0, num_used, tile.blocks):
         scores = _scores(inputs, sizes, weights, pair, query, query_row, list_of, first, tile)
         share = _sum_of_rows(_block_sums(scores, peak, tile) * factor, tile)
@@ -316,15 +316,16 @@ def best_kernel(
     drawn its threshold. With `marks` masses become -1 for what it reads, and 0 for what it drops.
     """
     key_blocks, counts, mass, covered, threshold = result
-    at = tl.program_id(0).to(tl.int64)
-    pair, row = tl.program_id(0) // sizes.num_rows, tl.program_id(0) % sizes.num_rows
+    own, row = tl.program_id(0).to(tl.int64), tl.program_id(0) % sizes.num_rows
+    pair = tl.program_id(0) // sizes.num_rows + sizes.first_pair
+    at = pair.to(tl.int64) * sizes.num_rows + row
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
     list_of = _list_of(inputs, sizes, pair, row, end, tile)
     candidate = tl.arange(0, slots)
     block = _blocks_of(inputs, sizes, list_of, candidate, tile)
     is_there = candidate < _num_used(sizes, row, list_of[1], end, tile)
     is_there = is_there & (block < sizes.num_key_blocks)
-    masses += at * sizes.num_candidates
+    masses += own * sizes.num_candidates
     share = tl.load(masses + candidate, mask=is_there, other=0.0)
     first, last = _covered_range(sizes, row, end, tile)
     is_covered = (block >= first) & (block <= last)
@@ -368,7 +369,8 @@ def best_kernel(
 def dropped_kernel(inputs, sizes, weights, marks, log_dropped, tile: tl.constexpr):
     """Writes log_dropped, where the peaks are."""
     tiles = tl.cdiv(sizes.num_rows + tile.is_causal, tile.rows)
-    pair, tile_number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    own, tile_number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pair = own + sizes.first_pair
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
@@ -377,7 +379,7 @@ def dropped_kernel(inputs, sizes, weights, marks, log_dropped, tile: tl.constexp
     log_dropped += pair.to(tl.int64) * sizes.query_length
     peak = tl.load(log_dropped + index, mask=vote > 0, other=0.0)
     dropped = tl.exp2(_log_rest(inputs, sizes, pair, index, list_of[1], vote) - peak)
-    at = pair.to(tl.int64) * sizes.num_rows + row
+    at = own.to(tl.int64) * sizes.num_rows + row
     for first in range(0, num_used, tile.blocks):
         scores = _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile)
         candidate = first + tl.arange(0, tile.blocks)

@@ -72,12 +72,12 @@ class _Sizes(NamedTuple):
     num_global: int
     num_shared: int
     num_places: int
-    num_lists: int
     num_candidates: int
     num_blocks: int
     left: int
     right: int
     sampling_seed: int
+    first_pair: int
 
 
 class _Tile(NamedTuple):
@@ -101,7 +101,6 @@ class _Tile(NamedTuple):
     head_dim: int
     dim_slots: int
     is_causal: bool
-    rows_per_list: int
     blocks_per_place: int
     queries: int
     keys: int
@@ -121,12 +120,15 @@ def can_choose(call: ExactCall) -> bool:
     )
 
 
-def triton_choice(call: ExactCall, with_dropped: bool = False) -> ExactChoice:
+def triton_choice(
+    call: ExactCall, with_dropped: bool = False, most_masses: int = 2**26
+) -> ExactChoice:
     """The choice.
 
     Args:
         call: one that `can_choose` takes.
         with_dropped: whether to return `log_dropped`.
+        most_masses: in memory at a time, where those of one head are no more.
     """
     query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.query, call.key))
     batch, heads, query_length, _ = query.shape
@@ -143,28 +145,32 @@ def triton_choice(call: ExactCall, with_dropped: bool = False) -> ExactChoice:
     )
     inputs, sizes, tile = _inputs(call, query, key), _sizes(call), _tile(call)
     weights = new(*key.shape[:2], call.num_sequence_keys, dtype=floats)
-    masses = new(batch, heads, rows, width, dtype=floats)
+    pairs, tiles = batch * heads, -(-rows // tile.rows)
+    group = max(min(pairs, most_masses // max(rows * width, 1)), 1)
+    masses = new(group, rows, width, dtype=floats)
     dropped = result.log_dropped if with_dropped else None
     threshold = result.threshold if call.num_drawn_rows else None
-    pairs, tiles = batch * heads, -(-rows // tile.rows)
     key_tiles = -(-call.num_key_blocks // tile.blocks)
-    warps, slots = 4 if tile.queries <= _TILE else 8, max(_power_of_2(width), 32)
+    warps, slots = min(max(tile.queries // 16, 2), 8), max(_power_of_2(width), 32)
     with torch.cuda.device_of(query):
         _launch(weights_kernel, batch * key.shape[1] * key_tiles, 4, inputs, sizes, weights, tile)
-        _launch(
-            masses_kernel, pairs * tiles, warps,
-            inputs, sizes, weights, masses, result.covered, dropped, tile,
-        )  # fmt: skip
-        _launch(
-            best_kernel, pairs * rows, max(slots // 1024, 1),
-            inputs, sizes, masses, (*result[:4], threshold), with_dropped, tile, slots,
-        )  # fmt: skip
-        if with_dropped:
-            # Queries of the last block vote for none that there is.
-            tiles = -(-(rows + call.is_causal) // tile.rows)
+        for first in range(0, pairs, group):
+            sizes, count = sizes._replace(first_pair=first), min(group, pairs - first)
             _launch(
-                dropped_kernel, pairs * tiles, warps, inputs, sizes, weights, masses, dropped, tile
-            )
+                masses_kernel, count * tiles, warps,
+                inputs, sizes, weights, masses, result.covered, dropped, tile,
+            )  # fmt: skip
+            _launch(
+                best_kernel, count * rows, max(slots // 1024, 1),
+                inputs, sizes, masses, (*result[:4], threshold), with_dropped, tile, slots,
+            )  # fmt: skip
+            if with_dropped:
+                # Queries of the last block vote for none that there is.
+                voting_tiles = -(-(rows + call.is_causal) // tile.rows)
+                _launch(
+                    dropped_kernel, count * voting_tiles, warps,
+                    inputs, sizes, weights, masses, dropped, tile,
+                )  # fmt: skip
     return result
 
 
@@ -178,10 +184,10 @@ def _num_candidates(call: ExactCall) -> int:
     if call.places is None:
         return call.num_key_blocks
     places = call.places
-    reach = call.left + call.right + call.query_block_size * places.rows_per_list
+    reach = call.left + call.right + call.query_block_size
     near = reach // call.block_size + 2 + places.blocks_per_place
     far = places.numbers.shape[-1] * places.blocks_per_place
-    return far + min(near, call.num_key_blocks)
+    return max(far + min(near, call.num_key_blocks), places.most_blocks)
 
 
 def _inputs(call: ExactCall, query: torch.Tensor, key: torch.Tensor) -> _Inputs:
@@ -234,12 +240,12 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_global=0 if positions is None else positions.shape[1],
         num_shared=0 if call.shared_blocks is None else call.shared_blocks.shape[2],
         num_places=0 if places is None else places.numbers.shape[3],
-        num_lists=0 if places is None else places.numbers.shape[2],
         num_candidates=_num_candidates(call),
         num_blocks=call.num_blocks,
         left=min(call.left, FAR),
         right=min(call.right, FAR),
         sampling_seed=call.sampling_seed,
+        first_pair=0,
     )
 
 
@@ -247,11 +253,11 @@ def _tile(call: ExactCall) -> _Tile:
     size, keys_per_block = call.query_block_size, call.keys_per_block
     query_slots = _power_of_2(size)
     key_slots = _power_of_2(keys_per_block)
-    rows = max(_TILE // query_slots, 1) if call.places is None else call.places.rows_per_list
+    rows = max(_TILE // query_slots, 1) if call.places is None else 1
     # A product of matrices has 16 rows and columns at least.
     row_slots = max(_power_of_2(rows), 16 // query_slots)
     queries, head_dim = row_slots * query_slots, call.query.shape[3]
-    blocks = max(_TILE * (1 if queries >= _TILE else 2) // key_slots, 1)
+    blocks = max(_TILE // key_slots, 1)
     return _Tile(
         rows=rows,
         row_slots=row_slots,
@@ -264,7 +270,6 @@ def _tile(call: ExactCall) -> _Tile:
         head_dim=head_dim,
         dim_slots=max(_power_of_2(head_dim), 16),
         is_causal=call.is_causal,
-        rows_per_list=1 if call.places is None else call.places.rows_per_list,
         blocks_per_place=1 if call.places is None else call.places.blocks_per_place,
         queries=queries,
         keys=blocks * key_slots,

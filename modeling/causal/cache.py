@@ -179,11 +179,13 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         means, mean_counts: [batch, key_heads, room, head_dim] and [batch, room], means of runs of
             keys from each row's first slot on, and how many of them count.
         num_means: int64 [batch] on the host, how many means are there.
+        means_begin: int64 [batch] on the host, the slot that the first of them begins with. A row
+            that was nothing but padding began earlier.
     """
 
     row_tensors = (
         "keys", "values", "queries", "sink_slots", "key_blocks", "counts", "log_weights",
-        "chosen_at", "means", "mean_counts", "num_means",
+        "chosen_at", "means", "mean_counts", "num_means", "means_begin",
     )  # fmt: skip
 
     def __init__(
@@ -216,7 +218,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         self.chosen_at = torch.full((batch,), -1)
         self.means = key_states.new_zeros(batch, key_heads, 0, head_dim)
         self.mean_counts = key_states.new_zeros(batch, 0)
-        self.num_means = torch.zeros(batch, dtype=torch.int64)
+        self.num_means, self.means_begin = torch.zeros(2, batch, dtype=torch.int64)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict | None = None
@@ -312,7 +314,8 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
             The means [rows, heads, runs, head_dim], and how many keys count [rows, runs].
         """
         assert self.keys is not None
-        known, wanted = int(self.num_means[rows].min()), (keys.stop - keys.start) // run
+        is_ours = self.means_begin[rows] == keys.start
+        known, wanted = int((self.num_means[rows] * is_ours).min()), (keys.stop - keys.start) // run
         which = slice(None) if len(rows) == len(self.num_means) else rows
         if known < wanted:
             first, last = known * run, wanted * run
@@ -326,6 +329,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
             self.means[which, :, known:wanted] = means
             self.mean_counts[which, known:wanted] = counts.expand(len(rows), -1)
             self.num_means = self.num_means.index_fill(0, torch.tensor(rows), wanted)
+            self.means_begin = self.means_begin.index_fill(0, torch.tensor(rows), keys.start)
         return self.means[which, :, :wanted], self.mean_counts[which, :wanted]
 
     def reset(self) -> None:

@@ -15,7 +15,7 @@ from adaptive_longformer.attention.reference import span_log_weight
 from adaptive_longformer.modeling.causal.cache import SelectionLayer
 from adaptive_longformer.modeling.dense_attention import dense_attention
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
-from adaptive_longformer.selection.exact import TOKENS_PER_MEAN
+from adaptive_longformer.selection.exact import ALL_PER_CANDIDATE, TOKENS_PER_MEAN
 from adaptive_longformer.selection.head_weights import HeadWeights
 from adaptive_longformer.selection.options import SelectionOptions
 
@@ -136,7 +136,7 @@ class SelectedDecoding:
             if self.sink_rank is not None:
                 is_sink = self.sink_rank[which, seen] < self.cache.num_sinks
             means = None
-            if begin - first > self.part.options.num_candidates:
+            if begin - first >= ALL_PER_CANDIDATE * self.part.options.num_candidates:
                 members = ordinary_tokens(mask, is_sink)
                 means = self.cache.key_means(rows, slice(first, begin), TOKENS_PER_MEAN, members)
             lists = self.part.choose_next(

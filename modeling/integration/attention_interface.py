@@ -70,8 +70,8 @@ class AdaptiveSparseOptions:
         num_global_tokens: so many first tokens see all tokens and are seen by all.
         num_selected_blocks: blocks that every block of queries chooses besides; 0: none.
         block_size, query_block_size: tokens per block of keys and of queries.
-        selection_candidates: keys that every query meets when blocks are chosen; of a longer text
-            means of keys say which.
+        selection_candidates: keys that every query meets when blocks are chosen; means of keys say
+            which, but in texts of up to twice as many, where it meets all.
         selection_sampling: whether blocks are drawn by chance, in proportion to their mass, and
             stand for those that are not read: nearer to full attention in a model that was not
             trained to choose.

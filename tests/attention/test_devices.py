@@ -78,7 +78,7 @@ def test_the_cuda_kernels_get_nothing_from_another_device(lists, monkeypatch):
     assert {tensor.device.type for tensor in pointed_to.values()} == {DEVICE}
 
 
-@pytest.mark.parametrize("num_candidates", [4096, 128])
+@pytest.mark.parametrize("num_candidates", [4096, 64])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
 def test_a_selection_is_on_one_device(lists, is_causal, num_candidates):
     (query, key, _), options = everything()

@@ -171,7 +171,7 @@ def test_attention_probabilities_sum_to_one_and_stand_in_their_slots():
     "options",
     [
         {},
-        {"selection_candidates": 64},
+        {"selection_candidates": 32},
         {"selection_sampling": True},
         # Positions repeat after 64 tokens.
         {"source_config": {"max_position_embeddings": 66}, "num_selected_blocks": 1},

@@ -72,11 +72,11 @@ def test_choices_match_definition(options):
 def test_two_stages_match_definition(sizes, masks, is_causal):
     """Every stage is what the definition says about what the stage before kept."""
     call = make_call(
-        {"sizes": sizes, "masks": masks, "is_causal": is_causal, "length": 450, "key_heads": 2},
+        {"sizes": sizes, "masks": masks, "is_causal": is_causal, "length": 650, "key_heads": 2},
         batch=1,
         heads=2,
     )
-    calls = stages_of(call, num_candidates=128)
+    calls = stages_of(call, num_candidates=64)
     coarse, fine = calls
     assert coarse.tokens_per_key >= 16 and fine.places is not None
     assert (fine.places.counts > 0).any()
@@ -104,7 +104,7 @@ def test_many_stages_drop_little_of_what_is_large(is_causal):
     call.key[:] += directions[(torch.arange(4000) // 64).clamp(max=61)]
     call.query[:] = directions[target]
     every = exact_choice(call, num_candidates=4000)
-    few = exact_choice(call, num_candidates=256)
+    few = exact_choice(call, num_candidates=128)
     is_clear = every.mass[..., 0] > 0.2  # not covered by the window
     assert is_clear.float().mean() > 0.4
     assert (every.key_blocks == few.key_blocks)[is_clear].float().mean() > 0.97
@@ -212,7 +212,7 @@ def test_a_short_row_beside_a_long_one_is_searched_as_if_alone():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("num_candidates", [128, 4096])
+@pytest.mark.parametrize("num_candidates", [64, 4096])
 def test_select_blocks_asks_for_what_its_masks_say(num_candidates, is_causal):
     call = make_call({"length": 300, "masks": "both", "is_causal": is_causal})
     assert call.voters is not None and call.global_positions is not None

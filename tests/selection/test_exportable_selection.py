@@ -80,9 +80,9 @@ def both(number, length, options, dtype=torch.float64):
 
 SIZES = [
     SelectionOptions(num_blocks=3),
-    SelectionOptions(num_blocks=1, block_size=8, query_block_size=64, num_candidates=16),
-    SelectionOptions(num_blocks=8, block_size=64, query_block_size=8, num_candidates=100),
-    SelectionOptions(num_blocks=4, num_candidates=64, num_global_blocks=2),
+    SelectionOptions(num_blocks=1, block_size=8, query_block_size=64, num_candidates=8),
+    SelectionOptions(num_blocks=8, block_size=64, query_block_size=8, num_candidates=50),
+    SelectionOptions(num_blocks=4, num_candidates=32, num_global_blocks=2),
     SelectionOptions(num_blocks=100, block_size=32, num_global_blocks=9),
 ]
 
@@ -124,5 +124,5 @@ def test_large_scores_stay_finite():
 
 def test_the_longest_document_has_one_coarser_stage():
     assert longest_exportable(SelectionOptions()) == 65_536
-    assert longest_exportable(SelectionOptions(num_candidates=64)) == 1024
-    assert longest_exportable(SelectionOptions(num_candidates=1, block_size=64)) == 64
+    assert longest_exportable(SelectionOptions(num_candidates=32)) == 1024
+    assert longest_exportable(SelectionOptions(num_candidates=1, block_size=64)) == 128

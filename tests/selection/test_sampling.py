@@ -85,7 +85,7 @@ def test_triton_draws_what_torch_does(is_causal, triton_interpreter):
 
 def test_only_the_last_stage_draws():
     call = replace(make_call({"length": 450}, batch=1, heads=2), sampling_seed=SEED)
-    coarse, fine = stages_of(call, num_candidates=128)
+    coarse, fine = stages_of(call, num_candidates=64)
     assert (coarse.sampling_seed, fine.sampling_seed) == (-1, SEED)
     assert torch_choice(coarse).threshold.numel() == 0
     check(fine, torch_choice(fine))

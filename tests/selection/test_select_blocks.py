@@ -23,7 +23,7 @@ def pad(tensor, left, right, dim):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("amount", [1, 16, 1000])
-@pytest.mark.parametrize("num_candidates", [4096, 64])
+@pytest.mark.parametrize("num_candidates", [4096, 32])
 def test_padding_on_the_right_changes_no_choice(amount, num_candidates, is_causal):
     query, key = random_keys(331)
     options = SelectionOptions(3, 16, 16, num_candidates=num_candidates)
@@ -83,7 +83,7 @@ def test_tokens_beyond_the_limit_of_global_ones_are_ordinary():
 
 
 @pytest.mark.parametrize("token", [0, 100, 333, 470, 511])
-@pytest.mark.parametrize("num_candidates", [4096, 64])
+@pytest.mark.parametrize("num_candidates", [4096, 32])
 def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, num_candidates):
     query, key = random_keys(512, batch=1)
     options = SelectionOptions(3, 16, 16, num_candidates=num_candidates)
@@ -102,7 +102,7 @@ def test_a_causal_choice_knows_nothing_of_its_own_block_or_later(token, num_cand
         assert not torch.equal(before.mass, after.mass)
 
 
-@pytest.mark.parametrize("num_candidates", [4096, 64])
+@pytest.mark.parametrize("num_candidates", [4096, 32])
 def test_a_causal_prefix_chooses_as_in_the_whole(num_candidates):
     query, key = random_keys(600, batch=1)
     options = SelectionOptions(3, 16, 16, num_candidates=num_candidates)
@@ -116,7 +116,7 @@ def test_a_causal_prefix_chooses_as_in_the_whole(num_candidates):
         torch.testing.assert_close(part.mass, whole.mass[:, :, :rows])
 
 
-@pytest.mark.parametrize("num_candidates", [4096, 64])
+@pytest.mark.parametrize("num_candidates", [4096, 32])
 @pytest.mark.parametrize(("length", "given"), [(600, 600), (600, 40), (593, 17), (592, 32)])
 def test_the_last_queries_alone_choose_as_in_the_whole(num_candidates, length, given):
     query, key = random_keys(length)
@@ -144,7 +144,7 @@ def test_queries_that_are_not_the_last_ones_from_a_block_on_are_refused():
 
 def test_no_past_block_is_out_of_reach_under_causality():
     """Each block in turn is made the one that every query looks for."""
-    length, options = 16 * 70, SelectionOptions(1, 16, 16, num_candidates=64)
+    length, options = 16 * 70, SelectionOptions(1, 16, 16, num_candidates=32)
     query = torch.ones(1, 1, length, 4)
     for target in range(0, 69, 3):
         key = torch.zeros(1, 1, length, 4)
@@ -158,7 +158,7 @@ def test_nothing_is_chosen_twice_or_beside_the_row():
     query, key = random_keys(900, coherent=False)
     mask = torch.rand(2, 900) < 0.5
     mask[:, 0] = True
-    options = SelectionOptions(8, 16, 16, num_candidates=128)
+    options = SelectionOptions(8, 16, 16, num_candidates=64)
     for is_causal in (False, True):
         selected = select_blocks(
             query, key, SlidingWindow(20), options, attention_mask=mask, is_causal=is_causal
@@ -209,7 +209,7 @@ def test_keys_that_are_not_finite_raise_on_request_and_are_not_chosen_otherwise(
     key[1, 0, 77, 3] = torch.nan
     with pytest.raises(ValueError, match=r"key is NaN .* batch row 1, head 0, token 77"):
         select_blocks(query, key, SlidingWindow(20), SMALL, validate=True)
-    for choice in (SMALL, replace(SMALL, num_candidates=64)):
+    for choice in (SMALL, replace(SMALL, num_candidates=32)):
         before = select_blocks(query.nan_to_num(), key.nan_to_num(), SlidingWindow(20), choice)
         selected = select_blocks(query, key, SlidingWindow(20), choice)
         selection_layout(selected, SlidingWindow(20), 300, choice)[0].validate()

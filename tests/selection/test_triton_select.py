@@ -62,7 +62,7 @@ def test_choices_are_those_of_torch(options, interpreted):
 def test_every_stage_chooses_what_torch_does(sizes, is_causal, interpreted):
     options = {"sizes": sizes, "masks": "both", "is_causal": is_causal, "key_heads": 1}
     call = make_call(options | {"length": 300}, batch=1, heads=1)
-    calls = stages_of(call, num_candidates=128)
+    calls = stages_of(call, num_candidates=64)
     assert [call.places is not None for call in calls] == [False, True]
     for call in calls:
         check(call, interpreted(call, with_dropped=True))
@@ -79,7 +79,7 @@ def test_all_masses_are_as_defined(interpreted):
 def test_the_last_queries_choose_what_all_of_them_do(interpreted):
     """As in cached decoding: those of the block before, and the first of the block."""
     options = {"is_causal": True, "length": 300, "key_heads": 1}
-    for call in stages_of(make_call(options, batch=1, heads=1), num_candidates=128):
+    for call in stages_of(make_call(options, batch=1, heads=1), num_candidates=64):
         size, row = call.query_block_size, 300 // call.query_block_size
         start = (row - 1) * size
         assert call.voters is not None
@@ -127,6 +127,17 @@ def test_the_same_call_chooses_the_same_bits(interpreted):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_heads_may_choose_one_after_the_other(is_causal, interpreted):
+    options = {"length": 300, "masks": "both", "is_causal": is_causal}
+    for call in stages_of(make_call(options, heads=2), num_candidates=64):
+        together = interpreted(call, with_dropped=True)
+        most_masses = 3 * call.num_rows * call.num_key_blocks
+        for most in (1, most_masses):
+            apart = interpreted(call, with_dropped=True, most_masses=most)
+            assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
+
+
 def test_odd_views_are_read_where_they_are(interpreted):
     call = make_call({"length": 64, "head_dim": 16}, batch=2, heads=2)
     padded = torch.zeros(2, 64, 2, 20)
@@ -148,8 +159,8 @@ def test_few_calls_are_not_taken(interpreted):
     )
 
 
-# Capability, whether causal, and whether there are places: 64 queries in a tile but for a causal
-# call with places, which every query block has its own of.
+# Capability, whether causal, and whether there are places: 64 queries in a tile, but with places,
+# of which every query block has its own, those of one block.
 COMPILED = {
     "sm80": (80, False, True),
     "sm90": (90, False, True),
@@ -164,7 +175,7 @@ def test_kernels_compile_without_spills(capability, is_causal, has_places):
     options = {"is_causal": is_causal, "length": 1000, "masks": "both", "head_dim": 64}
     options["dtype"] = torch.bfloat16
     call = replace(make_call(options, batch=1), sampling_seed=1 if capability == 90 else -1)
-    coarse, fine = stages_of(call, num_candidates=128)
+    coarse, fine = stages_of(call, num_candidates=64)
     with compile_only(capability) as compiled:
         triton_select.triton_choice(fine if has_places else coarse, with_dropped=not has_places)
     assert len(compiled) == 3 + (not has_places)
@@ -173,5 +184,5 @@ def test_kernels_compile_without_spills(capability, is_causal, has_places):
         assert registers < 255 and spilled == 0, name
         if name in ("masses_kernel", "dropped_kernel"):
             is_wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-            assert is_wgmma == (capability == 90 and not (is_causal and has_places))
+            assert is_wgmma == (capability == 90 and not has_places)
             assert is_wgmma or "mma.sync" in kernel.asm["ptx"]

@@ -33,13 +33,13 @@ struct SelectArguments {
   const int64_t* global_keys;
   int64_t num_global;
 
-  // Places, of `blocks_per_place` blocks each, whose blocks `rows_per_list` query blocks in a row have as candidates
-  // beside those near them, in any order: [batch, heads, num_lists, max_places] and [batch, heads, num_lists]. A count
-  // below 0, or null: all blocks are candidates, and nothing is in no list.
+  // Places, of `blocks_per_place` blocks each, whose blocks a query block has as candidates beside those near it, in any
+  // order: [batch, heads, num_rows, max_places] and [batch, heads, num_rows]. A count below 0, or null: all blocks are
+  // candidates, and nothing is in no place.
   const int32_t* places;
   const int32_t* place_counts;
-  int64_t rows_per_list, num_lists, max_places, blocks_per_place;
-  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no list; null without places
+  int64_t max_places, blocks_per_place;
+  const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no place; null without places
   const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
   int64_t num_shared;
   int64_t sampling_seed;  // below 0: the largest masses are chosen, and no threshold is written

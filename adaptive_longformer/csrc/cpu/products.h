@@ -23,6 +23,7 @@ class RegisterProducts {
   static constexpr bool IS_BYTES = std::is_same<Word, int32_t>::value;
   static constexpr int KEYS = MAX_SUMS / VECTORS;
   using Vector = typename std::conditional<IS_BYTES, Ints, Floats>::type;
+  static constexpr int64_t USUAL_DEPTH = IS_BYTES ? 16 : 64;  // heads of 64
 
   // `query` holds words [depth, VECTORS, WIDTH], `query_scale` the scales [VECTORS, WIDTH] of bytes.
   RegisterProducts(const Keys<Word>& keys, const Word* query, const float* query_scale)
@@ -42,7 +43,33 @@ class RegisterProducts {
 
   template <int COUNT, typename Visit>
   ALWAYS_INLINE void meet_some(int64_t first, const Visit& visit) const {
-    const int64_t depth = keys_.depth;
+    alignas(64) Vector sums[COUNT * VECTORS];
+    multiply<COUNT>(first, sums);
+#pragma GCC unroll 16
+    for (int sum = 0; sum < COUNT * VECTORS; sum++) {
+      const int64_t key = first + sum / VECTORS;
+      const int vector = sum % VECTORS;
+      if constexpr (IS_BYTES)
+        visit(key, vector,
+              __builtin_convertvector(sums[sum], Floats) * keys_.scale[key] *
+                  load<Floats>(query_scale_ + vector * WIDTH));
+      else
+        visit(key, vector, sums[sum]);
+    }
+  }
+
+  // A function of its own: inside a large one the compiler keeps the sums in memory.
+  template <int COUNT>
+  __attribute__((noinline)) void multiply(int64_t first, Vector* result) const {
+    // Rows a constant apart need one address.
+    if (keys_.depth == USUAL_DEPTH)
+      add_up<COUNT>(first, std::integral_constant<int64_t, USUAL_DEPTH>(), result);
+    else
+      add_up<COUNT>(first, keys_.depth, result);
+  }
+
+  template <int COUNT, typename Depth>
+  ALWAYS_INLINE void add_up(int64_t first, Depth depth, Vector* result) const {
     const Word* words = keys_.words.data() + first * depth;
     Vector sums[COUNT][VECTORS];
 #pragma GCC unroll 16
@@ -67,14 +94,7 @@ class RegisterProducts {
 #pragma GCC unroll 16
     for (int key = 0; key < COUNT; key++)
 #pragma GCC unroll 4
-      for (int vector = 0; vector < VECTORS; vector++) {
-        if constexpr (IS_BYTES)
-          visit(first + key, vector,
-                __builtin_convertvector(sums[key][vector], Floats) * keys_.scale[first + key] *
-                    load<Floats>(query_scale_ + vector * WIDTH));
-        else
-          visit(first + key, vector, sums[key][vector]);
-      }
+      for (int vector = 0; vector < VECTORS; vector++) result[key * VECTORS + vector] = sums[key][vector];
   }
 };
 

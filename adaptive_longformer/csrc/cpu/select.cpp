@@ -14,7 +14,7 @@ namespace adaptive {
 namespace {
 
 constexpr int MAX_VECTORS = WIDTH == 16 ? 4 : 2;
-// So few query blocks with lists of candidates that their keys are packed and no others.
+// So few query blocks with places that the keys of these are packed and no others.
 constexpr int FEW_UNITS = 4;
 // A sum above this asks for another reference; what it then is stays finite for any number of keys.
 constexpr float SUM_LIMIT = 0x1p64f, POWER_LIMIT = 100.0f, POWER_SUM = 0x1p100f;
@@ -136,7 +136,7 @@ class Selection {
       : call(arguments),
         depth(words_per_row(call)),
         row_vectors((int)((call.query_block_size + WIDTH - 1) / WIDTH)),
-        unit_rows(call.places != nullptr ? (int)call.rows_per_list : std::max(1, MAX_VECTORS / row_vectors)) {}
+        unit_rows(call.places != nullptr ? 1 : std::max(1, MAX_VECTORS / row_vectors)) {}
 
   void run() {
     std::vector<Entries> entries;
@@ -178,9 +178,8 @@ class Selection {
     Unit<Word> unit;
     const int64_t shared = call.heads / call.key_heads;
     for (int64_t head = key_head * shared; head < (key_head + 1) * shared; head++)
-      for (int first_row = 0; first_row < call.num_rows; first_row += unit_rows) {
-        const int rows = std::min(unit_rows, (int)call.num_rows - first_row);
-        list_entries(entries, every, batch, head, first_row, rows, unit);
+      for (int row = 0; row < call.num_rows; row++) {
+        list_entries(entries, every, batch, head, row, 1, unit);
         for (const int32_t entry : unit.entries) is_wanted[entry] = 1;
       }
     return is_wanted;
@@ -211,7 +210,7 @@ class Selection {
 
   static int group_size(int vectors) { return MAX_VECTORS == 4 && vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1; }
 
-  // The candidates and global tokens that any of the query blocks may see, ascending.
+  // The candidates and global tokens that any of the query blocks may see, ascending. With places it is one query block.
   void list_entries(const Entries& entries, const std::vector<uint8_t>& is_open, int64_t batch, int64_t head,
                     int first_row, int rows, Unit<Word>& unit) const {
     const int64_t last_row = call.first_row + first_row + rows - 1;
@@ -219,26 +218,22 @@ class Selection {
       for (int64_t entry = first; entry < last; entry++)
         if (is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
     };
-    const int64_t list = (batch * call.heads + head) * call.num_lists + first_row / unit_rows;
+    const int64_t number = (batch * call.heads + head) * call.num_rows + first_row;
     unit.entries.clear();
-    unit.is_listed = call.places != nullptr && call.place_counts[list] >= 0;
+    unit.is_listed = call.places != nullptr && call.place_counts[number] >= 0;
     if (!unit.is_listed) {
       add(0, entries.num_blocks);
     } else {
       int64_t near, near_end;
-      covered(entries, call.first_row + first_row, near, near_end);
-      if (rows > 1) {
-        int64_t unused;
-        covered(entries, last_row, unused, near_end);
-      }
+      covered(entries, last_row, near, near_end);
       near_end = std::min<int64_t>(near_end + 1, entries.num_blocks);
       // Under causality no place that the query block begins in was a choice.
       if (call.is_causal)
-        near = std::min(near, (call.first_row + first_row) * call.query_block_size / (call.block_size * call.blocks_per_place) *
+        near = std::min(near, last_row * call.query_block_size / (call.block_size * call.blocks_per_place) *
                                   call.blocks_per_place);
       near = std::min(near, near_end);
-      const int32_t* places = call.places + list * call.max_places;
-      unit.places.assign(places, places + call.place_counts[list]);
+      const int32_t* places = call.places + number * call.max_places;
+      unit.places.assign(places, places + call.place_counts[number]);
       std::sort(unit.places.begin(), unit.places.end());
       bool has_near = false;
       for (const int64_t place : unit.places) {
@@ -555,7 +550,7 @@ class Selection {
     }
   }
 
-  // What the queries of a vector find in no list, relative to their references.
+  // What the queries of a vector find in no place, relative to their references.
   Floats rest(int64_t batch, int64_t head, int first_row, int row, int vector, const Unit<Word>& unit) const {
     float values[WIDTH] = {};
     if (unit.is_listed)
@@ -588,10 +583,10 @@ class Selection {
 bool places_are_valid(const SelectArguments& call) {
   if (call.places == nullptr) return true;
   const int64_t place_size = call.block_size * call.blocks_per_place;
-  for (int64_t list = 0; list < call.batch * call.heads * call.num_lists; list++) {
-    if (call.place_counts[list] > call.max_places) return false;
-    for (int i = 0; i < call.place_counts[list]; i++) {
-      const int32_t place = call.places[list * call.max_places + i];
+  for (int64_t row = 0; row < call.batch * call.heads * call.num_rows; row++) {
+    if (call.place_counts[row] > call.max_places) return false;
+    for (int i = 0; i < call.place_counts[row]; i++) {
+      const int32_t place = call.places[row * call.max_places + i];
       if (place < 0 || place * place_size >= call.length) return false;
     }
   }

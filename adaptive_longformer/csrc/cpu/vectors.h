@@ -52,23 +52,24 @@ ALWAYS_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 // value where the mask is -1, 0 where it is 0.
 ALWAYS_INLINE Floats zero_unless(Ints mask, Floats value) { return (Floats)((Ints)value & mask); }
 
-// Of Floats or Ints, halves by halves.
-template <typename Vector>
-ALWAYS_INLINE auto horizontal_sum(Vector value) {
-  std::remove_reference_t<decltype(value[0])> lanes[WIDTH];
-  store(lanes, value);
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
+// All lanes of Floats or Ints joined by a function of two, halves by halves.
+template <int HALF = WIDTH / 2, typename Vector, typename Join>
+ALWAYS_INLINE auto join_lanes(Vector value, const Join& join) {
+  Ints crossed;
+  for (int lane = 0; lane < WIDTH; lane++) crossed[lane] = lane ^ HALF;
+  value = join(value, __builtin_shuffle(value, crossed));
+  if constexpr (HALF > 1)
+    return join_lanes<HALF / 2>(value, join);
+  else
+    return value[0];
 }
 
-ALWAYS_INLINE float horizontal_maximum(Floats value) {
-  float lanes[WIDTH];
-  store(lanes, value);
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+template <typename Vector>
+ALWAYS_INLINE auto horizontal_sum(Vector value) {
+  return join_lanes(value, [](Vector a, Vector b) { return a + b; });
 }
+
+ALWAYS_INLINE float horizontal_maximum(Floats value) { return join_lanes(value, maximum); }
 
 // Whether a mask is -1 anywhere.
 ALWAYS_INLINE bool any(Ints mask) {
