@@ -141,6 +141,35 @@ def candidates() -> str:
     return f"{markdown(('candidates', *tasks), rows)}\n\n{about}"
 
 
+def sizes() -> str:
+    """What blocks of other sizes find at equal keys, and what the attention to them costs."""
+    speed = read("block_sizes.json")
+    length = max(cell["length"] for cell in speed["cells"])
+    factors = {
+        (cell["query_block"], cell["key_block"], cell["mode"]): cell["factor"]
+        for cell in speed["cells"]
+        if cell["length"] == length
+    }
+    cells = [cell for cell in quality_cells() if cell["part"] == "sizes"]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = []
+    for variant in dict.fromkeys(cell["variant"] for cell in cells):
+        found = [cell for cell in cells if cell["variant"] == variant]
+        queries, keys = (int(number) for number in re.findall(r"\d+", variant))
+        means = [
+            statistics.mean(cell["finetuned"]["far"] for cell in found if cell["task"] == task)
+            for task in tasks
+        ]
+        times = [factors[queries, keys, mode] for mode in ("forward", "forward+backward")]
+        rows.append([variant, *(f"{mean:.3f}" for mean in means), *(f"{x:.2f}" for x in times)])
+    head = ("blocks", *tasks, "time forward", "and backward")
+    about = source("pattern_quality_full.jsonl", cells[0]["environment"])
+    return (
+        f"{markdown(head, rows)}\n\nMeans of 3 seeds; time at {length:,} tokens, that of blocks of "
+        f"64 x 64 is 1. {about} {source('block_sizes.json', speed['environment'])}"
+    )
+
+
 def quality() -> str:
     name = "pattern_quality_full.jsonl"
     rows = quality_cells()
@@ -242,8 +271,8 @@ def embedding() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
     for one in (
-        layer, operator, small_encoder, training_step, families, quality, candidates, hyperpartisan,
-        names, fidelity, recall, embedding,
+        layer, operator, small_encoder, training_step, families, quality, candidates, sizes,
+        hyperpartisan, names, fidelity, recall, embedding,
     )
 }  # fmt: skip
 

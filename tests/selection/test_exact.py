@@ -94,6 +94,14 @@ def test_two_stages_match_definition(sizes, masks, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_of_up_to_twice_as_many_keys_as_candidates_meet_all(is_causal):
+    call = make_call({"length": 512, "is_causal": is_causal})
+    every, just, few = (exact_choice(call, count) for count in (512, 256, 240))
+    assert torch.equal(just.key_blocks, every.key_blocks) and torch.equal(just.mass, every.mass)
+    assert not torch.equal(few.mass, every.mass)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_many_stages_drop_little_of_what_is_large(is_causal):
     call = make_call({"length": 4000, "is_causal": is_causal}, num_blocks=1, batch=1, heads=2)
     # One block of each row's keys fits its queries, and nothing else does.

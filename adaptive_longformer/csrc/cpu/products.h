@@ -33,6 +33,8 @@ class RegisterProducts {
   template <typename Visit>
   ALWAYS_INLINE void meet(int64_t first, int64_t last, int64_t /* next */, const Visit& visit) const {
     for (; first + KEYS <= last; first += KEYS) meet_some<KEYS>(first, visit);
+    if constexpr (KEYS > 4)
+      for (; first + 4 <= last; first += 4) meet_some<4>(first, visit);
     for (; first < last; first++) meet_some<1>(first, visit);
   }
 
