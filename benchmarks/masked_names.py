@@ -20,6 +20,7 @@ masked_names.jsonl. Every run is a process of its own, whose peak memory is its 
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -403,20 +404,23 @@ def run_arm(args: argparse.Namespace, arm: str, positions: str, seed: int, file:
 
 def table(cells: list[dict]) -> str:
     """Means over seeds; and over documents and seeds the difference of every arm to "adaptive" with
-    the same positions.
+    the same positions, from the same source model.
     """
     head = (
-        "pattern", "positions", "seeds", "far words: bits at once", "bits", "more than adaptive",
-        "accuracy", "all words: bits", "seconds per step", "peak MiB", "chosen at repeated offsets",
+        "source", "pattern", "positions", "seeds", "far words: bits at once", "bits",
+        "more than adaptive", "accuracy", "all words: bits", "seconds per step", "peak MiB",
+        "chosen at repeated offsets",
     )  # fmt: skip
     rows = [head, ["---"] * len(head)]
     own = {
-        (cell["positions"], cell["seed"]): cell["far_bits_by_document"]
+        (cell["source"], cell["positions"], cell["seed"]): cell["far_bits_by_document"]
         for cell in cells
         if cell["arm"] == "adaptive"
     }
-    for positions, arm in itertools.product(POSITIONS, ARMS):
-        group = [cell for cell in cells if (cell["positions"], cell["arm"]) == (positions, arm)]
+    sources = dict.fromkeys(cell["source"] for cell in cells)
+    for source, positions, arm in itertools.product(sources, POSITIONS, ARMS):
+        asked = (source, positions, arm)
+        group = [c for c in cells if (c["source"], c["positions"], c["arm"]) == asked]
         if not group:
             continue
         mean = {
@@ -427,9 +431,9 @@ def table(cells: list[dict]) -> str:
         pairs = [
             other - ours
             for cell in group
-            if (positions, cell["seed"]) in own and arm != "adaptive"
+            if (source, positions, cell["seed"]) in own and arm != "adaptive"
             for other, ours in zip(
-                cell["far_bits_by_document"], own[positions, cell["seed"]], strict=True
+                cell["far_bits_by_document"], own[source, positions, cell["seed"]], strict=True
             )
         ]
         difference = "-"
@@ -438,7 +442,7 @@ def table(cells: list[dict]) -> str:
             difference = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
         repeated = mean.get("share_of_repeated_offsets")
         rows.append([
-            arm, positions, str(len(group)), f"{mean['far_bits_at_once']:.2f}",
+            source, arm, positions, str(len(group)), f"{mean['far_bits_at_once']:.2f}",
             f"{mean['far_bits']:.2f}", difference, f"{mean['far_accuracy']:.1%}",
             f"{mean['bits']:.2f}", f"{mean['seconds_per_step']:.2f}", f"{mean['peak_mib']:,.0f}",
             "-" if repeated is None else f"{repeated:.0%}",
@@ -481,6 +485,8 @@ def main() -> int:
         if is_one:
             state = folder / f"{run['arm']}-{run['positions']}-{run['seed']}.pt"
             cell = {**run, **run_arm(args, **run, file=state), "settings": settings}
+            weights = (folder / "converted" / "model.safetensors").read_bytes()
+            cell["source"] = hashlib.sha256(weights).hexdigest()[:8]
             cell["environment"] = environment(torch.device(args.device))
             with file.open("a") as out:
                 out.write(json.dumps(cell) + "\n")
