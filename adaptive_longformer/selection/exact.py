@@ -57,7 +57,9 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
     if call.num_key_blocks > most_blocks:
         coarse = _coarser(call, run, blocks_per_place, num_places)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
-        counts = _without_short_lists(call, kept.counts, most_blocks)
+        counts = _without_short_rows(call, kept.counts, most_blocks)
+        if not call.is_causal and call.ends is None:
+            most_blocks = 0  # no row is short
         places = Places(kept.key_blocks, counts, blocks_per_place, most_blocks, kept.log_dropped)
         call = replace(call, places=places)
     if can_select(call):
@@ -104,7 +106,7 @@ def covered_range(
     return first, last
 
 
-def _without_short_lists(call: ExactCall, counts: torch.Tensor, most_blocks: int) -> torch.Tensor:
+def _without_short_rows(call: ExactCall, counts: torch.Tensor, most_blocks: int) -> torch.Tensor:
     """The counts of a coarser stage, -1 for query blocks for which there are at most so many blocks
     of the finer call, whatever comes behind, be it padding or later tokens.
     """

@@ -39,7 +39,7 @@ def _covered_range(sizes, row, end, tile: tl.constexpr):
 
 
 @triton.jit
-def _list_of(inputs, sizes, pair, row, end, tile: tl.constexpr):
+def _places_of(inputs, sizes, pair, row, end, tile: tl.constexpr):
     """The places of a query block: where they are in memory, their count (-1: all blocks are
     candidates), and the first and one more than the last of the blocks near it.
     """
@@ -61,19 +61,21 @@ def _list_of(inputs, sizes, pair, row, end, tile: tl.constexpr):
 
 
 @triton.jit
-def _num_used(sizes, row, count, end, tile: tl.constexpr):
+def _num_used(sizes, row, places_of, end, tile: tl.constexpr):
     """How many candidates may be there, of query blocks up to one."""
+    _, count, near, near_end = places_of
     blocks = tl.cdiv(end, tile.block_size)
     if tile.is_causal:
         row = tl.minimum(row, sizes.num_rows - 1)
         blocks = (row + sizes.first_row) * tile.query_block_size // tile.block_size
-    return tl.where(count < 0, tl.minimum(blocks, sizes.num_candidates), sizes.num_candidates)
+    of_places = sizes.num_places * tile.blocks_per_place + near_end - near
+    return tl.minimum(tl.where(count < 0, blocks, of_places), sizes.num_candidates)
 
 
 @triton.jit
-def _blocks_of(inputs, sizes, list_of, index, tile: tl.constexpr):
+def _blocks_of(inputs, sizes, places_of, index, tile: tl.constexpr):
     """The blocks that candidates are; `num_key_blocks` or more where there is none."""
-    at, count, near, near_end = list_of
+    at, count, near, near_end = places_of
     block = index
     if inputs.places is not None:
         nothing = sizes.num_key_blocks
@@ -138,10 +140,10 @@ def _load_keys(inputs, batch, key_head, number, is_key, tile: tl.constexpr):
 
 
 @triton.jit
-def _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile: tl.constexpr):
+def _scores(inputs, sizes, weights, pair, query, row, places_of, first, tile: tl.constexpr):
     """Scores of the candidates from one on, with the logarithms of counts; -inf for none."""
     slot = tl.arange(0, tile.keys)
-    block = _blocks_of(inputs, sizes, list_of, first + slot // tile.key_slots, tile)
+    block = _blocks_of(inputs, sizes, places_of, first + slot // tile.key_slots, tile)
     in_block = slot % tile.key_slots
     key_number = block * tile.keys_per_block + in_block
     is_key = (block < sizes.num_key_blocks) & (in_block < tile.keys_per_block)
@@ -258,17 +260,17 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
-    list_of = _list_of(inputs, sizes, pair, first_row, end, tile)
-    num_used = _num_used(sizes, first_row + tile.rows - 1, list_of[1], end, tile)
+    places_of = _places_of(inputs, sizes, pair, first_row, end, tile)
+    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of, end, tile)
 
-    peak = _log_rest(inputs, sizes, pair, index, list_of[1], vote)
+    peak = _log_rest(inputs, sizes, pair, index, places_of[1], vote)
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
     if inputs.global_positions is not None:
         for first in range(0, sizes.num_global, 16):
             scores = _global_scores(inputs, sizes, pair, query, row, first, tile)
             peak, total = _add(peak, total, scores)
     for first in range(0, num_used, tile.blocks):
-        scores = _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile)
+        scores = _scores(inputs, sizes, weights, pair, query, row, places_of, first, tile)
         peak, total = _add(peak, total, scores)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     if peaks is not None:
@@ -290,7 +292,7 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
     tl.store(of_globals + at, covered, mask=is_row)
     at = own.to(tl.int64) * sizes.num_rows + row
     for first in range(0, num_used, tile.blocks):
-        scores = _scores(inputs, sizes, weights, pair, query, query_row, list_of, first, tile)
+        scores = _scores(inputs, sizes, weights, pair, query, query_row, places_of, first, tile)
         share = _sum_of_rows(_block_sums(scores, peak, tile) * factor, tile)
         candidate = first + tl.arange(0, tile.blocks)
         tl.store(
@@ -320,10 +322,10 @@ def best_kernel(
     pair = tl.program_id(0) // sizes.num_rows + sizes.first_pair
     at = pair.to(tl.int64) * sizes.num_rows + row
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
-    list_of = _list_of(inputs, sizes, pair, row, end, tile)
+    places_of = _places_of(inputs, sizes, pair, row, end, tile)
     candidate = tl.arange(0, slots)
-    block = _blocks_of(inputs, sizes, list_of, candidate, tile)
-    is_there = candidate < _num_used(sizes, row, list_of[1], end, tile)
+    block = _blocks_of(inputs, sizes, places_of, candidate, tile)
+    is_there = candidate < _num_used(sizes, row, places_of, end, tile)
     is_there = is_there & (block < sizes.num_key_blocks)
     masses += own * sizes.num_candidates
     share = tl.load(masses + candidate, mask=is_there, other=0.0)
@@ -374,14 +376,14 @@ def dropped_kernel(inputs, sizes, weights, marks, log_dropped, tile: tl.constexp
     end = _end_of(inputs, sizes, pair // sizes.heads, tile)
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
-    list_of = _list_of(inputs, sizes, pair, first_row, end, tile)
-    num_used = _num_used(sizes, first_row + tile.rows - 1, list_of[1], end, tile)
+    places_of = _places_of(inputs, sizes, pair, first_row, end, tile)
+    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of, end, tile)
     log_dropped += pair.to(tl.int64) * sizes.query_length
     peak = tl.load(log_dropped + index, mask=vote > 0, other=0.0)
-    dropped = tl.exp2(_log_rest(inputs, sizes, pair, index, list_of[1], vote) - peak)
+    dropped = tl.exp2(_log_rest(inputs, sizes, pair, index, places_of[1], vote) - peak)
     at = own.to(tl.int64) * sizes.num_rows + row
     for first in range(0, num_used, tile.blocks):
-        scores = _scores(inputs, sizes, weights, pair, query, row, list_of, first, tile)
+        scores = _scores(inputs, sizes, weights, pair, query, row, places_of, first, tile)
         candidate = first + tl.arange(0, tile.blocks)
         mark = tl.load(
             marks + at[:, None] * sizes.num_candidates + candidate[None, :],

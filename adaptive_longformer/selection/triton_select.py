@@ -1,12 +1,12 @@
 """The exact stage of the selection in Triton: no score is ever in memory, and no number is read
 back from the device.
 
-Kernels, each over all rows of a batch and all heads at once:
+Kernels, each over all rows of a batch and all heads at once, or a group of them:
 
 - weights: the log2 of what every key counts, -inf for those of a block with a bad one;
-- masses: a tile of query blocks that share their candidates meets them twice, first for the peak
-  and the sum of every query, then for the mass of every block: float32 [batch, heads, query_blocks,
-  candidates], which is all that is written;
+- masses: a tile of query blocks, of one where it has places, meets its candidates twice, first for
+  the peak and the sum of every query, then for the mass of every block: float32 [heads of the
+  group, query_blocks, candidates], which is all that is written;
 - best: the blocks with the largest masses, one at a time, with a row of masses in registers;
 - dropped: for a finer stage, what each query leaves behind.
 """
@@ -25,7 +25,7 @@ from adaptive_longformer.selection.triton_kernels import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Queries of a tile where blocks do not ask for more; and keys, twice as many beside few queries.
+# Queries of a tile where blocks do not ask for others, and keys.
 _TILE = 64
 # Masses of a query block in registers, at most.
 _MOST_CANDIDATES = 16384

@@ -116,7 +116,7 @@ def _length_table(cells: list[dict]) -> list[str]:
         "### Documents of other lengths",
         "",
         "Fine-tuned as above; accuracy on what is far, mean over seeds. Where documents have more "
-        "tokens than there are candidates, a coarser stage chooses the candidates.",
+        "than twice as many tokens as candidates, a coarser stage chooses these.",
         "",
         "| task | | seeds | " + " | ".join(f"{int(length):,} tokens" for length in lengths) + " |",
         "|---|---|---|" + "---|" * len(lengths),
@@ -297,7 +297,7 @@ def _learned(axis, cells: list[dict]) -> None:
         axis.plot(windows, "x:", color=color)
     axis.set(
         xlabel="head, layer by layer",
-        title="learned shares of blocks (-) and window (:)",
+        title="learned: blocks (-), window (:)",
         xticks=range(len(_shares(cells[0])) // 2 if cells else 1),
         ylim=(0, 1.1),
     )

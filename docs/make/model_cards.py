@@ -97,7 +97,7 @@ ones at {length:,} tokens, mean of {num_seeds} seeds. Full attention: {full:.1f}
 
 ## Limits
 
-It knows no language, has no tokenizer, and can do this task only. Beyond 4,096 candidate tokens a
+It knows no language, has no tokenizer, and can do this task only. Beyond 4,096 tokens a
 coarser choice comes first, which loses single words.
 
 ## Made by

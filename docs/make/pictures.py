@@ -167,7 +167,7 @@ def one_block_reads() -> str:
     drawing.box(left, top, 5, 34, GLOBAL)
     drawing.box(left + asks * cell - 1, top - 1, cell, 36, "none", INK)
     middle = left + asks * cell + cell / 2 - 1
-    drawing.text(middle, 20, "these 64 queries", 13, "middle", bold=True)
+    drawing.text(middle, 20, "these 16 queries", 13, "middle", bold=True)
     drawing.line(middle, 28, middle, top - 4, arrow=True)
     for block in chosen:
         x = left + block * cell + cell / 2 - 1

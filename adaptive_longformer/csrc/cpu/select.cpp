@@ -89,7 +89,7 @@ template <typename Word>
 struct Unit {
   std::vector<int32_t> entries;  // of the candidates, and then of global tokens
   int64_t num_blocks;            // how many of the first kind
-  bool is_listed;                // whether the candidates are those of places
+  bool has_places;                // whether the candidates are those of places
   std::vector<int32_t> places;
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
@@ -220,8 +220,8 @@ class Selection {
     };
     const int64_t number = (batch * call.heads + head) * call.num_rows + first_row;
     unit.entries.clear();
-    unit.is_listed = call.places != nullptr && call.place_counts[number] >= 0;
-    if (!unit.is_listed) {
+    unit.has_places = call.places != nullptr && call.place_counts[number] >= 0;
+    if (!unit.has_places) {
       add(0, entries.num_blocks);
     } else {
       int64_t near, near_end;
@@ -553,7 +553,7 @@ class Selection {
   // What the queries of a vector find in no place, relative to their references.
   Floats rest(int64_t batch, int64_t head, int first_row, int row, int vector, const Unit<Word>& unit) const {
     float values[WIDTH] = {};
-    if (unit.is_listed)
+    if (unit.has_places)
       for (int lane = 0; lane < WIDTH; lane++) {
         if (unit.voter.data()[vector * WIDTH + lane] == 0.0f) continue;
         const int64_t index = (first_row + row - call.is_causal) * call.query_block_size +
