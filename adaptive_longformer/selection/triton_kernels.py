@@ -61,15 +61,13 @@ def _places_of(inputs, sizes, pair, row, end, tile: tl.constexpr):
 
 
 @triton.jit
-def _num_used(sizes, row, places_of, end, tile: tl.constexpr):
+def _num_used(sizes, row, count, end, tile: tl.constexpr):
     """How many candidates may be there, of query blocks up to one."""
-    _, count, near, near_end = places_of
     blocks = tl.cdiv(end, tile.block_size)
     if tile.is_causal:
         row = tl.minimum(row, sizes.num_rows - 1)
         blocks = (row + sizes.first_row) * tile.query_block_size // tile.block_size
-    of_places = sizes.num_places * tile.blocks_per_place + near_end - near
-    return tl.minimum(tl.where(count < 0, blocks, of_places), sizes.num_candidates)
+    return tl.where(count < 0, tl.minimum(blocks, sizes.num_candidates), sizes.num_of_places)
 
 
 @triton.jit
@@ -261,7 +259,7 @@ def masses_kernel(inputs, sizes, weights, masses, of_globals, peaks, tile: tl.co
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
     places_of = _places_of(inputs, sizes, pair, first_row, end, tile)
-    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of, end, tile)
+    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of[1], end, tile)
 
     peak = _log_rest(inputs, sizes, pair, index, places_of[1], vote)
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
@@ -325,7 +323,7 @@ def best_kernel(
     places_of = _places_of(inputs, sizes, pair, row, end, tile)
     candidate = tl.arange(0, slots)
     block = _blocks_of(inputs, sizes, places_of, candidate, tile)
-    is_there = candidate < _num_used(sizes, row, places_of, end, tile)
+    is_there = candidate < _num_used(sizes, row, places_of[1], end, tile)
     is_there = is_there & (block < sizes.num_key_blocks)
     masses += own * sizes.num_candidates
     share = tl.load(masses + candidate, mask=is_there, other=0.0)
@@ -377,7 +375,7 @@ def dropped_kernel(inputs, sizes, weights, marks, log_dropped, tile: tl.constexp
     query, index, row, is_there, vote = _load_queries(inputs, sizes, pair, tile_number, tile)
     first_row = tile_number * tile.rows
     places_of = _places_of(inputs, sizes, pair, first_row, end, tile)
-    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of, end, tile)
+    num_used = _num_used(sizes, first_row + tile.rows - 1, places_of[1], end, tile)
     log_dropped += pair.to(tl.int64) * sizes.query_length
     peak = tl.load(log_dropped + index, mask=vote > 0, other=0.0)
     dropped = tl.exp2(_log_rest(inputs, sizes, pair, index, places_of[1], vote) - peak)

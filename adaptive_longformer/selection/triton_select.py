@@ -73,6 +73,7 @@ class _Sizes(NamedTuple):
     num_shared: int
     num_places: int
     num_candidates: int
+    num_of_places: int
     num_blocks: int
     left: int
     right: int
@@ -183,11 +184,18 @@ def _num_candidates(call: ExactCall) -> int:
     """Of a query block, at most."""
     if call.places is None:
         return call.num_key_blocks
+    return max(_num_of_places(call), call.places.most_blocks)
+
+
+def _num_of_places(call: ExactCall) -> int:
+    """Of one whose places are known, at most: their blocks, and those near it."""
     places = call.places
+    if places is None:
+        return 0
     reach = call.left + call.right + call.query_block_size
     near = reach // call.block_size + 2 + places.blocks_per_place
     far = places.numbers.shape[-1] * places.blocks_per_place
-    return max(far + min(near, call.num_key_blocks), places.most_blocks)
+    return far + min(near, call.num_key_blocks)
 
 
 def _inputs(call: ExactCall, query: torch.Tensor, key: torch.Tensor) -> _Inputs:
@@ -241,6 +249,7 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_shared=0 if call.shared_blocks is None else call.shared_blocks.shape[2],
         num_places=0 if places is None else places.numbers.shape[3],
         num_candidates=_num_candidates(call),
+        num_of_places=_num_of_places(call),
         num_blocks=call.num_blocks,
         left=min(call.left, FAR),
         right=min(call.right, FAR),
