@@ -58,9 +58,8 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         coarse = _coarser(call, run, blocks_per_place, num_places)
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
         counts = _without_short_rows(call, kept.counts, most_blocks)
-        if not call.is_causal and call.ends is None:
-            most_blocks = 0  # no row is short
-        places = Places(kept.key_blocks, counts, blocks_per_place, most_blocks, kept.log_dropped)
+        short = most_blocks if call.is_causal or call.ends is not None else 0
+        places = Places(kept.key_blocks, counts, blocks_per_place, short, kept.log_dropped)
         call = replace(call, places=places)
     if can_select(call):
         return compiled_choice(call, with_dropped=with_dropped)

@@ -35,9 +35,6 @@ from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.repeated_positions import without_positions
 from adaptive_longformer.selection.sampling import NO_SEED
 
-# Queries that a step of the loop takes, at least.
-_QUERIES_PER_STEP = 64
-
 
 class BlockBias(NamedTuple):
     """What is added to the scores of chosen blocks; -inf: they are not read.
@@ -109,7 +106,7 @@ class _Chunks:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         self.call, self.options = call, options
-        self.rows = -(-_QUERIES_PER_STEP // options.query_block_size)
+        self.rows = -(-64 // options.query_block_size)  # a step takes 64 queries at least
         self.size = self.rows * options.query_block_size
         length, device = call.query.shape[2], call.query.device
         dtype = torch.promote_types(call.query.dtype, torch.float32)

@@ -67,7 +67,7 @@ def _num_used(sizes, row, count, end, tile: tl.constexpr):
     if tile.is_causal:
         row = tl.minimum(row, sizes.num_rows - 1)
         blocks = (row + sizes.first_row) * tile.query_block_size // tile.block_size
-    return tl.where(count < 0, tl.minimum(blocks, sizes.num_candidates), sizes.num_of_places)
+    return tl.where(count < 0, tl.minimum(blocks, sizes.num_candidates), sizes.num_placed)
 
 
 @triton.jit

@@ -73,7 +73,7 @@ class _Sizes(NamedTuple):
     num_shared: int
     num_places: int
     num_candidates: int
-    num_of_places: int
+    num_placed: int
     num_blocks: int
     left: int
     right: int
@@ -182,12 +182,10 @@ def _launch(kernel: Any, num_programs: int, num_warps: int, *arguments: Any) -> 
 
 def _num_candidates(call: ExactCall) -> int:
     """Of a query block, at most."""
-    if call.places is None:
-        return call.num_key_blocks
-    return max(_num_of_places(call), call.places.most_blocks)
+    return max(_num_placed(call), call.places.most_blocks if call.places else call.num_key_blocks)
 
 
-def _num_of_places(call: ExactCall) -> int:
+def _num_placed(call: ExactCall) -> int:
     """Of one whose places are known, at most: their blocks, and those near it."""
     places = call.places
     if places is None:
@@ -249,7 +247,7 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_shared=0 if call.shared_blocks is None else call.shared_blocks.shape[2],
         num_places=0 if places is None else places.numbers.shape[3],
         num_candidates=_num_candidates(call),
-        num_of_places=_num_of_places(call),
+        num_placed=_num_placed(call),
         num_blocks=call.num_blocks,
         left=min(call.left, FAR),
         right=min(call.right, FAR),

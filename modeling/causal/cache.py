@@ -179,8 +179,7 @@ class SelectionLayer(_RowsMixin, DynamicLayer):
         means, mean_counts: [batch, key_heads, room, head_dim] and [batch, room], means of runs of
             keys from each row's first slot on, and how many of them count.
         num_means: int64 [batch] on the host, how many means are there.
-        means_begin: int64 [batch] on the host, the slot that the first of them begins with. A row
-            that was nothing but padding began earlier.
+        means_begin: int64 [batch] on the host, where the first begins: padding may begin earlier.
     """
 
     row_tensors = (

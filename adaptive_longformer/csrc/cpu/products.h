@@ -51,12 +51,9 @@ class RegisterProducts {
     for (int sum = 0; sum < COUNT * VECTORS; sum++) {
       const int64_t key = first + sum / VECTORS;
       const int vector = sum % VECTORS;
-      if constexpr (IS_BYTES)
-        visit(key, vector,
-              __builtin_convertvector(sums[sum], Floats) * keys_.scale[key] *
-                  load<Floats>(query_scale_ + vector * WIDTH));
-      else
-        visit(key, vector, sums[sum]);
+      Floats score = __builtin_convertvector(sums[sum], Floats);
+      if constexpr (IS_BYTES) score = score * keys_.scale[key] * load<Floats>(query_scale_ + vector * WIDTH);
+      visit(key, vector, score);
     }
   }
 
@@ -78,10 +75,8 @@ class RegisterProducts {
     for (int key = 0; key < COUNT; key++)
 #pragma GCC unroll 4
       for (int vector = 0; vector < VECTORS; vector++) {
-        if constexpr (IS_BYTES)
-          sums[key][vector] = broadcast(keys_.start[first + key]);
-        else
-          sums[key][vector] = Vector{};
+        sums[key][vector] = Vector{};
+        if constexpr (IS_BYTES) sums[key][vector] += keys_.start[first + key];
       }
     for (int64_t i = 0; i < depth; i++) {
       Vector left[VECTORS];
