@@ -202,7 +202,7 @@ class _Row:
     def chunks(self) -> Iterator[tuple[slice, slice]]:
         """Ranges of key heads and of query blocks whose scores fit in memory."""
         call = self.call
-        num_keys = self.width * call.keys_per_block
+        num_keys = call.num_candidates * call.keys_per_block
         per_row = call.query_block_size * num_keys
         if call.places is not None:
             per_row = max(per_row, num_keys * call.key.shape[3])  # gathered keys
@@ -216,24 +216,6 @@ class _Row:
                     slice(head, min(head + heads, call.key.shape[1])),
                     slice(row, min(row + rows, call.num_rows)),
                 )
-
-    @property
-    def width(self) -> int:
-        """Candidates of a query block, at most."""
-        call = self.call
-        if call.places is None:
-            return call.num_key_blocks
-        far = call.places.numbers.shape[-1] * call.places.blocks_per_place
-        return max(far + self.near_width, call.places.most_blocks)
-
-    @property
-    def near_width(self) -> int:
-        """Blocks that are candidates beside those of places, at most."""
-        call = self.call
-        assert call.places is not None
-        reach = call.left + call.right + call.query_block_size
-        width = reach // call.block_size + 2 + call.places.blocks_per_place
-        return min(width, call.num_key_blocks)
 
     def choose(self, key_heads: slice, rows: slice, result: ExactChoice) -> None:
         """Fills in the results of some query blocks."""
@@ -333,11 +315,11 @@ class _Row:
         blocks = (place * width + torch.arange(width, device=self.device)).flatten(-2)
         is_far = (blocks < near) | (blocks >= near_end[:, None])
         is_far = is_far & is_place.repeat_interleave(width, dim=-1) & (blocks < nothing)
-        near_blocks = near + torch.arange(self.near_width, device=self.device)
+        near_blocks = near + torch.arange(call.near_width, device=self.device)
         is_near = (near_blocks < near_end[:, None]) & (near_blocks < nothing)
         near_blocks = near_blocks.where(is_near, nothing).expand(blocks.shape[0], -1, -1)
         blocks = torch.cat([blocks.where(is_far, nothing), near_blocks], dim=-1)
-        blocks = F.pad(blocks, (0, self.width - blocks.shape[-1]), value=nothing)
+        blocks = F.pad(blocks, (0, call.num_candidates - blocks.shape[-1]), value=nothing)
         blocks = blocks.sort(dim=-1).values
         every = torch.arange(blocks.shape[-1], device=self.device).clamp(max=nothing)
         return blocks.where(counts >= 0, every)

@@ -116,6 +116,27 @@ class ExactCall:
         return self.block_size // self.tokens_per_key
 
     @property
+    def near_width(self) -> int:
+        """Blocks that are candidates beside those of places, at most."""
+        assert self.places is not None
+        reach = self.left + self.right + self.query_block_size
+        width = reach // self.block_size + 2 + self.places.blocks_per_place
+        return min(width, self.num_key_blocks)
+
+    @property
+    def num_placed(self) -> int:
+        """Candidates of a query block whose places count, at most; 0: there are no places."""
+        if self.places is None:
+            return 0
+        return self.places.numbers.shape[-1] * self.places.blocks_per_place + self.near_width
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of any query block, at most."""
+        most = self.num_key_blocks if self.places is None else self.places.most_blocks
+        return max(self.num_placed, most)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of masses."""
         return torch.promote_types(self.query.dtype, torch.float32)

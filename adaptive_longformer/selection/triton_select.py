@@ -117,7 +117,7 @@ def can_choose(call: ExactCall) -> bool:
     return (
         call.query.dtype in _DTYPES
         and call.key.dtype == call.query.dtype
-        and _num_candidates(call) <= _MOST_CANDIDATES
+        and call.num_candidates <= _MOST_CANDIDATES
     )
 
 
@@ -134,7 +134,7 @@ def triton_choice(
     query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.query, call.key))
     batch, heads, query_length, _ = query.shape
     new, rows = query.new_empty, call.num_rows
-    floats, width = torch.float32, _num_candidates(call)
+    floats, width = torch.float32, call.num_candidates
     result = ExactChoice(
         key_blocks=new(batch, heads, rows, call.num_blocks, dtype=torch.int32),
         counts=new(batch, heads, rows, dtype=torch.int32),
@@ -152,6 +152,8 @@ def triton_choice(
     dropped = result.log_dropped if with_dropped else None
     threshold = result.threshold if call.num_drawn_rows else None
     key_tiles = -(-call.num_key_blocks // tile.blocks)
+    # Queries of the last block vote for none that there is.
+    voting_tiles = -(-(rows + call.is_causal) // tile.rows)
     warps, slots = min(max(tile.queries // 16, 2), 8), max(_power_of_2(width), 32)
     with torch.cuda.device_of(query):
         _launch(weights_kernel, batch * key.shape[1] * key_tiles, 4, inputs, sizes, weights, tile)
@@ -166,8 +168,6 @@ def triton_choice(
                 inputs, sizes, masses, (*result[:4], threshold), with_dropped, tile, slots,
             )  # fmt: skip
             if with_dropped:
-                # Queries of the last block vote for none that there is.
-                voting_tiles = -(-(rows + call.is_causal) // tile.rows)
                 _launch(
                     dropped_kernel, count * voting_tiles, warps,
                     inputs, sizes, weights, masses, dropped, tile,
@@ -178,22 +178,6 @@ def triton_choice(
 def _launch(kernel: Any, num_programs: int, num_warps: int, *arguments: Any) -> None:
     if num_programs:
         kernel[num_programs,](*arguments, num_warps=num_warps)
-
-
-def _num_candidates(call: ExactCall) -> int:
-    """Of a query block, at most."""
-    return max(_num_placed(call), call.places.most_blocks if call.places else call.num_key_blocks)
-
-
-def _num_placed(call: ExactCall) -> int:
-    """Of one whose places are known, at most: their blocks, and those near it."""
-    places = call.places
-    if places is None:
-        return 0
-    reach = call.left + call.right + call.query_block_size
-    near = reach // call.block_size + 2 + places.blocks_per_place
-    far = places.numbers.shape[-1] * places.blocks_per_place
-    return far + min(near, call.num_key_blocks)
 
 
 def _inputs(call: ExactCall, query: torch.Tensor, key: torch.Tensor) -> _Inputs:
@@ -246,8 +230,8 @@ def _sizes(call: ExactCall) -> _Sizes:
         num_global=0 if positions is None else positions.shape[1],
         num_shared=0 if call.shared_blocks is None else call.shared_blocks.shape[2],
         num_places=0 if places is None else places.numbers.shape[3],
-        num_candidates=_num_candidates(call),
-        num_placed=_num_placed(call),
+        num_candidates=call.num_candidates,
+        num_placed=call.num_placed,
         num_blocks=call.num_blocks,
         left=min(call.left, FAR),
         right=min(call.right, FAR),

@@ -163,10 +163,11 @@ def sizes() -> str:
         times = [factors[queries, keys, mode] for mode in ("forward", "forward+backward")]
         rows.append([variant, *(f"{mean:.3f}" for mean in means), *(f"{x:.2f}" for x in times)])
     head = ("blocks", *tasks, "time forward", "and backward")
+    seeds = len({cell["seed"] for cell in cells})
     about = source("pattern_quality_full.jsonl", cells[0]["environment"])
     return (
-        f"{markdown(head, rows)}\n\nMeans of 3 seeds; time at {length:,} tokens, that of blocks of "
-        f"64 x 64 is 1. {about} {source('block_sizes.json', speed['environment'])}"
+        f"{markdown(head, rows)}\n\nMeans of {seeds} seeds; time at {length:,} tokens, that of "
+        f"blocks of 64 x 64 is 1. {about} {source('block_sizes.json', speed['environment'])}"
     )
 
 

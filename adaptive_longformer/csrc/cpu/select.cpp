@@ -89,7 +89,7 @@ template <typename Word>
 struct Unit {
   std::vector<int32_t> entries;  // of the candidates, and then of global tokens
   int64_t num_blocks;            // how many of the first kind
-  bool has_places;                // whether the candidates are those of places
+  bool has_places;               // whether the candidates are those of places
   std::vector<int32_t> places;
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
