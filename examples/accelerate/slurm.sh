@@ -13,7 +13,8 @@
 set -euo pipefail
 
 CONFIG="examples/accelerate/${CONFIG:-ddp}.yaml"
-MAIN_MACHINE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MACHINES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_MACHINE=${MACHINES%%$'\n'*}
 export CONFIG MAIN_MACHINE
 
 # Every machine compiles the kernels once, before its processes need them.

@@ -298,9 +298,11 @@ def test_there_are_no_other_files():
 
 
 def test_slurm_starts_a_launcher_on_every_machine(tmp_path):
-    """With commands of our own in place of SLURM's and of accelerate, which say what they get."""
+    """With commands of our own in place of SLURM's and of accelerate, which say what they get.
+    So many names fill a pipe: a reader that stops at the first would end the writer, and the job.
+    """
     commands = {
-        "scontrol": "printf 'first\\nsecond\\n'",
+        "scontrol": "echo first; seq 100000",
         "srun": 'for id in 0 1; do SLURM_NODEID=$id "$@"; done',
         "accelerate": 'printf "%s " "$@"; echo',
         "adaptive-longformer": ":",
