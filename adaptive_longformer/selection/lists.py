@@ -127,35 +127,40 @@ def _torch_lists(
     """Key blocks, counts, flags and slots, on any device."""
     device = selected.key_blocks.device
     query_size, key_size = options.query_block_size, options.block_size
-    batch, heads, rows, num_ranked = selected.key_blocks.shape
-    rank = torch.arange(num_ranked, device=device)
-    far, far_counts, far_slots = selected.key_blocks, selected.counts, None
+    rank = torch.arange(selected.key_blocks.shape[-1], device=device)
+    far, far_counts, far_slots = selected.key_blocks, selected.counts, rank + 1
     if rank_limit is not None:
         far_counts = torch.minimum(far_counts, rank_limit[:, None].to(far_counts.dtype))
     if selected.global_blocks.shape[-1]:
-        shared = selected.global_blocks[:, :, None].expand(-1, -1, rows, -1)
+        shared = selected.global_blocks[:, :, None].expand(-1, -1, far.shape[2], -1)
         used = torch.cat([rank < far_counts[..., None], selected.global_open], dim=-1)
         order = torch.argsort(used.int(), dim=-1, descending=True, stable=True)
         far, far_slots = torch.cat([far, shared], dim=-1).gather(-1, order), order + 1
         far_counts = used.sum(dim=-1, dtype=torch.int32)
 
     start, end, first, last = window_blocks(window, length, query_size, key_size, device, reach)
-    near_counts = last - first + 1  # [query_blocks, 1] or [heads, query_blocks, 1]
+    assert window.right is not None
+    left, right = min(window.left, length), min(window.right, length)
     width = most_window_entries(window, length, query_size, key_size)
     position = torch.arange(width + far.shape[-1], device=device)
-    is_near = position < near_counts
-    counts = near_counts[..., 0] + far_counts
-    used = position < counts[..., None]
-    far_index = (position - near_counts).clamp(0, far.shape[-1] - 1).expand(batch, heads, -1, -1)
-    key_blocks = torch.where(is_near, first + position, far.gather(-1, far_index))
-    key_start = key_blocks * key_size
-    key_end = (key_start + key_size).clamp(max=length) - 1
-    assert window.right is not None
-    left, right = window.left, window.right
-    is_inside = (key_start >= end - left) & (key_end <= start + right)
-    is_outside = (key_start + key_size <= start - left) | (key_start >= start + query_size + right)
-    flags = torch.where(is_near, _WINDOW, _SELECTED)
-    flags = flags + torch.where(is_near, is_inside, is_outside) * _FULL
-    slots = far_index + 1 if far_slots is None else far_slots.gather(-1, far_index)
-    slots = torch.where(used & ~is_near, slots, 0)
-    return (key_blocks * used).int(), counts.int(), (flags * used).int(), slots
+    near, near_counts = first + position[:width], last - first + 1  # with [heads] if with a reach
+    is_near = position[:width] < near_counts
+    near_end = ((near + 1) * key_size).clamp(max=length) - 1
+    is_inside = (near * key_size >= end - left) & (near_end <= start + right)
+    # Chosen blocks differ by head: what is done for each of them is done in int32.
+    before, behind = (start - left) // key_size, -(-(start + query_size + right) // key_size)
+    is_outside = (far < before.int()) | (far >= behind.int())
+    is_far = position[: far.shape[-1]] < far_counts[..., None]
+    index = (near_counts + position[: far.shape[-1]]).expand(far.shape)
+
+    def joined(of_near: torch.Tensor, of_far: torch.Tensor) -> torch.Tensor:
+        lists = of_far.new_zeros(*far.shape[:3], len(position))
+        lists[..., :width] = of_near * is_near
+        return lists.scatter_(-1, index, of_far * is_far)
+
+    return (
+        joined(near, far),
+        (near_counts[..., 0] + far_counts).int(),
+        joined(_WINDOW + is_inside * _FULL, _SELECTED + is_outside.int() * _FULL),
+        joined(torch.zeros_like(near), far_slots),
+    )

@@ -139,10 +139,10 @@ def test_config_with_a_wrong_type(tmp_path, source):
 )
 def test_fields_of_a_wrong_shape_are_named_at_once(tmp_path, source, field, value):
     edit_config(source, **{field: value})
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"config\.json|" + field) as caught:
         convert_checkpoint(source, tmp_path / "target", attention_window=None)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert len(str(caught.value)) < 2000
 
 

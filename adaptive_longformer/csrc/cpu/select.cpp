@@ -64,6 +64,23 @@ ALWAYS_INLINE bool any_above(Floats value, float limit) {
 #endif
 }
 
+// Writes `first` plus the numbers of the lanes where a mask is -1, and room for all WIDTH; where the next one goes.
+ALWAYS_INLINE int32_t* append_lanes(int32_t* next, Ints mask, int64_t first) {
+#if VECTOR_FLOATS == 16 && defined(__AVX512F__)
+  Ints numbers;
+  for (int lane = 0; lane < WIDTH; lane++) numbers[lane] = lane;
+  const __mmask16 lanes = _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+  store(next, (Ints)_mm512_maskz_compress_epi32(lanes, (__m512i)(numbers + broadcast((int32_t)first))));
+  return next + __builtin_popcount(lanes);
+#else
+  for (int lane = 0; lane < WIDTH; lane++) {
+    *next = (int32_t)first + lane;
+    next -= mask[lane];
+  }
+  return next;
+#endif
+}
+
 // Lane i of the result is the sum of the lanes of values[i], which it overwrites: in every step half of the vectors, each
 // with sums of two in its lanes by one bit of the lane's number.
 template <int STEP = WIDTH / 2>
@@ -97,6 +114,7 @@ struct Unit {
   Buffer<float> sums;    // [vectors, entries, WIDTH], and WIDTH entries behind
   Buffer<float> shares, priorities;  // [entries]
   std::vector<int32_t> kept;     // what a query block reads of the entries, by their places
+  std::vector<uint64_t> order;   // what sorts the chosen ones of them by rank, those of equal rank by place
   std::vector<uint8_t> is_valid;          // whether all queries that vote for a query block are finite
 };
 
@@ -214,12 +232,13 @@ class Selection {
   void list_entries(const Entries& entries, const std::vector<uint8_t>& is_open, int64_t batch, int64_t head,
                     int first_row, int rows, Unit<Word>& unit) const {
     const int64_t last_row = call.first_row + first_row + rows - 1;
+    unit.entries.resize(entries.count() + call.max_places * call.blocks_per_place);
+    int32_t* next = unit.entries.data();
     const auto add = [&](int64_t first, int64_t last) {
       for (int64_t entry = first; entry < last; entry++)
-        if (is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
+        if (is_open[entry] && entries.visible_from[entry] <= last_row) *next++ = (int32_t)entry;
     };
     const int64_t number = (batch * call.heads + head) * call.num_rows + first_row;
-    unit.entries.clear();
     unit.has_places = call.places != nullptr && call.place_counts[number] >= 0;
     if (!unit.has_places) {
       add(0, entries.num_blocks);
@@ -234,7 +253,7 @@ class Selection {
       near = std::min(near, near_end);
       const int32_t* places = call.places + number * call.max_places;
       unit.places.assign(places, places + call.place_counts[number]);
-      std::sort(unit.places.begin(), unit.places.end());
+      if (!std::is_sorted(unit.places.begin(), unit.places.end())) std::sort(unit.places.begin(), unit.places.end());
       bool has_near = false;
       for (const int64_t place : unit.places) {
         const int64_t first = place * call.blocks_per_place;
@@ -246,8 +265,9 @@ class Selection {
       }
       if (!has_near) add(near, near_end);
     }
-    unit.num_blocks = (int64_t)unit.entries.size();
+    unit.num_blocks = next - unit.entries.data();
     add(entries.num_blocks, entries.count());
+    unit.entries.resize(next - unit.entries.data());
   }
 
   // The queries that vote: those of the query block, under causality those of the one before.
@@ -319,9 +339,10 @@ class Selection {
     return i < (int64_t)unit.entries.size() ? entries.first[unit.entries[i]] : 0;
   }
 
-  // Sums of a group of vectors over all entries.
+  // Sums of a group of vectors over all entries. A function of its own, as `multiply` of products.h.
   template <int VECTORS>
-  void scan(const Entries& entries, const Keys<Word>& keys, int vector, Unit<Word>& unit) const {
+  __attribute__((noinline)) void scan(const Entries& entries, const Keys<Word>& keys, int vector,
+                                      Unit<Word>& unit) const {
     const int64_t num_entries = (int64_t)unit.entries.size(), stride = num_entries * WIDTH;
     Products<VECTORS> products(keys, unit.query.data() + vector * depth * WIDTH, unit.scale.data() + vector * WIDTH);
     float* sums = unit.sums.data() + vector * stride;
@@ -424,22 +445,23 @@ class Selection {
     const int64_t num_covered = (int64_t)unit.kept.size();
     float* const ranks = call.sampling_seed < 0 ? shares : priorities(head, number, blocks, unit);
     const int32_t least = least_chosen(ranks, blocks);
-    unit.kept.resize(num_covered + blocks + 1);
+    unit.kept.resize(num_covered + blocks + WIDTH);
     int32_t* next = unit.kept.data() + num_covered;
     int32_t* const limit = next + call.num_selected;
-    for (int64_t i = 0; i < blocks; i++) {
-      *next = (int32_t)i;
-      next += bits_of(ranks[i]) > least;
-    }
+    for (int64_t i = 0; i < blocks; i += WIDTH) next = append_lanes(next, load<Ints>(ranks + i) > broadcast(least), i);
     // Of those that are as good as the last one the first ones.
     for (int64_t i = 0; i < blocks && next < limit; i++)
       if (bits_of(ranks[i]) == least) *next++ = (int32_t)i;
     unit.kept.resize(next - unit.kept.data());
     const auto chosen = unit.kept.begin() + num_covered;
     // A finer stage asks for what is dropped, and not for the order.
-    if (call.log_dropped == nullptr)
-      std::sort(chosen, unit.kept.end(),
-                [&](int32_t a, int32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b; });
+    if (call.log_dropped == nullptr) {
+      unit.order.clear();
+      for (auto place = chosen; place < unit.kept.end(); place++)
+        unit.order.push_back((uint64_t)~(uint32_t)bits_of(ranks[*place]) << 32 | (uint32_t)*place);
+      std::sort(unit.order.begin(), unit.order.end());
+      std::copy(unit.order.begin(), unit.order.end(), chosen);  // the lower half of each
+    }
     const int64_t count = call.counts[result] = (int32_t)(unit.kept.end() - chosen);
     for (int64_t place = 0; place < count; place++) {
       call.key_blocks[result * call.num_selected + place] = unit.entries[chosen[place]];
