@@ -29,7 +29,7 @@ class _SelectArguments(ctypes.Structure):
         *fields(ctypes.c_int64, "num_global"),
         *fields(ctypes.c_void_p, "places place_counts"),
         *fields(ctypes.c_int64, "max_places blocks_per_place"),
-        *fields(ctypes.c_void_p, "log_rest shared_blocks"),
+        *fields(ctypes.c_void_p, "log_rest place_weights shared_blocks"),
         *fields(ctypes.c_int64, "num_shared sampling_seed"),
         *fields(ctypes.c_void_p, "key_blocks counts mass covered share log_dropped threshold"),
     ]
@@ -138,4 +138,6 @@ def _read_arrays(call: ExactCall) -> dict[str, torch.Tensor]:
         arrays["places"] = call.places.numbers.int()
         arrays["place_counts"] = call.places.counts.int()
         arrays["log_rest"] = call.places.log_rest.float()
+        if call.places.weights is not None:
+            arrays["place_weights"] = call.places.weights.float()
     return arrays

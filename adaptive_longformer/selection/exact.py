@@ -24,7 +24,13 @@ from adaptive_longformer.attention.kernels.triton_device import why_no_triton
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
-from adaptive_longformer.selection.sampling import NO_SEED, chances, row_words
+from adaptive_longformer.selection.sampling import (
+    NO_SEED,
+    chances,
+    log_weights,
+    row_words,
+    seed_before,
+)
 
 # Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
 # ones of keys cost what more candidates cost, which find more.
@@ -37,7 +43,7 @@ _CHUNK_SCORES = {"cpu": 2**21, "cuda": 2**27}
 
 def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = False) -> ExactChoice:
     """The blocks with the largest mass of every query block, or those that it draws in proportion
-    to their mass, see sampling.py. Coarser stages draw nothing.
+    to their mass, see sampling.py.
 
     A block with a key that is not finite is never chosen and counts nowhere; a query block with
     such a query among those that vote for it chooses nothing.
@@ -59,15 +65,43 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
         counts = _without_short_rows(call, kept.counts, most_blocks)
         short = most_blocks if call.is_causal or call.ends is not None else 0
-        places = Places(kept.key_blocks, counts, blocks_per_place, short, kept.log_dropped)
+        weights = None if kept.log_weights is None else kept.log_weights.exp()
+        places = Places(kept.key_blocks, counts, blocks_per_place, short, kept.log_dropped, weights)
         call = replace(call, places=places)
     if can_select(call):
-        return compiled_choice(call, with_dropped=with_dropped)
-    if _is_in_triton(call):
+        choice = compiled_choice(call, with_dropped=with_dropped)
+    elif _is_in_triton(call):
         from adaptive_longformer.selection.triton_select import triton_choice
 
-        return triton_choice(call, with_dropped=with_dropped)
-    return torch_choice(call, with_dropped=with_dropped)
+        choice = triton_choice(call, with_dropped=with_dropped)
+    else:
+        choice = torch_choice(call, with_dropped=with_dropped)
+    return choice if call.sampling_seed == NO_SEED else _with_weights(call.places, choice)
+
+
+def _with_weights(places: Places | None, choice: ExactChoice) -> ExactChoice:
+    """The choice with `log_weights`, and masses without what places stand for."""
+    weights = log_weights(choice.mass, choice.threshold)
+    if places is None or places.weights is None:
+        return choice._replace(log_weights=weights)
+    of_place = weights_of_places(places, choice.key_blocks)
+    weights = (weights + of_place.log()).masked_fill(choice.mass <= 0, 0.0)
+    return choice._replace(mass=choice.mass / of_place, log_weights=weights)
+
+
+def weights_of_places(places: Places, blocks: torch.Tensor, *at: slice | int) -> torch.Tensor:
+    """The weights of the places that blocks are in, 1 of others: shape of `blocks`, which are those
+    of the query blocks at an index into [batch, heads, query_blocks].
+    """
+    assert places.weights is not None
+    numbers, weights = places.numbers[at], places.weights[at]
+    slot = torch.arange(numbers.shape[-1], device=numbers.device)
+    is_place = slot < places.counts[at][..., None]
+    numbers, order = numbers.where(is_place, -1).sort(dim=-1)
+    place = (blocks // places.blocks_per_place).to(numbers.dtype).contiguous()
+    index = torch.searchsorted(numbers, place).clamp(max=len(slot) - 1)
+    is_found = numbers.gather(-1, index) == place
+    return weights.gather(-1, order).gather(-1, index).where(is_found, 1.0)
 
 
 def _is_in_triton(call: ExactCall) -> bool:
@@ -155,7 +189,7 @@ def _coarser(call: ExactCall, run: int, blocks_per_place: int, num_places: int) 
         tokens_per_key=call.tokens_per_key * run,
         means=None,
         shared_blocks=None,
-        sampling_seed=NO_SEED,
+        sampling_seed=seed_before(call.sampling_seed),
     )
 
 
@@ -172,7 +206,7 @@ def torch_choice(
     for batch in range(call.query.shape[0]):
         row = _Row(call, batch)
         for heads, rows in row.chunks():
-            row.choose(heads, rows, ExactChoice(*(tensor[batch] for tensor in result)))
+            row.choose(heads, rows, ExactChoice(*(tensor[batch] for tensor in result[:-1])))
     return result
 
 
@@ -249,6 +283,9 @@ class _Row:
             found = share.new_zeros(*share.shape[:2], call.num_key_blocks + 1)
             found.scatter_(-1, blocks.expand_as(share), share)
             result.share[heads, rows] = found[..., :-1]
+        if call.places is not None and call.places.weights is not None:
+            expanded = blocks.expand_as(share)
+            share = share * weights_of_places(call.places, expanded, self.batch, heads, rows)
         is_open = ~is_covered & (share > 0)  # also False for NaN
         priority = share
         if call.sampling_seed != NO_SEED:

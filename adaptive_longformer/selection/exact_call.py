@@ -21,6 +21,7 @@ class Places(NamedTuple):
         most_blocks: blocks where all are candidates, at most.
         log_rest: float [batch, heads, query_length], the logarithm of the mass, as a sum of
             exp(scale q.k), that a query leaves in no place; -inf for none.
+        weights: float, shape of numbers, for how many like it each was drawn; None: none was drawn.
     """
 
     numbers: torch.Tensor
@@ -28,6 +29,7 @@ class Places(NamedTuple):
     blocks_per_place: int
     most_blocks: int
     log_rest: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class ExactChoice(NamedTuple):
         key_blocks: int32 [batch, heads, query_blocks, num_blocks]; 0 beyond the count. In any order
             where `log_dropped` was asked for.
         counts: int32 [batch, heads, query_blocks].
-        mass: float, shape of key_blocks; 0 beyond the count.
+        mass: float, shape of key_blocks; 0 beyond the count. Of places that were drawn the mass of
+            the block times the weight of its place, until `log_weights` are there.
         covered: float [batch, heads, query_blocks], the mass of what is read anyway: global tokens,
             shared blocks and those that the window covers.
         share: float [batch, heads, query_blocks, blocks], the mass of every block; without
@@ -160,6 +163,8 @@ class ExactChoice(NamedTuple):
             not vote; without queries unless asked for.
         threshold: float [batch, heads, query_blocks], the largest priority that is not chosen, 0
             where there is none; without query blocks unless blocks are drawn.
+        log_weights: float, shape of mass, the logarithms of the numbers of blocks that each stands
+            for, 0 beyond the count; None where none is drawn.
     """
 
     key_blocks: torch.Tensor
@@ -169,6 +174,7 @@ class ExactChoice(NamedTuple):
     share: torch.Tensor
     log_dropped: torch.Tensor
     threshold: torch.Tensor
+    log_weights: torch.Tensor | None = None
 
 
 def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> ExactChoice:

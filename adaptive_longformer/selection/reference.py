@@ -15,7 +15,8 @@ def reference_masses(
         batch, head, row: of the query block, which is counted from the first of `call.query`.
 
     Returns:
-        The mass of every block that may be chosen, and the mass of all else.
+        The mass of every block that may be chosen, times the weight of its place where that was
+        drawn, and the mass of all else.
     """
     length = call.length
     key_head = head // (call.query.shape[1] // call.key.shape[1])
@@ -78,7 +79,7 @@ def reference_masses(
         log_total = log_total.logaddexp(call.places.log_rest[batch, head, voters].double())
     share = (scores - log_total[:, None]).exp().sum(dim=0) / max(len(voters), 1)
     for block, keys in choosable.items():
-        mass[block] = float(share[keys].sum())
+        mass[block] = float(share[keys].sum()) * _place_weight(call, batch, head, row, block)
     covered = float(share[anyway].sum())
     return mass, covered
 
@@ -86,6 +87,16 @@ def reference_masses(
 def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:
     assert call.places is not None
     return int(call.places.counts[batch, head, row])
+
+
+def _place_weight(call: ExactCall, batch: int, head: int, row: int, block: int) -> float:
+    """What the mass of a block counts, as its place was drawn."""
+    places = call.places
+    if places is None or places.weights is None:
+        return 1.0
+    numbers = places.numbers[batch, head, row, : max(_place_count(call, batch, head, row), 0)]
+    is_it = numbers == block // places.blocks_per_place
+    return float(places.weights[batch, head, row, : len(numbers)][is_it].sum()) if any(is_it) else 1.0
 
 
 def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:

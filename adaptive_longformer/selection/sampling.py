@@ -11,6 +11,10 @@ blocks of its kind: the expected sum of weight * mass over what is read is the m
 block, and no scheme with one block fewer has a smaller variance (Szegedy 2006). A block whose mass
 is above the threshold is read for certain and stands for itself alone.
 
+In long rows a coarser stage draws places in the same way, with a seed of its own. A block's mass
+times the weight of its place is then what has a priority, and its weight that of its place times
+what comes out here: whatever a place is like, on average its blocks stand for all.
+
 A chance is a hash of seed, head, query block and key block: the same on every device, in training
 and evaluation, and whenever a layer is computed again.
 """
@@ -21,6 +25,11 @@ from adaptive_longformer.patterns.mixing import mix
 
 # What a layer that draws nothing has in place of a seed.
 NO_SEED = -1
+
+
+def seed_before(seed: int) -> int:
+    """That of the coarser stage of a stage."""
+    return seed if seed == NO_SEED else (seed + 2**20) % 2**31
 
 
 def row_words(seed: int, heads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from adaptive_longformer.selection.exact import covered_blocks, exact_choice
 from adaptive_longformer.selection.exact_call import ExactCall
 from adaptive_longformer.selection.means import run_means
 from adaptive_longformer.selection.options import SelectionCall, SelectionOptions
-from adaptive_longformer.selection.sampling import NO_SEED, log_weights
+from adaptive_longformer.selection.sampling import NO_SEED
 
 
 class SelectedBlocks(NamedTuple):
@@ -114,14 +114,14 @@ def select_blocks(
     keys = global_mask if isinstance(global_mask, GlobalKeys) else (global_mask, None)
     call = SelectionCall(options, window.left, window.right, is_causal, factor, max_global_tokens)
     is_known = keys[0] is None or keys[1] is not None or max_global_tokens is not None
-    *found, threshold = (_in_graphs if is_known else selection_operator)(
+    *found, log_weights = (_in_graphs if is_known else selection_operator)(
         query, key, attention_mask, *keys, global_directions,
         *((None, None) if means is None else means), call.numbers(), call.scale,
     )  # fmt: skip
     selected = SelectedBlocks(*found)
     if options.sampling_seed == NO_SEED:
         return selected
-    return selected._replace(log_weights=log_weights(selected.mass, threshold))
+    return selected._replace(log_weights=log_weights)
 
 
 def _check_call(
@@ -207,8 +207,10 @@ def _select(
             is_far = (shared[:, :, None] < first) | (shared[:, :, None] > last)
             for_all[1].copy_(is_far & (shared >= 0)[:, :, None])
         choice = exact_choice(exact, options.num_candidates)
-    chosen = choice.key_blocks, choice.counts, choice.mass, choice.covered
-    return *chosen, *for_all, choice.threshold
+    weights = choice.log_weights
+    if weights is None:
+        weights = choice.mass.new_empty(*choice.mass.shape[:2], 0, options.num_blocks)
+    return choice.key_blocks, choice.counts, choice.mass, choice.covered, *for_all, weights
 
 
 def choice_masks(
@@ -256,7 +258,8 @@ def _fake_selection(
         query.new_empty(shape, dtype=dtype),
         *_nothing_for_all(query, options),
         query.new_empty(
-            *shape[:2], 0 if options.sampling_seed == NO_SEED else shape[2], dtype=dtype
+            *shape[:2], 0 if options.sampling_seed == NO_SEED else shape[2], options.num_blocks,
+            dtype=dtype,
         ),
     )
 

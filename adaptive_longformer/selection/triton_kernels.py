@@ -336,6 +336,11 @@ def best_kernel(
     of_globals = tl.load(covered + at)
     tl.store(covered + at, of_globals + tl.sum(tl.where(is_covered, share, 0.0), axis=0))
 
+    if inputs.place_weights is not None:
+        place = candidate // tile.blocks_per_place
+        is_place = place < places_of[1]
+        weights = inputs.place_weights + places_of[0] * sizes.num_places
+        share *= tl.load(weights + place, mask=is_place, other=1.0)
     # Masses above 0 are ordered as their bits are; of equal ones the first block is the largest.
     is_open = is_there & ~is_covered & (share > 0)
     number_of_row = row + sizes.first_row

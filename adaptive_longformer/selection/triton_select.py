@@ -45,6 +45,7 @@ class _Inputs(NamedTuple):
     places: torch.Tensor | None
     place_counts: torch.Tensor | None
     log_rest: torch.Tensor | None
+    place_weights: torch.Tensor | None
     query_batch: int
     query_head: int
     query_token: int
@@ -197,6 +198,7 @@ def _inputs(call: ExactCall, query: torch.Tensor, key: torch.Tensor) -> _Inputs:
         places=None if places is None else places.numbers.contiguous(),
         place_counts=None if places is None else places.counts.contiguous(),
         log_rest=None if places is None else places.log_rest.contiguous(),
+        place_weights=None if places is None else _rows(places.weights),
         query_batch=query.stride(0),
         query_head=query.stride(1),
         query_token=query.stride(2),

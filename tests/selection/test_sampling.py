@@ -12,7 +12,7 @@ from triton_on_cpu import needs_triton
 from adaptive_longformer.attention.functional import sparse_attention
 from adaptive_longformer.patterns import Full, SlidingWindow
 from adaptive_longformer.selection.compiled_select import compiled_choice
-from adaptive_longformer.selection.exact import torch_choice
+from adaptive_longformer.selection.exact import exact_choice, torch_choice
 from adaptive_longformer.selection.lists import selection_layout, weights_of_entries
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.reference import reference_masses
@@ -41,14 +41,14 @@ def chance(head, row, block, seed=SEED):
     return ((mix(word ^ mix(block)) >> 8) + 1) / 2**24
 
 
-def check(call, choice):
+def check(call, choice, seed=SEED):
     """With the definition: priorities are masses over chances, the largest are chosen."""
     for batch in range(call.query.shape[0]):
         for head in range(call.query.shape[1]):
             for row in range(call.num_rows):
                 mass, _ = reference_masses(call, batch, head, row)
                 priority = {
-                    block: value / chance(head, call.first_row + row, block)
+                    block: value / chance(head, call.first_row + row, block, seed)
                     for block, value in mass.items()
                     if value > 1e-30
                 }
@@ -71,10 +71,14 @@ def test_the_largest_priorities_are_chosen(options):
 
 
 @needs_triton
+@pytest.mark.parametrize("has_places", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_triton_draws_what_torch_does(is_causal, triton_interpreter):
-    call = make_call({"length": 130, "masks": "both", "is_causal": is_causal})
+def test_triton_draws_what_torch_does(is_causal, has_places, triton_interpreter):
+    call = make_call({"length": 290 if has_places else 130, "masks": "both", "is_causal": is_causal})
     call = replace(call, sampling_seed=SEED)
+    if has_places:
+        call = stages_of(call, num_candidates=48)[-1]
+        assert (call.places.weights > 1).any()
     module = "adaptive_longformer.selection.triton_select"
     actual = triton_interpreter(module, "triton_choice", call)
     expected = torch_choice(call)
@@ -83,12 +87,37 @@ def test_triton_draws_what_torch_does(is_causal, triton_interpreter):
     torch.testing.assert_close(actual.threshold, expected.threshold, atol=1e-9, rtol=1e-4)
 
 
-def test_only_the_last_stage_draws():
-    call = replace(make_call({"length": 450}, batch=1, heads=2), sampling_seed=SEED)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 8), (32, 64)])
+def test_every_stage_draws(is_causal, sizes):
+    options = {"length": 450, "masks": "both", "is_causal": is_causal, "sizes": sizes}
+    call = replace(make_call(options), sampling_seed=SEED)
     coarse, fine = stages_of(call, num_candidates=64)
-    assert (coarse.sampling_seed, fine.sampling_seed) == (-1, SEED)
-    assert torch_choice(coarse).threshold.numel() == 0
+    assert len({coarse.sampling_seed, fine.sampling_seed, -1}) == 3
+    check(coarse, torch_choice(coarse), seed=coarse.sampling_seed)
+    assert (fine.places.weights > 1).sum() > 50
     check(fine, torch_choice(fine))
+    skip_without_cpp_compiler()
+    check(fine, compiled_choice(fine, uses_bytes=False))
+
+
+def test_on_average_blocks_of_several_stages_stand_for_one_each():
+    """Three stages: over many seeds the weights of every block have the mean 1."""
+    call = make_call({"length": 1500, "key_heads": 1}, num_blocks=24, batch=1, heads=1)
+    assert len(stages_of(replace(call, sampling_seed=0), num_candidates=40)) == 3
+    found, seeds = [], 1500
+    for seed in range(seeds):
+        choice = exact_choice(replace(call, sampling_seed=seed), num_candidates=40)
+        weights = choice.log_weights[0, 0].double().exp() * (choice.mass[0, 0] > 0)
+        filled = torch.zeros(call.num_rows, call.num_key_blocks, dtype=torch.float64)
+        found.append(filled.scatter_add(1, choice.key_blocks[0, 0].long(), weights))
+    found = torch.stack(found)
+    # Those that are hardly ever drawn have no error to go by.
+    is_often = (found > 0).sum(dim=0) > 30
+    error = found.std(dim=0) / math.sqrt(seeds)
+    distance = (found.mean(dim=0) - 1)[is_often] / error[is_often]
+    assert is_often.sum() > 1000 and distance.abs().max() < 5.5
+    assert distance.abs().mean() < 1.0 and distance.mean().abs() < 0.2
 
 
 def test_the_last_queries_draw_what_all_of_them_do():

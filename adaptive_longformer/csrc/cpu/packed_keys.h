@@ -40,6 +40,7 @@ struct SelectArguments {
   const int32_t* place_counts;
   int64_t max_places, blocks_per_place;
   const float* log_rest;         // [batch, heads, query_length], logarithm of what is in no place; null without places
+  const float* place_weights;    // as places, what the mass of their blocks counts; null: 1
   const int32_t* shared_blocks;  // [batch, heads, num_shared], read by every query block; -1: none
   int64_t num_shared;
   int64_t sampling_seed;  // below 0: the largest masses are chosen, and no threshold is written

@@ -107,7 +107,8 @@ struct Unit {
   std::vector<int32_t> entries;  // of the candidates, and then of global tokens
   int64_t num_blocks;            // how many of the first kind
   bool has_places;               // whether the candidates are those of places
-  std::vector<int32_t> places;
+  std::vector<std::pair<int32_t, float>> places;  // with their weights
+  std::vector<float> factors;                     // of entries, those of their places
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
@@ -233,10 +234,14 @@ class Selection {
                     int first_row, int rows, Unit<Word>& unit) const {
     const int64_t last_row = call.first_row + first_row + rows - 1;
     unit.entries.resize(entries.count() + call.max_places * call.blocks_per_place);
+    unit.factors.resize(unit.entries.size());
     int32_t* next = unit.entries.data();
-    const auto add = [&](int64_t first, int64_t last) {
-      for (int64_t entry = first; entry < last; entry++)
-        if (is_open[entry] && entries.visible_from[entry] <= last_row) *next++ = (int32_t)entry;
+    const auto add = [&](int64_t first, int64_t last, float factor = 1.0f) {
+      for (int64_t entry = first; entry < last; entry++) {
+        if (!is_open[entry] || entries.visible_from[entry] > last_row) continue;
+        unit.factors[next - unit.entries.data()] = factor;
+        *next++ = (int32_t)entry;
+      }
     };
     const int64_t number = (batch * call.heads + head) * call.num_rows + first_row;
     unit.has_places = call.places != nullptr && call.place_counts[number] >= 0;
@@ -251,17 +256,18 @@ class Selection {
         near = std::min(near, last_row * call.query_block_size / (call.block_size * call.blocks_per_place) *
                                   call.blocks_per_place);
       near = std::min(near, near_end);
-      const int32_t* places = call.places + number * call.max_places;
-      unit.places.assign(places, places + call.place_counts[number]);
+      unit.places.clear();
+      for (int64_t i = number * call.max_places; i < number * call.max_places + call.place_counts[number]; i++)
+        unit.places.emplace_back(call.places[i], call.place_weights == nullptr ? 1.0f : call.place_weights[i]);
       if (!std::is_sorted(unit.places.begin(), unit.places.end())) std::sort(unit.places.begin(), unit.places.end());
       bool has_near = false;
-      for (const int64_t place : unit.places) {
+      for (const auto& [place, factor] : unit.places) {
         const int64_t first = place * call.blocks_per_place;
         const int64_t last = std::min<int64_t>(first + call.blocks_per_place, entries.num_blocks);
-        add(first, std::min(last, near));
+        add(first, std::min(last, near), factor);
         if (last > near && !has_near) add(near, near_end);
         has_near |= last > near;
-        add(std::max(first, near_end), last);
+        add(std::max(first, near_end), last, factor);
       }
       if (!has_near) add(near, near_end);
     }
@@ -442,6 +448,8 @@ class Selection {
     }
     for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
 
+    if (call.place_weights != nullptr)
+      for (int64_t i = 0; i < blocks; i++) shares[i] *= unit.factors[i];
     const int64_t num_covered = (int64_t)unit.kept.size();
     float* const ranks = call.sampling_seed < 0 ? shares : priorities(head, number, blocks, unit);
     const int32_t least = least_chosen(ranks, blocks);
