@@ -21,16 +21,11 @@ import torch
 from torch.nn import functional as F
 
 from adaptive_longformer.attention.kernels.triton_device import why_no_triton
+from adaptive_longformer.selection import sampling
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
-from adaptive_longformer.selection.sampling import (
-    NO_SEED,
-    chances,
-    log_weights,
-    row_words,
-    seed_before,
-)
+from adaptive_longformer.selection.sampling import NO_SEED
 
 # Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
 # ones of keys cost what more candidates cost, which find more.
@@ -81,7 +76,7 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
 
 def _with_weights(places: Places | None, choice: ExactChoice) -> ExactChoice:
     """The choice with `log_weights`, and masses without what places stand for."""
-    weights = log_weights(choice.mass, choice.threshold)
+    weights = sampling.log_weights(choice.mass, choice.threshold)
     if places is None or places.weights is None:
         return choice._replace(log_weights=weights)
     of_place = weights_of_places(places, choice.key_blocks)
@@ -189,7 +184,7 @@ def _coarser(call: ExactCall, run: int, blocks_per_place: int, num_places: int) 
         tokens_per_key=call.tokens_per_key * run,
         means=None,
         shared_blocks=None,
-        sampling_seed=seed_before(call.sampling_seed),
+        sampling_seed=sampling.seed_before(call.sampling_seed),
     )
 
 
@@ -290,8 +285,8 @@ class _Row:
         priority = share
         if call.sampling_seed != NO_SEED:
             head = torch.arange(heads.start, heads.stop, device=self.device)
-            words = row_words(call.sampling_seed, head, numbers)
-            priority = share / chances(words[..., None], blocks)
+            words = sampling.row_words(call.sampling_seed, head, numbers)
+            priority = share / sampling.chances(words[..., None], blocks)
         best, order = priority.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
         if call.sampling_seed != NO_SEED and best.shape[-1] > call.num_blocks:
             result.threshold[heads, rows] = best[..., call.num_blocks]

@@ -91,12 +91,15 @@ def _place_count(call: ExactCall, batch: int, head: int, row: int) -> int:
 
 def _place_weight(call: ExactCall, batch: int, head: int, row: int, block: int) -> float:
     """What the mass of a block counts, as its place was drawn."""
-    places = call.places
-    if places is None or places.weights is None:
+    if call.places is None or call.places.weights is None:
         return 1.0
-    numbers = places.numbers[batch, head, row, : max(_place_count(call, batch, head, row), 0)]
-    is_it = numbers == block // places.blocks_per_place
-    return float(places.weights[batch, head, row, : len(numbers)][is_it].sum()) if any(is_it) else 1.0
+    place, count = block // call.places.blocks_per_place, _place_count(call, batch, head, row)
+    numbers = call.places.numbers[batch, head, row, : max(count, 0)].tolist()
+    return (
+        float(call.places.weights[batch, head, row][numbers.index(place)])
+        if place in numbers
+        else 1.0
+    )
 
 
 def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:

@@ -258,7 +258,9 @@ def _fake_selection(
         query.new_empty(shape, dtype=dtype),
         *_nothing_for_all(query, options),
         query.new_empty(
-            *shape[:2], 0 if options.sampling_seed == NO_SEED else shape[2], options.num_blocks,
+            *shape[:2],
+            0 if options.sampling_seed == NO_SEED else shape[2],
+            options.num_blocks,
             dtype=dtype,
         ),
     )

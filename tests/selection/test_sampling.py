@@ -74,7 +74,9 @@ def test_the_largest_priorities_are_chosen(options):
 @pytest.mark.parametrize("has_places", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_triton_draws_what_torch_does(is_causal, has_places, triton_interpreter):
-    call = make_call({"length": 290 if has_places else 130, "masks": "both", "is_causal": is_causal})
+    call = make_call(
+        {"length": 290 if has_places else 130, "masks": "both", "is_causal": is_causal}
+    )
     call = replace(call, sampling_seed=SEED)
     if has_places:
         call = stages_of(call, num_candidates=48)[-1]
