@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Few enough to be read: 17,000 are aimed at, and a change that needs more says what for.
-MAX_LINES = 25_350
+MAX_LINES = 25_420
 MAX_FILE_LINES = 700  # of all but the modeling files, which hold a model with all its heads
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 12  # of all but the public operator, and `forward` as Transformers calls it
