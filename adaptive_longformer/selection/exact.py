@@ -60,7 +60,7 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         kept = exact_choice(coarse, num_candidates, with_dropped=True)
         counts = _without_short_rows(call, kept.counts, most_blocks)
         short = most_blocks if call.is_causal or call.ends is not None else 0
-        weights = None if kept.log_weights is None else kept.log_weights.exp()
+        weights = kept.log_weights.exp() if call.num_drawn_rows else None
         places = Places(kept.key_blocks, counts, blocks_per_place, short, kept.log_dropped, weights)
         call = replace(call, places=places)
     if can_select(call):
@@ -201,7 +201,7 @@ def torch_choice(
     for batch in range(call.query.shape[0]):
         row = _Row(call, batch)
         for heads, rows in row.chunks():
-            row.choose(heads, rows, ExactChoice(*(tensor[batch] for tensor in result[:-1])))
+            row.choose(heads, rows, ExactChoice(*(tensor[batch] for tensor in result)))
     return result
 
 

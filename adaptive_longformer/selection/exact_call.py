@@ -153,7 +153,7 @@ class ExactChoice(NamedTuple):
             where `log_dropped` was asked for.
         counts: int32 [batch, heads, query_blocks].
         mass: float, shape of key_blocks; 0 beyond the count. Of places that were drawn the mass of
-            the block times the weight of its place, until `log_weights` are there.
+            the block times the weight of its place, where `log_weights` are not there yet.
         covered: float [batch, heads, query_blocks], the mass of what is read anyway: global tokens,
             shared blocks and those that the window covers.
         share: float [batch, heads, query_blocks, blocks], the mass of every block; without
@@ -164,7 +164,7 @@ class ExactChoice(NamedTuple):
         threshold: float [batch, heads, query_blocks], the largest priority that is not chosen, 0
             where there is none; without query blocks unless blocks are drawn.
         log_weights: float, shape of mass, the logarithms of the numbers of blocks that each stands
-            for, 0 beyond the count; None where none is drawn.
+            for, 0 beyond the count; without query blocks unless `exact_choice` draws them.
     """
 
     key_blocks: torch.Tensor
@@ -174,7 +174,7 @@ class ExactChoice(NamedTuple):
     share: torch.Tensor
     log_dropped: torch.Tensor
     threshold: torch.Tensor
-    log_weights: torch.Tensor | None = None
+    log_weights: torch.Tensor
 
 
 def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> ExactChoice:
@@ -190,4 +190,5 @@ def empty_choice(call: ExactCall, with_share: bool, with_dropped: bool) -> Exact
         new(*shape, call.num_key_blocks if with_share else 0, dtype=call.dtype),
         new(batch, heads, length if with_dropped else 0, dtype=call.dtype).fill_(-torch.inf),
         new(batch, heads, call.num_drawn_rows, dtype=call.dtype),
+        new(batch, heads, 0, call.num_blocks, dtype=call.dtype),
     )

@@ -95,11 +95,8 @@ def _place_weight(call: ExactCall, batch: int, head: int, row: int, block: int) 
         return 1.0
     place, count = block // call.places.blocks_per_place, _place_count(call, batch, head, row)
     numbers = call.places.numbers[batch, head, row, : max(count, 0)].tolist()
-    return (
-        float(call.places.weights[batch, head, row][numbers.index(place)])
-        if place in numbers
-        else 1.0
-    )
+    weights = call.places.weights[batch, head, row].tolist()
+    return weights[numbers.index(place)] if place in numbers else 1.0
 
 
 def _is_candidate(call: ExactCall, batch: int, head: int, row: int, block: int) -> bool:

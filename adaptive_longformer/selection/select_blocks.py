@@ -207,10 +207,8 @@ def _select(
             is_far = (shared[:, :, None] < first) | (shared[:, :, None] > last)
             for_all[1].copy_(is_far & (shared >= 0)[:, :, None])
         choice = exact_choice(exact, options.num_candidates)
-    weights = choice.log_weights
-    if weights is None:
-        weights = choice.mass.new_empty(*choice.mass.shape[:2], 0, options.num_blocks)
-    return choice.key_blocks, choice.counts, choice.mass, choice.covered, *for_all, weights
+    chosen = choice.key_blocks, choice.counts, choice.mass, choice.covered
+    return *chosen, *for_all, choice.log_weights
 
 
 def choice_masks(

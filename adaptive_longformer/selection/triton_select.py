@@ -144,6 +144,7 @@ def triton_choice(
         share=new(batch, heads, rows, 0, dtype=floats),
         log_dropped=new(batch, heads, query_length if with_dropped else 0, dtype=floats),
         threshold=new(batch, heads, call.num_drawn_rows, dtype=floats),
+        log_weights=new(batch, heads, 0, call.num_blocks, dtype=floats),
     )
     inputs, sizes, tile = _inputs(call, query, key), _sizes(call), _tile(call)
     weights = new(*key.shape[:2], call.num_sequence_keys, dtype=floats)
