@@ -25,7 +25,7 @@ from adaptive_longformer.training.selection_ramp import SelectionRampCallback
 VARIANTS = {
     "default": {},
     "few_candidates": dict(selection_candidates=32),
-    "sampling": dict(selection_sampling=True),
+    "sampling": dict(selection_sampling=True, selection_candidates=32),
     "half_strength": dict(selection_strength=0.5),
     "no_sinks": dict(num_sink_tokens=0),
     "many_sinks": dict(num_sink_tokens=20),
