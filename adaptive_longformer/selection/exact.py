@@ -25,7 +25,6 @@ from adaptive_longformer.selection import sampling
 from adaptive_longformer.selection.compiled_select import can_select, compiled_choice
 from adaptive_longformer.selection.exact_call import ExactCall, ExactChoice, Places, empty_choice
 from adaptive_longformer.selection.means import run_means
-from adaptive_longformer.selection.sampling import NO_SEED
 
 # Keys that a mean stands for, and means that a mean of a coarser stage still stands for: small
 # ones of keys cost what more candidates cost, which find more.
@@ -71,7 +70,7 @@ def exact_choice(call: ExactCall, num_candidates: int, with_dropped: bool = Fals
         choice = triton_choice(call, with_dropped=with_dropped)
     else:
         choice = torch_choice(call, with_dropped=with_dropped)
-    return choice if call.sampling_seed == NO_SEED else _with_weights(call.places, choice)
+    return choice if call.sampling_seed == sampling.NO_SEED else _with_weights(call.places, choice)
 
 
 def _with_weights(places: Places | None, choice: ExactChoice) -> ExactChoice:
@@ -79,12 +78,12 @@ def _with_weights(places: Places | None, choice: ExactChoice) -> ExactChoice:
     weights = sampling.log_weights(choice.mass, choice.threshold)
     if places is None or places.weights is None:
         return choice._replace(log_weights=weights)
-    of_place = weights_of_places(places, choice.key_blocks)
+    of_place = _weights_of_places(places, choice.key_blocks)
     weights = (weights + of_place.log()).masked_fill(choice.mass <= 0, 0.0)
     return choice._replace(mass=choice.mass / of_place, log_weights=weights)
 
 
-def weights_of_places(places: Places, blocks: torch.Tensor, *at: slice | int) -> torch.Tensor:
+def _weights_of_places(places: Places, blocks: torch.Tensor, *at: slice | int) -> torch.Tensor:
     """The weights of the places that blocks are in, 1 of others: shape of `blocks`, which are those
     of the query blocks at an index into [batch, heads, query_blocks].
     """
@@ -280,15 +279,15 @@ class _Row:
             result.share[heads, rows] = found[..., :-1]
         if call.places is not None and call.places.weights is not None:
             expanded = blocks.expand_as(share)
-            share = share * weights_of_places(call.places, expanded, self.batch, heads, rows)
+            share = share * _weights_of_places(call.places, expanded, self.batch, heads, rows)
         is_open = ~is_covered & (share > 0)  # also False for NaN
         priority = share
-        if call.sampling_seed != NO_SEED:
+        if call.sampling_seed != sampling.NO_SEED:
             head = torch.arange(heads.start, heads.stop, device=self.device)
             words = sampling.row_words(call.sampling_seed, head, numbers)
             priority = share / sampling.chances(words[..., None], blocks)
         best, order = priority.masked_fill(~is_open, 0.0).sort(dim=-1, descending=True, stable=True)
-        if call.sampling_seed != NO_SEED and best.shape[-1] > call.num_blocks:
+        if call.sampling_seed != sampling.NO_SEED and best.shape[-1] > call.num_blocks:
             result.threshold[heads, rows] = best[..., call.num_blocks]
         order, is_chosen = order[..., : call.num_blocks], best[..., : call.num_blocks] > 0
         found = slice(0, order.shape[-1])

@@ -8,13 +8,13 @@ from adaptive_longformer.patterns.block_layout import (
     EntryFlag,
     known_right,
     most_window_entries,
-    window_blocks,
+    window_entries,
 )
 from adaptive_longformer.patterns.sliding_window import SlidingWindow
 from adaptive_longformer.selection.options import SelectionOptions
 from adaptive_longformer.selection.select_blocks import SelectedBlocks
 
-_WINDOW, _SELECTED, _FULL = map(int, (EntryFlag.WINDOW, EntryFlag.SELECTED, EntryFlag.FULL))
+_SELECTED, _FULL = int(EntryFlag.SELECTED), int(EntryFlag.FULL)
 Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -138,29 +138,26 @@ def _torch_lists(
         far, far_slots = torch.cat([far, shared], dim=-1).gather(-1, order), order + 1
         far_counts = used.sum(dim=-1, dtype=torch.int32)
 
-    start, end, first, last = window_blocks(window, length, query_size, key_size, device, reach)
+    near, near_flags = window_entries(window, length, query_size, key_size, device, reach)
+    is_near, width = near_flags != 0, near.shape[-1]
+    near_counts = is_near.sum(dim=-1, keepdim=True)
+    # Chosen blocks differ by head: what is done for each of them is done in int32.
     assert window.right is not None
     left, right = min(window.left, length), min(window.right, length)
-    width = most_window_entries(window, length, query_size, key_size)
-    position = torch.arange(width + far.shape[-1], device=device)
-    near, near_counts = first + position[:width], last - first + 1  # with [heads] if with a reach
-    is_near = position[:width] < near_counts
-    near_end = ((near + 1) * key_size).clamp(max=length) - 1
-    is_inside = (near * key_size >= end - left) & (near_end <= start + right)
-    # Chosen blocks differ by head: what is done for each of them is done in int32.
+    start = torch.arange(far.shape[2], device=device)[:, None] * query_size
     before, behind = (start - left) // key_size, -(-(start + query_size + right) // key_size)
     is_outside = (far < before.int()) | (far >= behind.int())
-    is_far = position[: far.shape[-1]] < far_counts[..., None]
-    index = (near_counts + position[: far.shape[-1]]).expand(far.shape)
+    position = torch.arange(far.shape[-1], device=device)
+    is_far, index = position < far_counts[..., None], (near_counts + position).expand(far.shape)
 
     def joined(of_near: torch.Tensor, of_far: torch.Tensor) -> torch.Tensor:
-        lists = of_far.new_zeros(*far.shape[:3], len(position))
-        lists[..., :width] = of_near * is_near
+        lists = of_far.new_zeros(*far.shape[:3], width + far.shape[-1])
+        lists[..., :width] = of_near
         return lists.scatter_(-1, index, of_far * is_far)
 
     return (
-        joined(near, far),
+        joined(near * is_near, far),
         (near_counts[..., 0] + far_counts).int(),
-        joined(_WINDOW + is_inside * _FULL, _SELECTED + is_outside.int() * _FULL),
+        joined(near_flags, _SELECTED + is_outside.int() * _FULL),
         joined(torch.zeros_like(near), far_slots),
     )

@@ -36,19 +36,19 @@ def mix(word):
     return word ^ (word >> 16)
 
 
-def chance(head, row, block, seed=SEED):
+def chance(head, row, block, seed):
     word = mix(mix(head ^ mix(seed)) ^ row)
     return ((mix(word ^ mix(block)) >> 8) + 1) / 2**24
 
 
-def check(call, choice, seed=SEED):
+def check(call, choice):
     """With the definition: priorities are masses over chances, the largest are chosen."""
     for batch in range(call.query.shape[0]):
         for head in range(call.query.shape[1]):
             for row in range(call.num_rows):
                 mass, _ = reference_masses(call, batch, head, row)
                 priority = {
-                    block: value / chance(head, call.first_row + row, block, seed)
+                    block: value / chance(head, call.first_row + row, block, call.sampling_seed)
                     for block, value in mass.items()
                     if value > 1e-30
                 }
@@ -96,7 +96,7 @@ def test_every_stage_draws(is_causal, sizes):
     call = replace(make_call(options), sampling_seed=SEED)
     coarse, fine = stages_of(call, num_candidates=64)
     assert len({coarse.sampling_seed, fine.sampling_seed, -1}) == 3
-    check(coarse, torch_choice(coarse), seed=coarse.sampling_seed)
+    check(coarse, torch_choice(coarse))
     assert (fine.places.weights > 1).sum() > 50
     check(fine, torch_choice(fine))
     skip_without_cpp_compiler()

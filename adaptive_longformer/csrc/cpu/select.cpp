@@ -107,8 +107,7 @@ struct Unit {
   std::vector<int32_t> entries;  // of the candidates, and then of global tokens
   int64_t num_blocks;            // how many of the first kind
   bool has_places;               // whether the candidates are those of places
-  std::vector<std::pair<int32_t, float>> places;  // with their weights
-  std::vector<float> factors;                     // of entries, those of their places
+  std::vector<std::pair<int32_t, float>> places;  // with their weights, ascending
   std::vector<int32_t> row_of;   // the query block that a vector belongs to
   Buffer<Word> query;            // groups of up to MAX_VECTORS vectors, each [depth, vectors, WIDTH]
   Buffer<float> scale, voter, reference, total;  // [vectors, WIDTH]
@@ -233,17 +232,12 @@ class Selection {
   void list_entries(const Entries& entries, const std::vector<uint8_t>& is_open, int64_t batch, int64_t head,
                     int first_row, int rows, Unit<Word>& unit) const {
     const int64_t last_row = call.first_row + first_row + rows - 1;
-    unit.entries.resize(entries.count() + call.max_places * call.blocks_per_place);
-    unit.factors.resize(unit.entries.size());
-    int32_t* next = unit.entries.data();
-    const auto add = [&](int64_t first, int64_t last, float factor = 1.0f) {
-      for (int64_t entry = first; entry < last; entry++) {
-        if (!is_open[entry] || entries.visible_from[entry] > last_row) continue;
-        unit.factors[next - unit.entries.data()] = factor;
-        *next++ = (int32_t)entry;
-      }
+    const auto add = [&](int64_t first, int64_t last) {
+      for (int64_t entry = first; entry < last; entry++)
+        if (is_open[entry] && entries.visible_from[entry] <= last_row) unit.entries.push_back((int32_t)entry);
     };
     const int64_t number = (batch * call.heads + head) * call.num_rows + first_row;
+    unit.entries.clear(), unit.places.clear();
     unit.has_places = call.places != nullptr && call.place_counts[number] >= 0;
     if (!unit.has_places) {
       add(0, entries.num_blocks);
@@ -256,24 +250,22 @@ class Selection {
         near = std::min(near, last_row * call.query_block_size / (call.block_size * call.blocks_per_place) *
                                   call.blocks_per_place);
       near = std::min(near, near_end);
-      unit.places.clear();
       for (int64_t i = number * call.max_places; i < number * call.max_places + call.place_counts[number]; i++)
         unit.places.emplace_back(call.places[i], call.place_weights == nullptr ? 1.0f : call.place_weights[i]);
       if (!std::is_sorted(unit.places.begin(), unit.places.end())) std::sort(unit.places.begin(), unit.places.end());
       bool has_near = false;
-      for (const auto& [place, factor] : unit.places) {
+      for (const auto& [place, weight] : unit.places) {
         const int64_t first = place * call.blocks_per_place;
         const int64_t last = std::min<int64_t>(first + call.blocks_per_place, entries.num_blocks);
-        add(first, std::min(last, near), factor);
+        add(first, std::min(last, near));
         if (last > near && !has_near) add(near, near_end);
         has_near |= last > near;
-        add(std::max(first, near_end), last, factor);
+        add(std::max(first, near_end), last);
       }
       if (!has_near) add(near, near_end);
     }
-    unit.num_blocks = next - unit.entries.data();
+    unit.num_blocks = (int64_t)unit.entries.size();
     add(entries.num_blocks, entries.count());
-    unit.entries.resize(next - unit.entries.data());
   }
 
   // The queries that vote: those of the query block, under causality those of the one before.
@@ -448,8 +440,7 @@ class Selection {
     }
     for (int64_t i = unit.num_blocks; i < end; i++) cover(i);
 
-    if (call.place_weights != nullptr)
-      for (int64_t i = 0; i < blocks; i++) shares[i] *= unit.factors[i];
+    if (call.place_weights != nullptr) weigh_places(blocks, unit);
     const int64_t num_covered = (int64_t)unit.kept.size();
     float* const ranks = call.sampling_seed < 0 ? shares : priorities(head, number, blocks, unit);
     const int32_t least = least_chosen(ranks, blocks);
@@ -479,6 +470,16 @@ class Selection {
     if (call.sampling_seed < 0) return;
     for (auto place = chosen; place < unit.kept.end(); place++) ranks[*place] = 0.0f;
     call.threshold[result] = *std::max_element(ranks, ranks + blocks + 1);  // the last one is 0
+  }
+
+  // Multiplies the masses of blocks by the weights of the places that they are in.
+  void weigh_places(int64_t blocks, Unit<Word>& unit) const {
+    auto place = unit.places.begin();
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t number = unit.entries[i] / call.blocks_per_place;
+      while (place < unit.places.end() && place->first < number) place++;
+      if (place < unit.places.end() && place->first == number) unit.shares.data()[i] *= place->second;
+    }
   }
 
   // Masses divided by chances, see selection/sampling.py.
